@@ -1,0 +1,1 @@
+"""Kernel images: loaders for each boot protocol, and the ROM."""

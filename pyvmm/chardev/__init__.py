@@ -1,0 +1,1 @@
+"""Byte streams to the host, each with the same small interface."""

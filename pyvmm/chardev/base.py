@@ -1,0 +1,152 @@
+"""What every character device back end offers, and what sits on one.
+
+A chardev is a byte stream to the host (terminal, socket, file); its front end is a serial
+port, a monitor or a mux. Input is read on the main loop thread, and only as much as the
+front end takes, so that whatever is not taken stays in the kernel over a live update.
+Output comes from any thread, never blocks, and says how much was taken.
+"""
+
+from __future__ import annotations
+
+from pyvmm.core.threads import Lock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+
+# Events for Frontend.handle_event.
+OPENED = "opened"  # a peer is there (sent on attach too, if one is there already)
+CLOSED = "closed"  # the peer went away
+MUX_IN = "mux-in"  # the mux gave this front end the input
+MUX_OUT = "mux-out"  # the mux took it away
+BREAK = "break"  # a serial break was asked for
+RESIZED = "resized"  # the terminal has another size
+
+
+class Frontend:
+    """What sits on a chardev. All methods are called on the main loop thread."""
+
+    def can_receive(self) -> int:
+        """How many bytes it takes now."""
+        return 0
+
+    def receive(self, data: bytes) -> None:
+        """Take input, at most as many bytes as :meth:`can_receive` said."""
+
+    def handle_event(self, event: str) -> None:
+        """One of the events above happened."""
+
+    def handle_writable(self) -> None:
+        """Output is taken again after a write that was cut short."""
+
+
+class Chardev:
+    """One back end.
+
+    :param id: the name given on the command line
+    :param loop: serves the descriptors
+    :param fds: gives inherited descriptors back and preserves them over an exec, under the
+        name ``chardev/ID``
+    """
+
+    #: Whether a person sits at the other end (colour, line editing).
+    is_terminal = False
+
+    def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
+        self.id = id
+        self.loop = loop
+        self.fds = fds
+        self.frontend: Frontend | None = None
+        self.lock = Lock()
+
+    @property
+    def filename(self) -> str:
+        """What ``info chardev`` prints, in QEMU's form (``pty:/dev/pts/0``, ``null``)."""
+        raise NotImplementedError
+
+    @property
+    def connected(self) -> bool:
+        """Whether anybody is there to read and write."""
+        return True
+
+    def attach(self, frontend: Frontend | None) -> None:
+        """Put a front end on (or take it off); it gets OPENED if the peer is there."""
+        self.frontend = frontend
+        if frontend is not None and self.connected:
+            frontend.handle_event(OPENED)
+        self.accept_input()
+
+    def write(self, data: bytes) -> int:
+        """Write without blocking; how many bytes were taken.
+
+        With no peer all are taken and dropped. After a short write the front end's
+        ``handle_writable`` comes once. Any thread.
+        """
+        raise NotImplementedError
+
+    def accept_input(self) -> None:
+        """Look again at how much the front end takes. Any thread."""
+
+    def window_size(self) -> tuple[int, int]:
+        """Rows and columns of the terminal."""
+        return 24, 80
+
+    def save_state(self) -> bytes:
+        """Host-side state beyond the descriptors, to be carried over an exec."""
+        return b""
+
+    def load_state(self, state: bytes) -> None:
+        """Take over what :meth:`save_state` gave in the old image.
+
+        :raises VmStateError: if it is not possible state
+        """
+
+    def close(self) -> None:
+        """Give everything back: descriptors, socket files, terminal modes. Idempotent."""
+
+
+class Outbox:
+    """Output that must not be cut short: queued, up to a limit, and sent as the peer reads.
+
+    Its owner (a monitor) calls :meth:`flush` from ``handle_writable``.
+
+    :param limit: bytes; a peer that lets more pile up is not reading, and loses the rest
+    """
+
+    def __init__(self, chardev: Chardev, limit: int = 1 << 20) -> None:
+        self._chardev = chardev
+        self._limit = limit
+        self._pending = bytearray()
+        self._lock = Lock()
+        self.dropped = 0
+
+    def send(self, data: bytes) -> None:
+        """Queue ``data`` and write what is taken now. Any thread."""
+        with self._lock:
+            room = self._limit - len(self._pending)
+            self.dropped += max(len(data) - room, 0)
+            self._pending += data[: max(room, 0)]
+            self._flush()
+
+    def flush(self) -> None:
+        """Write what is taken now."""
+        with self._lock:
+            self._flush()
+
+    def pending(self) -> bytes:
+        """What is still queued, for a save."""
+        with self._lock:
+            return bytes(self._pending)
+
+    def clear(self) -> None:
+        """Forget what is queued: its reader is gone."""
+        with self._lock:
+            self._pending.clear()
+
+    def _flush(self) -> None:
+        while self._pending:
+            taken = self._chardev.write(bytes(self._pending[:65536]))
+            del self._pending[:taken]
+            if taken == 0:
+                return

@@ -1,0 +1,131 @@
+"""Address spaces for port and memory-mapped I/O: who answers at which address.
+
+Called from vCPU threads. A region's device is entered under the device's lock, so a device
+never sees two accesses at once. An address where nobody answers reads as all ones and
+ignores writes, as on a PC.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+from pyvmm.errors import InternalError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _thread import LockType
+
+
+class BusDevice:
+    """What answers accesses. ``lock`` is held around each of them.
+
+    Offsets count from the start of the region; sizes are 1, 2, 4 or 8 bytes, never above
+    the region's ``width``; values are little-endian integers.
+    """
+
+    lock: LockType
+
+    def on_read(self, offset: int, size: int) -> int:
+        """Answer a read. The result is cut to ``size`` bytes."""
+        return (1 << 8 * size) - 1
+
+    def on_write(self, offset: int, size: int, value: int) -> None:
+        """Take a write; the default ignores it."""
+
+
+class Region:
+    """A range of addresses that one device answers."""
+
+    __slots__ = ("device", "length", "name", "start", "width")
+
+    def __init__(self, start: int, length: int, device: BusDevice, name: str, width: int) -> None:
+        self.start = start
+        self.length = length
+        self.device = device
+        self.name = name
+        self.width = width
+
+    @property
+    def end(self) -> int:
+        """First address beyond the region."""
+        return self.start + self.length
+
+
+class Bus:
+    """One address space.
+
+    :param name: as ``info mtree`` prints it, e.g. ``I/O``
+    :param size: number of addresses
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+        self.regions: list[Region] = []
+        self._starts: list[int] = []
+
+    def add(
+        self, start: int, length: int, device: BusDevice, name: str, *, width: int = 1
+    ) -> Region:
+        """Give ``device`` the addresses ``start`` to ``start + length - 1``.
+
+        :param width: widest access the device takes, in bytes; wider ones are split into
+            consecutive accesses of this width, lowest address first
+        :raises InternalError: if the range overlaps another or leaves the bus
+        """
+        region = Region(start, length, device, name, width)
+        if length < 1 or start < 0 or region.end > self.size:
+            raise InternalError(f"{name} at {start:#x} does not fit the {self.name} bus")
+        at = bisect_right(self._starts, start)
+        for other in self.regions[max(at - 1, 0) : at + 1]:
+            if start < other.end and other.start < region.end:
+                raise InternalError(f"{name} at {start:#x} overlaps {other.name}")
+        self.regions.insert(at, region)
+        self._starts.insert(at, start)
+        return region
+
+    def find(self, address: int) -> Region | None:
+        """The region that contains ``address``, if any."""
+        at = bisect_right(self._starts, address) - 1
+        if at >= 0 and address < self.regions[at].end:
+            return self.regions[at]
+        return None
+
+    def read(self, address: int, size: int) -> int:
+        """Read ``size`` bytes as a little-endian integer."""
+        region = self.find(address)
+        if region is None or address + size > region.end or size > region.width:
+            return self._split_read(address, size, region)
+        with region.device.lock:
+            value = region.device.on_read(address - region.start, size)
+        return value & ((1 << 8 * size) - 1)
+
+    def write(self, address: int, size: int, value: int) -> None:
+        """Write the low ``size`` bytes of ``value``."""
+        region = self.find(address)
+        if region is None or address + size > region.end or size > region.width:
+            self._split_write(address, size, value, region)
+            return
+        with region.device.lock:
+            region.device.on_write(address - region.start, size, value & ((1 << 8 * size) - 1))
+
+    def _split_read(self, address: int, size: int, region: Region | None) -> int:
+        if size == 1:
+            return 0xFF
+        step = _step(address, size, region)
+        low = self.read(address, step)
+        return low | self.read(address + step, size - step) << 8 * step
+
+    def _split_write(self, address: int, size: int, value: int, region: Region | None) -> None:
+        if size == 1:
+            return
+        step = _step(address, size, region)
+        self.write(address, step, value)
+        self.write(address + step, size - step, value >> 8 * step)
+
+
+def _step(address: int, size: int, region: Region | None) -> int:
+    # The widest piece that stays inside the region; single bytes where nobody answers.
+    if region is None:
+        return 1
+    return min(region.width, region.end - address, size - 1)

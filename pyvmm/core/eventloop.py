@@ -1,0 +1,120 @@
+"""The main loop: descriptor readiness, timers, and calls handed over from other threads.
+
+Everything but :meth:`EventLoop.call_soon` and :meth:`EventLoop.stop` belongs to the thread
+that runs the loop. poll(2) rather than epoll: the descriptors are few, regular files and
+/dev/null are accepted, and nothing is registered in the kernel that a closed or inherited
+descriptor could leave behind.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from heapq import heappop, heappush
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+READABLE = select.POLLIN
+WRITABLE = select.POLLOUT
+HANGUP = select.POLLHUP | select.POLLERR
+
+
+class Timer:
+    """A call at a time to come; :meth:`cancel` may come at any moment, even after it."""
+
+    __slots__ = ("callback", "due")
+
+    def __init__(self, due: float, callback: Callable[[], None] | None) -> None:
+        self.due = due
+        self.callback = callback
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.due < other.due
+
+    def cancel(self) -> None:
+        """Do not call."""
+        self.callback = None
+
+
+class EventLoop:
+    """One loop, run by one thread."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._timers: list[Timer] = []
+        self._calls: list[Callable[[], None]] = []
+        self._stopping = False
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.add(self._wake_fd, READABLE, self._handle_wake)
+
+    def add(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        """Call ``handler(revents)`` while ``fd`` is ready; replaces an earlier request.
+
+        ``revents`` may contain :data:`HANGUP` unasked. The owner removes a descriptor
+        before closing it.
+        """
+        self._handlers[fd] = handler
+        self._poll.register(fd, events)
+
+    def remove(self, fd: int) -> None:
+        """Forget ``fd``; harmless if it is not there."""
+        if self._handlers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        """Call once, ``delay_s`` seconds from now."""
+        timer = Timer(time.monotonic() + delay_s, callback)
+        heappush(self._timers, timer)
+        return timer
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call on the loop's thread, in order, from any thread and from signal handlers."""
+        self._calls.append(callback)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def stop(self) -> None:
+        """Let :meth:`run` return; from any thread."""
+        self._stopping = True
+        os.eventfd_write(self._wake_fd, 1)
+
+    def run(self) -> None:
+        """Serve until :meth:`stop`."""
+        while not self._stopping:
+            self.run_once()
+
+    def run_once(self, timeout_s: float | None = None) -> None:
+        """Wait for something to do, for ``timeout_s`` at most, and do all that is due."""
+        for fd, revents in self._poll.poll(self._timeout_ms(timeout_s)):
+            # An earlier handler of this round may have removed this one.
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(revents)
+        now = time.monotonic()
+        while self._timers and self._timers[0].due <= now:
+            callback = heappop(self._timers).callback
+            if callback is not None:
+                callback()
+        # Only what is there now: a call that queues itself again must not starve the rest.
+        for _ in range(len(self._calls)):
+            self._calls.pop(0)()
+
+    def close(self) -> None:
+        """Release the loop's own descriptor."""
+        self.remove(self._wake_fd)
+        os.close(self._wake_fd)
+
+    def _timeout_ms(self, timeout_s: float | None) -> int | None:
+        if self._calls or self._stopping:
+            return 0
+        if self._timers:
+            until = max(self._timers[0].due - time.monotonic(), 0)
+            timeout_s = until if timeout_s is None else min(until, timeout_s)
+        # Rounded up: waking early would spin until the timer is due.
+        return None if timeout_s is None else int(timeout_s * 1000) + 1
+
+    def _handle_wake(self, _revents: int) -> None:
+        os.eventfd_read(self._wake_fd)

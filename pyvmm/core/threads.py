@@ -1,0 +1,70 @@
+"""Threads and one-shot events on ``_thread`` alone.
+
+``threading`` costs 5 ms of import time, which a live update would add to the guest's pause;
+what is needed of it is a thread, a lock and an event that one thread waits for.
+"""
+
+from __future__ import annotations
+
+import _thread
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Lock = _thread.allocate_lock
+
+
+class Event:
+    """A flag that one thread waits for and any thread sets."""
+
+    __slots__ = ("_guard", "_is_set", "_lock")
+
+    def __init__(self) -> None:
+        self._guard = Lock()
+        self._lock = Lock()
+        self._lock.acquire()
+        self._is_set = False
+
+    def is_set(self) -> bool:
+        """Whether :meth:`set` came since the last :meth:`clear`."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Let the waiter pass, now or when it comes."""
+        with self._guard:
+            if not self._is_set:
+                self._is_set = True
+                self._lock.release()
+
+    def clear(self) -> None:
+        """Make the next :meth:`wait` block again."""
+        with self._guard:
+            if self._is_set:
+                self._is_set = False
+                self._lock.acquire()
+
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Block until set, for ``timeout_s`` at most (-1: for ever); whether it is set."""
+        if self._lock.acquire(timeout=timeout_s):
+            self._lock.release()
+            return True
+        return False
+
+
+def spawn(target: Callable[[], None], on_crash: Callable[[BaseException], None]) -> None:
+    """Start a daemon thread. An exception that leaves ``target`` goes to ``on_crash``."""
+
+    def body() -> None:
+        try:
+            target()
+        except BaseException as error:
+            on_crash(error)
+
+    _thread.start_new_thread(body, ())
+
+
+def report_crash(error: BaseException) -> None:
+    """Print an exception that nothing handled, as the interpreter would at exit."""
+    sys.excepthook(type(error), error, error.__traceback__)

@@ -1,0 +1,1 @@
+"""Device models. They know an interrupt line, a byte stream and a bus; never KVM."""

@@ -1,0 +1,50 @@
+"""What all device models have in common.
+
+A device module has, in this order: a header (which specification, what is left out, what an
+evil guest can try), named register constants, the description of its state, the class. Guest
+accesses enter by ``on_read``/``on_write`` on a vCPU thread with the device's lock held;
+everything named ``handle_…`` comes from the main loop and takes the lock itself.
+"""
+
+from __future__ import annotations
+
+from pyvmm.core.bus import BusDevice
+from pyvmm.core.threads import Lock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.vmstate.fields import Description, Record
+
+
+class Device(BusDevice):
+    """A device of the machine."""
+
+    #: How the state is written; None for a device that has none.
+    vmstate: Description | None = None
+
+    #: Section name in the stream and node name in ``info qtree``.
+    name = "device"
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+
+    def properties(self) -> dict[str, Any]:
+        """What ``info qtree`` prints of the device, in QEMU's property names."""
+        return {}
+
+    def reset(self) -> None:
+        """Go to the power-on state. The vCPUs are stopped."""
+
+    def save(self) -> Any:
+        """The object whose attributes ``vmstate`` names. The vCPUs are stopped."""
+        return self
+
+    def load(self, state: Record) -> None:
+        """Take over a record that ``vmstate`` has read and checked."""
+        for name, value in state.__dict__.items():
+            setattr(self, name, value)
+
+    def resume(self) -> None:
+        """Go on after a load: look again at what may have come in meanwhile."""

@@ -1,0 +1,1 @@
+"""The machine: configuration, builder, vCPU threads. The only place where KVM meets devices."""

@@ -1,0 +1,1 @@
+"""Guest RAM: the blocks it is made of and the one class that touches it."""

@@ -1,0 +1,1 @@
+"""The human and machine monitors, over one command registry."""

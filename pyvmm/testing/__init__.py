@@ -1,0 +1,1 @@
+"""Fakes that pyvmm ships for tests of devices and of code built on it."""

@@ -1,0 +1,401 @@
+"""What a device's state is made of: descriptions that encode, decode and explain themselves.
+
+A description is declared once, beside the device, as QEMU's VMStateDescription is: a name, a
+version and a list of fields, each the name of an attribute. Values are big endian on the
+wire. Decoding never touches the device: it fills a :class:`Record`, which the device takes
+over after all of the stream has been read and found possible.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.errors import VmStateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+SUBSECTION = 0x05
+
+
+class Record:
+    """Decoded state: one attribute per field."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
+        return f"Record({inner})"
+
+
+class Cursor:
+    """A position in a stream of bytes that must not be trusted.
+
+    :param data: the whole stream
+    """
+
+    __slots__ = ("at", "data", "path")
+
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self.data = data
+        self.at = at
+        self.path: list[str] = []
+
+    def take(self, size: int) -> bytes:
+        """The next ``size`` bytes.
+
+        :raises VmStateError: if there are fewer
+        """
+        end = self.at + size
+        if end > len(self.data):
+            raise self.error(f"truncated: {size} bytes wanted, {len(self.data) - self.at} left")
+        chunk = self.data[self.at : end]
+        self.at = end
+        return chunk
+
+    def u8(self) -> int:
+        """The next byte."""
+        return self.take(1)[0]
+
+    def u16(self) -> int:
+        """The next two bytes."""
+        return int.from_bytes(self.take(2), "big")
+
+    def u32(self) -> int:
+        """The next four bytes."""
+        return int.from_bytes(self.take(4), "big")
+
+    def u64(self) -> int:
+        """The next eight bytes."""
+        return int.from_bytes(self.take(8), "big")
+
+    def string(self) -> str:
+        """A length byte and that many bytes of text."""
+        raw = self.take(self.u8())
+        if not raw.isascii():
+            raise self.error(f"name is not ASCII: {raw!r}")
+        return raw.decode("ascii")
+
+    def error(self, problem: str) -> VmStateError:
+        """An error that names the present path."""
+        return VmStateError("/".join(self.path), problem)
+
+
+class Field:
+    """One attribute. ``name`` is the attribute and the name in the stream's description."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def save(self, out: bytearray, state: Any) -> None:
+        """Append the attribute's bytes."""
+        raise NotImplementedError
+
+    def load(self, source: Cursor, into: Record) -> None:
+        """Set the attribute from the stream."""
+        raise NotImplementedError
+
+    def describe(self, state: Any) -> list[dict[str, Any]]:
+        """The field's entries in the stream's JSON description."""
+        raise NotImplementedError
+
+
+class Scalar(Field):
+    """An integer of fixed width, or a bool.
+
+    :param kind: QEMU's type name: ``uint8`` … ``uint64``, ``int8`` … ``int64``, ``bool``
+    """
+
+    __slots__ = ("kind", "pack")
+    FORMATS = {
+        "uint8": ">B",
+        "uint16": ">H",
+        "uint32": ">I",
+        "uint64": ">Q",
+        "int32": ">i",
+        "int64": ">q",
+        "bool": ">?",
+    }
+
+    def __init__(self, name: str, kind: str) -> None:
+        super().__init__(name)
+        self.kind = kind
+        self.pack = struct.Struct(self.FORMATS[kind])
+
+    def save(self, out: bytearray, state: Any) -> None:
+        out += self.pack.pack(getattr(state, self.name))
+
+    def load(self, source: Cursor, into: Record) -> None:
+        (value,) = self.pack.unpack(source.take(self.pack.size))
+        setattr(into, self.name, value)
+
+    def describe(self, state: Any) -> list[dict[str, Any]]:
+        return [{"name": self.name, "type": self.kind, "size": self.pack.size}]
+
+
+class Array(Field):
+    """A fixed number of equal integers; any sequence saves, a list is loaded."""
+
+    __slots__ = ("count", "kind", "pack")
+
+    def __init__(self, name: str, kind: str, count: int) -> None:
+        super().__init__(name)
+        self.kind = kind
+        self.count = count
+        self.pack = struct.Struct(f">{count}{Scalar.FORMATS[kind][1]}")
+
+    def save(self, out: bytearray, state: Any) -> None:
+        out += self.pack.pack(*getattr(state, self.name))
+
+    def load(self, source: Cursor, into: Record) -> None:
+        setattr(into, self.name, list(self.pack.unpack(source.take(self.pack.size))))
+
+    def describe(self, state: Any) -> list[dict[str, Any]]:
+        size = self.pack.size // self.count
+        return [{"name": self.name, "array_len": self.count, "type": self.kind, "size": size}]
+
+
+class Buffer(Field):
+    """Bytes, passed on as they are.
+
+    :param size: how many, or the name of an earlier integer field that tells
+    :param maximum: the most that is accepted from a stream
+    """
+
+    __slots__ = ("maximum", "size")
+
+    def __init__(self, name: str, size: int | str, maximum: int = 0) -> None:
+        super().__init__(name)
+        self.size = size
+        self.maximum = maximum if isinstance(size, str) else size
+
+    def save(self, out: bytearray, state: Any) -> None:
+        data = bytes(getattr(state, self.name))
+        if len(data) != _count(self.size, state):
+            raise VmStateError(self.name, f"{len(data)} bytes, not {_count(self.size, state)}")
+        out += data
+
+    def load(self, source: Cursor, into: Record) -> None:
+        setattr(into, self.name, source.take(_checked(self, source, into)))
+
+    def describe(self, state: Any) -> list[dict[str, Any]]:
+        return [{"name": self.name, "type": "buffer", "size": _count(self.size, state)}]
+
+
+class Struct(Field):
+    """An attribute that is itself a described record."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, name: str, inner: Description) -> None:
+        super().__init__(name)
+        self.inner = inner
+
+    def save(self, out: bytearray, state: Any) -> None:
+        self.inner.save(out, getattr(state, self.name))
+
+    def load(self, source: Cursor, into: Record) -> None:
+        setattr(into, self.name, self.inner.load(source, self.inner.version))
+
+    def describe(self, state: Any) -> list[dict[str, Any]]:
+        return [_describe_struct(self.name, self.inner, getattr(state, self.name))]
+
+
+class StructArray(Field):
+    """A number of records of one description.
+
+    :param size: how many, or the name of an earlier integer field that tells
+    :param maximum: the most that is accepted from a stream
+    """
+
+    __slots__ = ("inner", "maximum", "size")
+
+    def __init__(self, name: str, inner: Description, size: int | str, maximum: int = 0) -> None:
+        super().__init__(name)
+        self.inner = inner
+        self.size = size
+        self.maximum = maximum if isinstance(size, str) else size
+
+    def save(self, out: bytearray, state: Any) -> None:
+        items = getattr(state, self.name)
+        for index in range(_count(self.size, state)):
+            self.inner.save(out, items[index])
+
+    def load(self, source: Cursor, into: Record) -> None:
+        items = []
+        for index in range(_checked(self, source, into)):
+            source.path.append(f"{self.name}[{index}]")
+            items.append(self.inner.load(source, self.inner.version))
+            source.path.pop()
+        setattr(into, self.name, items)
+
+    def describe(self, state: Any) -> list[dict[str, Any]]:
+        items = getattr(state, self.name)
+        return [
+            _describe_struct(self.name, self.inner, items[index]) | {"index": index}
+            for index in range(_count(self.size, state))
+        ]
+
+
+class Description:
+    """The state of a device, or a part of it that may be left out (a subsection).
+
+    :param name: QEMU's name where the state maps one to one
+    :param version: written to the stream; a stream with a newer one is refused
+    :param minimum_version: the oldest that is still accepted
+    :param needed: for a subsection: whether this state has to be written
+    :param check: raises ValueError, with what is impossible, for a loaded record
+    """
+
+    __slots__ = ("check", "fields", "minimum_version", "name", "needed", "subsections", "version")
+
+    def __init__(
+        self,
+        name: str,
+        fields: Sequence[Field],
+        *,
+        version: int = 1,
+        minimum_version: int | None = None,
+        subsections: Sequence[Description] = (),
+        needed: Callable[[Any], bool] | None = None,
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.fields = fields
+        self.version = version
+        self.minimum_version = version if minimum_version is None else minimum_version
+        self.subsections = subsections
+        self.needed = needed
+        self.check = check
+
+    def save(self, out: bytearray, state: Any) -> None:
+        """Append all fields, then the subsections that are needed."""
+        for field in self.fields:
+            field.save(out, state)
+        for part in self._needed_parts(state):
+            name = part.name.encode()
+            out += struct.pack(">BB", SUBSECTION, len(name)) + name
+            out += struct.pack(">I", part.version)
+            part.save(out, state)
+
+    def load(self, source: Cursor, version: int) -> Record:
+        """Read a record of the given version and check it.
+
+        :raises VmStateError: with the path of the field that cannot be
+        """
+        if not self.minimum_version <= version <= self.version:
+            raise source.error(
+                f"version {version} of {self.name} is not supported "
+                f"(this program knows {self.minimum_version} to {self.version})"
+            )
+        record = Record()
+        self._load_fields(source, record)
+        self._load_parts(source, record)
+        return record
+
+    def describe(self, state: Any) -> dict[str, Any]:
+        """The JSON description that QEMU's stream carries (``vmsd_name``, fields, ...)."""
+        result: dict[str, Any] = {
+            "vmsd_name": self.name,
+            "version": self.version,
+            "fields": [entry for field in self.fields for entry in field.describe(state)],
+        }
+        parts = [part.describe(state) for part in self._needed_parts(state)]
+        if parts:
+            result["subsections"] = parts
+        return result
+
+    def _needed_parts(self, state: Any) -> list[Description]:
+        return [part for part in self.subsections if part.needed is None or part.needed(state)]
+
+    def _load_fields(self, source: Cursor, record: Record) -> None:
+        for field in self.fields:
+            source.path.append(field.name)
+            field.load(source, record)
+            source.path.pop()
+        if self.check is not None:
+            try:
+                self.check(record)
+            except ValueError as problem:
+                raise source.error(str(problem)) from None
+
+    def _load_parts(self, source: Cursor, record: Record) -> None:
+        seen: set[str] = set()
+        # A subsection's name begins with its owner's, which is how an inner record knows
+        # that the subsection that follows belongs to an outer one.
+        while source.data[source.at : source.at + 1] == b"\x05":
+            mark = source.at
+            source.at += 1
+            name = source.string()
+            if not name.startswith(self.name + "/"):
+                source.at = mark
+                return
+            known = next((part for part in self.subsections if part.name == name), None)
+            if known is None or name in seen:
+                raise source.error(f"subsection {name!r} is unknown or repeated")
+            seen.add(name)
+            version = source.u32()
+            if not known.minimum_version <= version <= known.version:
+                raise source.error(f"version {version} of {name} is not supported")
+            source.path.append(name)
+            known._load_fields(source, record)
+            known._load_parts(source, record)
+            source.path.pop()
+
+
+def _count(size: int | str, state: Any) -> int:
+    return size if isinstance(size, int) else int(getattr(state, size))
+
+
+def _checked(field: Buffer | StructArray, source: Cursor, into: Record) -> int:
+    # A count from the stream decides how much is allocated, so it is capped first.
+    count = _count(field.size, into)
+    if count > field.maximum:
+        raise source.error(f"{count} elements, at most {field.maximum} are possible")
+    return count
+
+
+def _describe_struct(name: str, inner: Description, state: Any) -> dict[str, Any]:
+    data = bytearray()
+    inner.save(data, state)
+    return {"name": name, "type": "struct", "struct": inner.describe(state), "size": len(data)}
+
+
+def u8(name: str) -> Scalar:
+    """An unsigned 8-bit field."""
+    return Scalar(name, "uint8")
+
+
+def u16(name: str) -> Scalar:
+    """An unsigned 16-bit field."""
+    return Scalar(name, "uint16")
+
+
+def u32(name: str) -> Scalar:
+    """An unsigned 32-bit field."""
+    return Scalar(name, "uint32")
+
+
+def u64(name: str) -> Scalar:
+    """An unsigned 64-bit field."""
+    return Scalar(name, "uint64")
+
+
+def i32(name: str) -> Scalar:
+    """A signed 32-bit field."""
+    return Scalar(name, "int32")
+
+
+def i64(name: str) -> Scalar:
+    """A signed 64-bit field."""
+    return Scalar(name, "int64")
+
+
+def boolean(name: str) -> Scalar:
+    """A byte that is 0 or 1."""
+    return Scalar(name, "bool")
