@@ -1,0 +1,343 @@
+"""Host memory behind guest RAM and ROM: QEMU's memory-backend-memfd, -file and -ram objects.
+
+A backend is one mapping, with a descriptor when it is shared, so that a live update can hand the
+same pages to the next process. Left out: NUMA policy, read-only and persistent-memory files, the
+shm kind. Created and closed by the main thread; the mapping is used from all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+
+from pyvmm._util.sizes import format_size, parse_size
+from pyvmm.errors import ConfigError, HostError, InternalError
+
+KINDS = ("memory-backend-memfd", "memory-backend-file", "memory-backend-ram")
+
+_PAGE = 4096
+_MAP_NORESERVE = 0x4000  # mmap(2); the mmap module has it from Python 3.12 on
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
+_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+_NAME_MAX = 249  # memfd_create(2)
+
+
+class RamConfig:
+    """What the operator asked for; the names are QEMU's properties.
+
+    ``share`` None means the kind's own default: on for memfd, off for the others. ``hugetlbsize``
+    0 means the host's default huge page.
+    """
+
+    __slots__ = (
+        "dump", "hugetlb", "hugetlbsize", "id", "kind", "mem_path", "merge", "prealloc", "seal",
+        "share", "size",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        kind: str,
+        id: str,
+        size: int,
+        *,
+        mem_path: str = "",
+        share: bool | None = None,
+        hugetlb: bool = False,
+        hugetlbsize: int = 0,
+        prealloc: bool = False,
+        seal: bool = True,
+        merge: bool = True,
+        dump: bool = True,
+    ) -> None:
+        self.kind = kind
+        self.id = id
+        self.size = size
+        self.mem_path = mem_path
+        self.share = kind == "memory-backend-memfd" if share is None else share
+        self.hugetlb = hugetlb
+        self.hugetlbsize = hugetlbsize
+        self.prealloc = prealloc
+        self.seal = seal
+        self.merge = merge
+        self.dump = dump
+        self._check()
+
+    @classmethod
+    def from_options(cls, kind: str, options: dict[str, str]) -> RamConfig:
+        """Build from ``-object KIND,key=value,...`` as text.
+
+        :raises ConfigError: unknown kind or key, missing id or size, impossible value
+        """
+        where = f"-object {kind}"
+        if kind not in KINDS:
+            raise ConfigError(f"{where}: unknown kind of memory; use one of {', '.join(KINDS)}")
+        known = {"id", "size", "share", "prealloc", "merge", "dump"}
+        if kind == "memory-backend-memfd":
+            known |= {"hugetlb", "hugetlbsize", "seal"}
+        elif kind == "memory-backend-file":
+            known.add("mem-path")
+        for key in options:
+            if key not in known:
+                raise ConfigError(
+                    f"{where}: no property {key!r}; it has {', '.join(sorted(known))}"
+                )
+        for key in ("id", "size"):
+            if not options.get(key):
+                raise ConfigError(f"{where}: {key} is missing; add {key}=...")
+
+        def flag(key: str, default: bool) -> bool:
+            value = options.get(key, "on" if default else "off")
+            if value not in ("on", "off"):
+                raise ConfigError(f"{where}: {key}={value} is neither on nor off")
+            return value == "on"
+
+        huge = options.get("hugetlbsize")
+        return cls(
+            kind,
+            options["id"],
+            parse_size(options["size"], f"{where}: size", multiple=_PAGE),
+            mem_path=options.get("mem-path", ""),
+            share=flag("share", False) if "share" in options else None,
+            hugetlb=flag("hugetlb", False),
+            hugetlbsize=parse_size(huge, f"{where}: hugetlbsize", minimum=_PAGE) if huge else 0,
+            prealloc=flag("prealloc", False),
+            seal=flag("seal", True),
+            merge=flag("merge", True),
+            dump=flag("dump", True),
+        )
+
+    def _check(self) -> None:
+        where = f"-object {self.kind},id={self.id}"
+        if self.size <= 0 or self.size % _PAGE:
+            raise ConfigError(f"{where}: size={self.size} is not a multiple of 4K above 0")
+        if len(os.fsencode(self.id)) > _NAME_MAX or "\0" in self.id + self.mem_path:
+            raise ConfigError(f"{where}: id or path is not usable as a name; use fewer characters")
+        if self.kind == "memory-backend-file" and not self.mem_path:
+            raise ConfigError(f"{where}: mem-path is missing; add mem-path=FILE or DIRECTORY")
+        huge = self.hugetlbsize
+        if huge and not self.hugetlb:
+            raise ConfigError(f"{where}: hugetlbsize needs hugetlb; add hugetlb=on")
+        if huge and (huge & (huge - 1) or self.size % huge):
+            raise ConfigError(
+                f"{where}: hugetlbsize={format_size(huge)} is not a power of two that divides"
+                f" size={format_size(self.size)}"
+            )
+
+
+class RamBackend:
+    """One block of host memory, mapped.
+
+    ``view`` is the mapping (a writable buffer; KVM gets its address through the buffer protocol);
+    ``fd`` the descriptor to preserve over a live update, None for private anonymous memory;
+    ``is_shared`` whether the pages are the descriptor's, so that they outlive this process.
+    """
+
+    __slots__ = ("_created", "config", "fd", "view")
+
+    def __init__(self, config: RamConfig, fd: int | None = None) -> None:
+        """Allocate, or with *fd* adopt a descriptor that the process before left.
+
+        An adopted descriptor is never resized: its pages are the guest. :meth:`close` closes it;
+        one that is refused stays open, since it may be anything.
+
+        :raises ConfigError: the option's value is refused by the host (path, size, huge pages)
+        :raises HostError: no memory, or an adopted descriptor is not this RAM
+        """
+        self.config = config
+        self.fd: int | None = None
+        self._created = ""
+        try:
+            if fd is not None:
+                self._check_adopted(fd)
+                self.view = self._map(fd)
+            else:
+                if config.kind == "memory-backend-file":
+                    self._open_file()
+                elif config.kind == "memory-backend-memfd" or config.share:
+                    self._create_memfd()
+                self.view = self._map(self.fd)
+            self._advise()
+            if config.prealloc and fd is None:
+                self._populate()
+        except OSError as error:
+            self._undo()
+            raise self._explain(error) from error
+        except BaseException:
+            self._undo()
+            raise
+        if fd is not None:
+            self.fd = fd
+
+    @property
+    def id(self) -> str:
+        """The object's id, which is its name in CPR state."""
+        return self.config.id
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.config.size
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a live update can keep the pages."""
+        return self.config.share and self.fd is not None
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return the lines of ``info memdev`` as (name, value)."""
+        config = self.config
+
+        def on(flag: bool) -> str:
+            return "true" if flag else "false"
+
+        return [
+            ("memory backend", config.id),
+            ("size", str(config.size)),
+            ("merge", on(config.merge)),
+            ("dump", on(config.dump)),
+            ("prealloc", on(config.prealloc)),
+            ("share", on(config.share)),
+        ]
+
+    def close(self) -> None:
+        """Unmap and close. Nobody may hold a view of the memory any longer."""
+        try:
+            self.view.close()
+        except BufferError as error:
+            raise InternalError(f"memory {self.id} is closed while in use") from error
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def _create_memfd(self) -> None:
+        config = self.config
+        flags = os.MFD_CLOEXEC
+        if config.seal:
+            flags |= os.MFD_ALLOW_SEALING
+        if config.hugetlb:
+            flags |= os.MFD_HUGETLB
+            if config.hugetlbsize:
+                flags |= (config.hugetlbsize.bit_length() - 1) << os.MFD_HUGE_SHIFT
+        self.fd = fd = os.memfd_create(config.id, flags)
+        os.ftruncate(fd, config.size)
+        # A size that can change turns a guest access into SIGBUS here.
+        if config.seal:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
+    def _open_file(self) -> None:
+        """Open or create the backing file; QEMU's rules for its size.
+
+        An empty file takes the size; a larger one is used up to it; a smaller one is refused,
+        since it is likely something else. In a directory the file has no name from the start.
+        """
+        config = self.config
+        path = config.mem_path
+        where = f"-object {config.kind},id={config.id}"
+        if os.path.isdir(path):
+            self.fd = fd = os.open(path, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        else:
+            # Without O_NONBLOCK the open of a device or FIFO could wait for ever.
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
+            try:
+                self.fd = fd = os.open(path, flags)
+            except FileNotFoundError:
+                self.fd = fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+                self._created = path
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(
+                f"{where}: {path} is neither a regular file nor a directory;"
+                " name one on tmpfs or hugetlbfs"
+            )
+        if status.st_size == 0:
+            os.ftruncate(fd, config.size)
+        elif status.st_size < config.size:
+            raise ConfigError(
+                f"{where}: {path} has {format_size(status.st_size)}, less than"
+                f" size={format_size(config.size)}; give its size, or remove the file"
+            )
+
+    def _check_adopted(self, fd: int) -> None:
+        """Refuse a descriptor that is not this RAM before mapping it: later it would be SIGBUS."""
+        name = f"inherited memory {self.id} (descriptor {fd})"
+        try:
+            status = os.fstat(fd)
+            writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        except (OSError, OverflowError) as error:
+            raise HostError(f"{name} is not open") from error
+        if not stat.S_ISREG(status.st_mode) or not writable:
+            raise HostError(f"{name} is not a writable memory file")
+        exact = self.config.kind != "memory-backend-file"
+        if status.st_size < self.config.size or (exact and status.st_size != self.config.size):
+            raise HostError(
+                f"{name} has {format_size(status.st_size)} where size={format_size(self.size)};"
+                " give the size that the guest was started with"
+            )
+        if exact and self.config.seal:
+            held = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            if held & _SEALS != _SEALS:
+                raise HostError(f"{name} is not sealed against resizing")
+
+    def _map(self, fd: int | None) -> mmap.mmap:
+        flags = mmap.MAP_SHARED if self.config.share else mmap.MAP_PRIVATE | _MAP_NORESERVE
+        if fd is None:
+            return mmap.mmap(-1, self.size, flags | mmap.MAP_ANONYMOUS)
+        try:
+            return mmap.mmap(fd, self.size, flags)
+        except ValueError as error:
+            raise HostError(f"memory {self.id}: the file shrank while it was mapped") from error
+
+    def _advise(self) -> None:
+        config = self.config
+        # A helper that is forked must not share the guest, nor copy its page tables.
+        self.view.madvise(mmap.MADV_DONTFORK)
+        optional = [] if config.hugetlb else [mmap.MADV_HUGEPAGE]
+        # Huge pages keep page tables small; tearing those down is part of a live update's pause.
+        if config.merge:
+            optional.append(mmap.MADV_MERGEABLE)
+        if not config.dump:
+            optional.append(mmap.MADV_DONTDUMP)
+        for advice in optional:
+            try:
+                self.view.madvise(advice)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a kernel without THP or KSM
+                    raise
+
+    def _populate(self) -> None:
+        # Blocks first: writing to a page of a full tmpfs is SIGBUS, this is ENOSPC.
+        if self.fd is not None and self.config.share:
+            os.posix_fallocate(self.fd, 0, self.size)
+        try:
+            self.view.madvise(_MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            for offset in range(0, self.size, _PAGE):
+                self.view[offset] = self.view[offset]
+
+    def _undo(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+        if self._created:
+            os.unlink(self._created)
+
+    def _explain(self, error: OSError) -> ConfigError | HostError:
+        config = self.config
+        what = f"-object {config.kind},id={config.id},size={format_size(config.size)}"
+        reason = os.strerror(error.errno or 0)
+        if config.hugetlb:
+            return ConfigError(
+                f"{what}: {reason}; reserve huge pages of that size in /proc/sys/vm/nr_hugepages,"
+                " or give hugetlb=off"
+            )
+        if config.kind == "memory-backend-file" and error.errno not in (errno.ENOMEM, errno.EMFILE):
+            mend = "free space there" if error.errno == errno.ENOSPC else "name another mem-path"
+            return ConfigError(f"{what}: {config.mem_path}: {reason}; {mend}")
+        if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
+            return HostError(f"{what}: the host has not that much memory; give a smaller size")
+        return HostError(f"{what}: {reason}")

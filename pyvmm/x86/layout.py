@@ -1,0 +1,109 @@
+"""Where everything is: guest-physical addresses, interrupt lines and I/O ports of the machine.
+
+One PC without PCI: RAM split around the 32-bit hole, a ROM that ends at 4 GiB, the interrupt
+controllers where KVM emulates them, and the ISA devices where drivers look for them. Constants
+only; the machine's builder and the loaders read them.
+"""
+
+from __future__ import annotations
+
+PAGE = 0x1000
+
+# --- RAM (the split is QEMU's q35/microvm one; e820 types: ACPI 6.5, table 15.2) ---------------
+
+BELOW_4G_END = 0xC000_0000
+"""RAM below 4 GiB ends here at the latest: 3 GiB."""
+ABOVE_4G_START = 0x1_0000_0000
+"""RAM that does not fit below goes on here."""
+VGA_START = 0xA_0000
+"""Conventional memory ends here; up to 1 MiB there is no RAM, only the ROM's mirror."""
+HIGH_START = 0x10_0000
+"""Extended memory: 1 MiB, where kernels are linked to run."""
+MIN_RAM = 2 << 20
+"""Less leaves nothing above 1 MiB for a kernel and its boot structures."""
+MAX_RAM = (1 << 40) - (ABOVE_4G_START - BELOW_4G_END)
+"""All of it lies within the 40 physical address bits that a processor has without better CPUID."""
+
+# --- The first 640 KiB, in rising order ---------------------------------------------------------
+
+BOOT_RECORD = 0x500
+"""What to boot, left for the ROM (firmware/README.md); just above the BIOS data area."""
+FLAT_START = 0x7C00
+"""A flat image lies here, as a boot sector does, with its stack growing down from it."""
+START_INFO = 0x6000
+"""PVH start_info, its module list and memory map follow; the ROM leaves all this alone."""
+MULTIBOOT_INFO = 0x6000
+"""Multiboot information (only one protocol is in use at a time)."""
+BOOT_INFO_END = 0x7000
+"""The structures of either protocol end here at the latest."""
+EBDA_START = 0x9_FC00
+"""Reserved up to VGA_START: usable conventional memory ends here (639 KiB)."""
+CMDLINE = 0x2_0000
+"""The kernel command line, NUL-terminated."""
+CMDLINE_SIZE = 0x1_0000
+"""Room for it, NUL included."""
+
+# --- ROM (SDM volume 3, 10.1.4: the first instruction is fetched at 0xfffffff0) ------------------
+
+ROM_END = 0x1_0000_0000
+"""The ROM ends where the 32-bit address space does, so its last paragraph is the reset vector."""
+ROM_MIRROR_END = HIGH_START
+"""Its last part is seen below 1 MiB too, where real mode reaches it."""
+ROM_MAX = 256 << 10
+ROM_MIRROR_MAX = 128 << 10
+
+# --- Processors and interrupt controllers (where KVM's in-kernel irqchip puts them) --------------
+
+IOAPIC_BASE = 0xFEC0_0000
+"""KVM's IOAPIC; 24 pins."""
+LAPIC_BASE = 0xFEE0_0000
+"""Local APIC at reset (SDM volume 3, 11.4.1)."""
+RESERVED_START = IOAPIC_BASE
+"""From here to 4 GiB nothing is RAM: APICs, KVM's own pages, ROM."""
+IDENTITY_MAP = 0xFEFF_C000
+"""One page for KVM_SET_IDENTITY_MAP_ADDR: page table of real mode without unrestricted guest."""
+TSS = 0xFEFF_D000
+"""Three pages for KVM_SET_TSS_ADDR: VMX needs a task state segment for virtual-8086 mode."""
+
+# --- Interrupt lines (ISA) ----------------------------------------------------------------------
+
+IRQ_TIMER = 0
+IRQ_KEYBOARD = 1
+IRQ_COM2 = 3
+IRQ_COM1 = 4
+IRQ_RTC = 8
+IRQ_MOUSE = 12
+
+# --- I/O ports: (first port, number of ports) ---------------------------------------------------
+
+PIC_MASTER = (0x20, 2)  # in KVM
+PIT = (0x40, 4)  # in KVM
+I8042_DATA = (0x60, 1)
+SPEAKER = (0x61, 1)  # in KVM, with the PIT (KVM_PIT_SPEAKER_DUMMY)
+I8042_COMMAND = (0x64, 1)
+CMOS = (0x70, 2)
+POST_CODE = (0x80, 1)
+PIC_SLAVE = (0xA0, 2)  # in KVM
+DEBUGCON = (0xE9, 1)
+DEBUG_EXIT = (0xF4, 4)
+COM2 = (0x2F8, 8)
+COM1 = (0x3F8, 8)
+ELCR = (0x4D0, 2)  # in KVM
+PVPANIC = (0x505, 1)
+PM1_CONTROL = (0x604, 2)
+"""ACPI PM1a control (ACPI 6.5, 4.8.3.2.1) where QEMU's PC has it: SLP_EN with S5 powers off."""
+
+
+def ram_ranges(size: int) -> list[tuple[int, int, int]]:
+    """Return how *size* bytes of RAM are seen, as ``(gpa, length, offset in the RAM)``.
+
+    The 384 KiB under 1 MiB are left out of the map, not moved: offset equals address below
+    3 GiB, so one mapping of the RAM serves all.
+    """
+    low = min(size, BELOW_4G_END)
+    ranges = [
+        (0, min(low, VGA_START), 0),
+        (HIGH_START, low - HIGH_START, HIGH_START),
+        (ABOVE_4G_START, size - low, low),
+    ]
+    return [entry for entry in ranges if entry[1] > 0]
