@@ -28,6 +28,7 @@ MAX_RAM = (1 << 40) - (ABOVE_4G_START - BELOW_4G_END)
 
 BOOT_RECORD = 0x500
 """What to boot, left for the ROM (firmware/README.md); just above the BIOS data area."""
+BOOT_RECORD_SIZE = 32
 FLAT_START = 0x7C00
 """A flat image lies here, as a boot sector does, with its stack growing down from it."""
 START_INFO = 0x6000
@@ -40,8 +41,8 @@ EBDA_START = 0x9_FC00
 """Reserved up to VGA_START: usable conventional memory ends here (639 KiB)."""
 CMDLINE = 0x2_0000
 """The kernel command line, NUL-terminated."""
-CMDLINE_SIZE = 0x1_0000
-"""Room for it, NUL included."""
+CMDLINE_SIZE = 0x1000
+"""Room for it, NUL included; Linux itself keeps 2048 bytes."""
 
 # --- ROM (SDM volume 3, 10.1.4: the first instruction is fetched at 0xfffffff0) ------------------
 

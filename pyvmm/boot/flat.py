@@ -1,0 +1,33 @@
+"""Flat real-mode images: raw bytes at 0x7c00, as a BIOS leaves a boot sector, of any length.
+
+Entry is 0000:7c00 with all segments 0, SP 0x7c00 and interrupts off. There is no disk behind it.
+"""
+
+from __future__ import annotations
+
+from pyvmm._util.sizes import format_size
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boot.image import ImageFile
+    from pyvmm.memory.guest import GuestMemory
+
+SIZE_MAX = layout.EBDA_START - layout.FLAT_START
+
+
+def load(memory: GuestMemory, image: ImageFile) -> int:
+    """Load *image*; return where it starts.
+
+    :raises ConfigError: it does not fit, or it is a Linux bzImage, which starts otherwise
+    """
+    # Linux's setup header has this signature (boot.rst, "The Real-Mode Kernel Header").
+    if image.head(0x206)[0x202:] == b"HdrS":
+        raise image.error("a bzImage cannot be booted; give the vmlinux of a kernel with PVH")
+    if image.size > SIZE_MAX:
+        raise image.error(
+            "neither an ELF kernel with PVH nor multiboot, and too large for a flat image"
+            f" ({format_size(SIZE_MAX)}); give one of these"
+        )
+    image.copy(0, image.size, memory, layout.FLAT_START)
+    return layout.FLAT_START

@@ -1,0 +1,41 @@
+"""The ROM: reads its image and maps it where the processor starts and where real mode sees it."""
+
+from __future__ import annotations
+
+from pyvmm.boot.image import ImageFile
+from pyvmm.memory.guest import MemoryRegion
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.memory.backend import RamBackend
+    from pyvmm.memory.guest import GuestMemory
+
+
+def read(path: str) -> bytes:
+    """Return the image that ``-bios`` names: whole pages, at most 256 KiB.
+
+    :raises ConfigError: the file cannot be read, or has another size
+    """
+    with ImageFile(path, "-bios", layout.ROM_MAX) as image:
+        if image.size % layout.PAGE:
+            raise image.error(f"{image.size} bytes are not a multiple of 4K; pad the image")
+        return image.read(0, image.size)
+
+
+def ranges(size: int) -> list[tuple[int, int, int]]:
+    """Return where *size* bytes of ROM are seen, as ``(gpa, length, offset in the ROM)``.
+
+    All of it ends at 4 GiB; its last part, at most 128 KiB, ends at 1 MiB too.
+    """
+    mirror = min(size, layout.ROM_MIRROR_MAX)
+    return [
+        (layout.ROM_MIRROR_END - mirror, mirror, size - mirror),
+        (layout.ROM_END - size, size, 0),
+    ]
+
+
+def add(memory: GuestMemory, backend: RamBackend) -> None:
+    """Add *backend*, which holds the image, to guest memory, read-only."""
+    for gpa, size, offset in ranges(backend.size):
+        memory.add(MemoryRegion(backend.id, gpa, size, backend, offset, readonly=True))
