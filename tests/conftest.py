@@ -1,0 +1,78 @@
+"""What every test gets: /dev/kvm demanded or skipped, and nothing left running afterwards."""
+
+import os
+import select
+import signal
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+KVM_FOLDERS = {"kvm", "update"}
+#: Set for the tests and inherited by whatever they start, also through execve.
+SESSION_VARIABLE = "PYVMM_TEST_SESSION"
+
+# How long an example takes says more about the host's load than about the code.
+hypothesis.settings.register_profile("pyvmm", deadline=None)
+hypothesis.settings.load_profile("pyvmm")
+
+
+def pytest_collection_modifyitems(config, items):
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(root).parts[0] in KVM_FOLDERS:
+            item.add_marker(pytest.mark.kvm)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("kvm") is None:
+        return
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        reason = f"/dev/kvm: {error.strerror}"
+        if os.environ.get("PYVMM_REQUIRE_KVM") == "1":
+            pytest.fail(f"{reason}, and PYVMM_REQUIRE_KVM=1 demands it", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left():
+    """Fail if a process that a test started outlives the session; end it."""
+    mark = f"{os.getpid()}"
+    os.environ[SESSION_VARIABLE] = mark
+    yield
+    left = [line for pid in started(mark) if (line := outlives(pid))]
+    assert not left, "still running after the tests:\n" + "\n".join(left)
+
+
+def started(mark):
+    """Ids of the processes other than this one whose environment carries ``mark``."""
+    entry = f"{SESSION_VARIABLE}={mark}".encode()
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal() or int(process.name) == os.getpid():
+            continue
+        try:
+            environment = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if entry in environment.split(b"\0"):
+            yield int(process.name)
+
+
+def outlives(pid, grace=5.0):
+    """The command line of ``pid`` if it does not end within ``grace`` seconds, else ''."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return ""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        if select.select([fd], [], [], grace)[0]:
+            return ""
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        return f"{pid}: {command}"
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    finally:
+        os.close(fd)
