@@ -1,0 +1,78 @@
+/* Chooses and starts the program; the ends that all programs share. */
+#include "kernel.h"
+
+const char *program_name = "shell";
+
+static void exit_program(void)
+{
+    debug_exit((u8)opt_num("exit", 0));
+    poweroff();
+}
+
+static const struct program programs[] = {
+    {"shell", shell},     {"counter", counter}, {"ticker", ticker},   {"halt", halt},
+    {"exit", exit_program},
+};
+
+void debug_exit(u8 code) { outb(0xf4, code); }
+
+void poweroff(void)
+{
+    outw(0x604, 0x2000);  /* ACPI PM1 control: sleep enable, type 0 = S5 */
+    stop();
+}
+
+void reset(void)
+{
+    outb(0x64, 0xfe);     /* keyboard controller: pulse the reset line */
+    stop();
+}
+
+void pass(void)
+{
+    print("%s PASS\n", program_name);
+    if (opt("debugexit"))
+        debug_exit((u8)opt_num("debugexit", 0x10));
+    poweroff();
+}
+
+void fail(const char *format, ...)
+{
+    __builtin_va_list args;
+    __builtin_va_start(args, format);
+    print("%s FAIL ", program_name);
+    vprint(format, args);
+    __builtin_va_end(args);
+    print("\n");
+    debug_exit(0x21);
+    outb(0x505, 1);
+    stop();
+}
+
+void round_done(u64 round)
+{
+    u64 passes = opt_num("passes", 0);
+    if (passes && round >= passes)
+        pass();
+}
+
+/* Ring 3, CPU 0. kind: 1 PVH, 2 multiboot. */
+__attribute__((noreturn)) void main(u32 kind, u64 info)
+{
+    const struct program *program = &programs[0];
+
+    idt_init();
+    boot_init(kind, info);
+    serial_init();
+    map_init();
+    lapic_init();
+    boot_tsc = rdtsc0();
+    smp_start();
+    for (u32 i = 0; i < sizeof programs / sizeof *programs; i++)
+        if (opt(programs[i].name))
+            program = &programs[i];
+    program_name = program->name;
+    print("program %s on %u cpus\n", program_name, cpus);
+    program->run();
+    poweroff();
+}
