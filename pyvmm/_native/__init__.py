@@ -1,0 +1,81 @@
+"""The cffi boundary: the only importer of the compiled module.
+
+Everything that takes a pointer into guest RAM or a KVM structure goes through here; the
+system calls release the interpreter lock while they last.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.errors import HostError, InternalError, KvmError
+
+try:
+    from pyvmm._native._kvm import ffi, lib
+except ImportError as error:
+    raise HostError(
+        f"The compiled module pyvmm._native._kvm cannot be loaded ({error}): install pyvmm "
+        "with pip, or run 'make build' in a checkout"
+    ) from None
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["ffi", "ioctl", "ioctl_value", "lib"]
+
+
+def ioctl(fd: int, name: str, argument: Any, detail: str = "") -> int:
+    """Call an ioctl that takes a pointer (a cffi object, kept alive by the caller).
+
+    :param name: the request's name, e.g. ``KVM_SET_REGS``
+    :raises KvmError: with the name and the error number
+    """
+    result: int = lib.pyvmm_ioctl(fd, getattr(lib, name), argument)
+    if result < 0:
+        raise KvmError(name, -result, detail)
+    return result
+
+
+def ioctl_value(fd: int, name: str, argument: int = 0, detail: str = "") -> int:
+    """Call an ioctl that takes a number.
+
+    :raises KvmError: with the name and the error number
+    """
+    result: int = lib.pyvmm_ioctl_value(fd, getattr(lib, name), argument)
+    if result < 0:
+        raise KvmError(name, -result, detail)
+    return result
+
+
+def name_thread(name: str) -> None:
+    """Name the calling thread as ``top -H`` shows it (15 bytes are kept)."""
+    lib.pyvmm_name_thread(name.encode()[:15])
+
+
+def install_kick(signum: int) -> None:
+    """Give ``signum`` a handler that does nothing but end system calls with EINTR."""
+    result = lib.pyvmm_install_kick(signum)
+    if result < 0:
+        raise InternalError(f"sigaction for signal {signum}: {os.strerror(-result)}")
+
+
+def rdtsc() -> int:
+    """The host's time stamp counter."""
+    return int(lib.pyvmm_rdtsc())
+
+
+def hold_memory(keep_fds: list[int], release_fd: int) -> int:
+    """Start a task that keeps this address space and ``keep_fds`` alive over an execve.
+
+    It ends when ``release_fd``, the read end of a pipe, reaches end of file. The caller (or
+    the image that replaces it) reaps it with ``os.waitpid(pid, os.__WALL)`` semantics.
+
+    :returns: its process id
+    :raises HostError: if the host does not allow it
+    """
+    fds = sorted({*keep_fds, release_fd})
+    result: int = lib.pyvmm_hold_memory(fds, len(fds), release_fd)
+    if result < 0:
+        raise HostError(f"clone for the memory holder: {os.strerror(-result)}")
+    return result

@@ -1,0 +1,151 @@
+"""Why KVM_RUN came back: one small class per exit reason that pyvmm knows, decoded once
+(KVM API, section 5). An exit is valid until the vCPU's next KVM_RUN."""
+
+from __future__ import annotations
+
+from pyvmm._native import ffi, lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class Interrupted:
+    """A signal or ``immediate_exit`` ended KVM_RUN: pending accesses are complete."""
+
+    __slots__ = ()
+
+
+class Io:
+    """IN, OUT, INS or OUTS. For input, ``data`` is what the guest gets on the next KVM_RUN.
+
+    :ivar port: the port; the same for all of ``count`` items
+    :ivar size: bytes of an item: 1, 2 or 4
+    :ivar data: writable buffer of ``count * size`` bytes in the kvm_run mapping
+    """
+
+    __slots__ = ("count", "data", "is_write", "port", "size")
+
+    def __init__(self, run: Any, base: Any) -> None:
+        io = run.exit.io
+        self.is_write = io.direction == lib.KVM_EXIT_IO_OUT
+        self.port = io.port
+        self.size = io.size
+        self.count = io.count
+        self.data = ffi.buffer(base + io.data_offset, io.size * io.count)
+
+
+class Mmio:
+    """An access to an address without memory; of up to 8 bytes, not across a page.
+
+    :ivar data: writable buffer of the access's size in the kvm_run mapping
+    """
+
+    __slots__ = ("data", "gpa", "is_write", "size")
+
+    def __init__(self, run: Any) -> None:
+        mmio = run.exit.mmio
+        self.gpa = mmio.phys_addr
+        self.size = mmio.len
+        self.is_write = bool(mmio.is_write)
+        self.data = ffi.buffer(mmio.data, self.size)
+
+
+class Shutdown:
+    """A triple fault: the processor has shut itself down."""
+
+    __slots__ = ()
+
+
+class Halt:
+    """HLT, where no in-kernel LAPIC waits for the interrupt."""
+
+    __slots__ = ()
+
+
+class SystemEvent:
+    """The guest asked the hypervisor for a reset or shutdown, or reported a crash."""
+
+    __slots__ = ("type",)
+
+    def __init__(self, run: Any) -> None:
+        self.type = run.exit.system_event.type
+
+
+class InternalError:
+    """KVM cannot go on, most often because its emulator does not know an instruction.
+
+    :ivar suberror: a KVM_INTERNAL_ERROR number
+    :ivar data: what KVM adds to it; for emulation: flags, length and bytes
+    """
+
+    __slots__ = ("data", "suberror")
+
+    def __init__(self, run: Any) -> None:
+        internal = run.exit.internal
+        self.suberror = internal.suberror
+        self.data = list(internal.data[0 : min(internal.ndata, 16)])
+
+    def __str__(self) -> str:
+        kind = (
+            "emulation failure" if self.suberror == lib.KVM_INTERNAL_ERROR_EMULATION else "error"
+        )
+        words = " ".join(f"{word:#x}" for word in self.data)
+        return f"KVM internal error, suberror {self.suberror} ({kind}) {words}".rstrip()
+
+
+class FailEntry:
+    """The processor refused to enter the guest."""
+
+    __slots__ = ("reason",)
+
+    def __init__(self, run: Any) -> None:
+        self.reason = run.exit.fail_entry.hardware_entry_failure_reason
+
+    def __str__(self) -> str:
+        return f"KVM cannot enter the guest, hardware reason {self.reason:#x}"
+
+
+class Unknown:
+    """An exit reason that pyvmm does not ask for."""
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: int) -> None:
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"KVM exit with reason {self.reason}, which pyvmm does not handle"
+
+
+INTERRUPTED = Interrupted()
+SHUTDOWN = Shutdown()
+HALT = Halt()
+
+Exit = Interrupted | Io | Mmio | Shutdown | Halt | SystemEvent | InternalError | FailEntry | Unknown
+
+
+def decode(run: Any, base: Any) -> Exit:
+    """The exit in a kvm_run mapping, most frequent reasons first.
+
+    :param run: ``struct pyvmm_run *``
+    :param base: the same address as ``char *``
+    """
+    reason = run.exit_reason
+    if reason == lib.KVM_EXIT_IO:
+        return Io(run, base)
+    if reason == lib.KVM_EXIT_MMIO:
+        return Mmio(run)
+    if reason in (lib.KVM_EXIT_INTR, lib.KVM_EXIT_IRQ_WINDOW_OPEN):
+        return INTERRUPTED
+    if reason == lib.KVM_EXIT_SHUTDOWN:
+        return SHUTDOWN
+    if reason == lib.KVM_EXIT_HLT:
+        return HALT
+    if reason == lib.KVM_EXIT_SYSTEM_EVENT:
+        return SystemEvent(run)
+    if reason == lib.KVM_EXIT_INTERNAL_ERROR:
+        return InternalError(run)
+    if reason == lib.KVM_EXIT_FAIL_ENTRY:
+        return FailEntry(run)
+    return Unknown(reason)

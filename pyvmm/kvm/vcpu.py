@@ -1,0 +1,247 @@
+"""A vCPU: its registers and KVM_RUN (KVM API, sections 4 and 5).
+
+KVM serialises a vCPU's ioctls with KVM_RUN, so while the guest runs a call from another
+thread blocks until the next exit: whoever wants the state stops the vCPU first.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pyvmm._native import ffi, ioctl, ioctl_value, lib
+from pyvmm.errors import KvmError
+from pyvmm.kvm import exits
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from pyvmm.kvm.system import System
+
+MAX_MSRS_PER_CALL = 256  # KVM_MAX_MSR_ENTRIES
+
+
+class Vcpu:
+    """The vCPU descriptor and its kvm_run mapping.
+
+    :param fd: from KVM_CREATE_VCPU, owned from now on
+    :param index: its number and APIC id
+    """
+
+    def __init__(self, fd: int, index: int, system: System) -> None:
+        self.fd = fd
+        self.index = index
+        self._size = system.get_vcpu_mmap_size()
+        self._base = ffi.cast("char *", lib.pyvmm_map(fd, self._size))
+        if self._base == ffi.NULL:
+            raise KvmError("mmap of kvm_run", errno.ENOMEM, f"vCPU {index}")
+        self._run = ffi.cast("struct pyvmm_run *", self._base)
+        self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
+        self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
+        self._msr_indices = system.get_msr_index_list()
+
+    def run(self) -> exits.Exit:
+        """KVM_RUN: enter the guest until something wants attention. Never retried here.
+
+        :raises KvmError: if KVM refuses
+        """
+        result = lib.pyvmm_run(self.fd)
+        if result == 0:
+            return exits.decode(self._run, self._base)
+        # EAGAIN: a vCPU that waited for its start-up message was woken.
+        if result in (-errno.EINTR, -errno.EAGAIN):
+            return exits.INTERRUPTED
+        raise KvmError("KVM_RUN", -result, f"vCPU {self.index}")
+
+    def set_immediate_exit(self, value: bool) -> None:
+        """Make the next KVM_RUN complete pending accesses and return without entering."""
+        self._run.immediate_exit = value
+
+    def get_regs(self) -> Any:
+        """KVM_GET_REGS."""
+        return self._get("KVM_GET_REGS", "struct kvm_regs *")
+
+    def set_regs(self, regs: Any) -> None:
+        """KVM_SET_REGS; drops pending exceptions."""
+        ioctl(self.fd, "KVM_SET_REGS", regs)
+
+    def get_sregs(self) -> Any:
+        """KVM_GET_SREGS."""
+        return self._get("KVM_GET_SREGS", "struct kvm_sregs *")
+
+    def set_sregs(self, sregs: Any) -> None:
+        """KVM_SET_SREGS; carries APIC_BASE, which selects xAPIC or x2APIC."""
+        ioctl(self.fd, "KVM_SET_SREGS", sregs)
+
+    def get_debugregs(self) -> Any:
+        """KVM_GET_DEBUGREGS."""
+        return self._get("KVM_GET_DEBUGREGS", "struct kvm_debugregs *")
+
+    def set_debugregs(self, debugregs: Any) -> None:
+        """KVM_SET_DEBUGREGS."""
+        ioctl(self.fd, "KVM_SET_DEBUGREGS", debugregs)
+
+    def get_xcrs(self) -> Any:
+        """KVM_GET_XCRS."""
+        return self._get("KVM_GET_XCRS", "struct kvm_xcrs *")
+
+    def set_xcrs(self, xcrs: Any) -> None:
+        """KVM_SET_XCRS."""
+        ioctl(self.fd, "KVM_SET_XCRS", xcrs)
+
+    def get_lapic(self) -> bytes:
+        """KVM_GET_LAPIC: the 1 KiB register page."""
+        return bytes(ffi.buffer(self._get("KVM_GET_LAPIC", "struct kvm_lapic_state *")))
+
+    def set_lapic(self, page: bytes) -> None:
+        """KVM_SET_LAPIC."""
+        state = ffi.new("struct kvm_lapic_state *")
+        ffi.buffer(state)[:] = page
+        ioctl(self.fd, "KVM_SET_LAPIC", state)
+
+    def get_mp_state(self) -> int:
+        """KVM_GET_MP_STATE. Delivers a pending INIT or SIPI, which may change registers."""
+        return int(self._get("KVM_GET_MP_STATE", "struct kvm_mp_state *").mp_state)
+
+    def set_mp_state(self, mp_state: int) -> None:
+        """KVM_SET_MP_STATE."""
+        ioctl(self.fd, "KVM_SET_MP_STATE", ffi.new("struct kvm_mp_state *", [mp_state]))
+
+    def get_vcpu_events(self) -> Any:
+        """KVM_GET_VCPU_EVENTS."""
+        return self._get("KVM_GET_VCPU_EVENTS", "struct kvm_vcpu_events *")
+
+    def set_vcpu_events(self, events: Any) -> None:
+        """KVM_SET_VCPU_EVENTS."""
+        ioctl(self.fd, "KVM_SET_VCPU_EVENTS", events)
+
+    def get_xsave(self) -> bytes:
+        """KVM_GET_XSAVE2 (or KVM_GET_XSAVE): FPU, SSE, AVX, PKRU, ... in XSAVE layout."""
+        area = ffi.new("char[]", self._xsave_size)
+        ioctl(self.fd, "KVM_GET_XSAVE2" if self._has_xsave2 else "KVM_GET_XSAVE", area)
+        return bytes(ffi.buffer(area))
+
+    def set_xsave(self, area: bytes) -> None:
+        """KVM_SET_XSAVE.
+
+        :raises KvmError: EINVAL if the size is another than this host's, since KVM would
+            read beyond the buffer
+        """
+        if len(area) != self._xsave_size:
+            raise KvmError("KVM_SET_XSAVE", errno.EINVAL, f"{len(area)} bytes")
+        buffer = ffi.new("char[]", area)
+        ioctl(self.fd, "KVM_SET_XSAVE", buffer)
+
+    def get_msrs(self, indices: Iterable[int] | None = None) -> dict[int, int]:
+        """KVM_GET_MSRS: values by index; those that KVM cannot read are left out.
+
+        :param indices: which; by default all that KVM lists as vCPU state
+        """
+        wanted = list(self._msr_indices if indices is None else indices)
+        values: dict[int, int] = {}
+        while wanted:
+            chunk = wanted[:MAX_MSRS_PER_CALL]
+            msrs = _msr_buffer([(index, 0) for index in chunk])
+            # The result is how many were read before the first that could not be.
+            done = ioctl(self.fd, "KVM_GET_MSRS", msrs)
+            values.update((msrs.entries[i].index, msrs.entries[i].data) for i in range(done))
+            wanted = wanted[done:] if done == len(chunk) else wanted[done + 1 :]
+        return values
+
+    def set_msrs(self, values: dict[int, int]) -> list[int]:
+        """KVM_SET_MSRS: the indices that KVM refused. It drops some writes in silence, so
+        what matters is read back."""
+        refused = []
+        todo = list(values.items())
+        while todo:
+            chunk = todo[:MAX_MSRS_PER_CALL]
+            done = ioctl(self.fd, "KVM_SET_MSRS", _msr_buffer(chunk))
+            if done < len(chunk):
+                refused.append(chunk[done][0])
+                done += 1
+            todo = todo[done:]
+        return refused
+
+    def get_cpuid2(self) -> Any:
+        """KVM_GET_CPUID2."""
+        cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": 256})
+        cpuid.nent = 256
+        ioctl(self.fd, "KVM_GET_CPUID2", cpuid)
+        return cpuid
+
+    def set_cpuid2(self, cpuid: Any) -> None:
+        """KVM_SET_CPUID2; once, before the first KVM_RUN, and before MSRs and XSAVE, whose
+        legal bits it decides."""
+        ioctl(self.fd, "KVM_SET_CPUID2", cpuid)
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ."""
+        return ioctl_value(self.fd, "KVM_GET_TSC_KHZ")
+
+    def get_tsc_offset(self) -> int | None:
+        """The KVM_VCPU_TSC_OFFSET attribute: guest TSC minus host TSC, modulo 2^64.
+
+        :returns: None where the host has no such attribute (before Linux 5.16)
+        """
+        value = ffi.new("uint64_t *")
+        try:
+            ioctl(self.fd, "KVM_GET_DEVICE_ATTR", _tsc_offset_attr(value))
+        except KvmError:
+            return None
+        return int(value[0])
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Set KVM_VCPU_TSC_OFFSET: the TSC goes on as if it had never been another vCPU."""
+        value = ffi.new("uint64_t *", offset)
+        ioctl(self.fd, "KVM_SET_DEVICE_ATTR", _tsc_offset_attr(value), "TSC offset")
+
+    def kvmclock_ctrl(self) -> None:
+        """KVM_KVMCLOCK_CTRL: tell the guest's watchdogs that it stood still; EINVAL (the
+        guest uses no kvmclock) is no error."""
+        try:
+            ioctl_value(self.fd, "KVM_KVMCLOCK_CTRL")
+        except KvmError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
+    def nmi(self) -> None:
+        """KVM_NMI."""
+        ioctl_value(self.fd, "KVM_NMI")
+
+    def translate(self, gva: int) -> int | None:
+        """KVM_TRANSLATE: the guest-physical address, or None where nothing is mapped."""
+        found = ffi.new("struct kvm_translation *")
+        found.linear_address = gva
+        ioctl(self.fd, "KVM_TRANSLATE", found)
+        return int(found.physical_address) if found.valid else None
+
+    def close(self) -> None:
+        """Unmap kvm_run and close the descriptor."""
+        if self.fd >= 0:
+            lib.pyvmm_unmap(self._base, self._size)
+            os.close(self.fd)
+            self.fd = -1
+
+    def _get(self, name: str, type_name: str) -> Any:
+        state = ffi.new(type_name)
+        ioctl(self.fd, name, state)
+        return state
+
+
+def _msr_buffer(values: list[tuple[int, int]]) -> Any:
+    msrs = ffi.new("struct kvm_msrs *", {"entries": len(values)})
+    msrs.nmsrs = len(values)
+    for entry, (index, data) in zip(msrs.entries, values, strict=True):
+        entry.index = index
+        entry.data = data
+    return msrs
+
+
+def _tsc_offset_attr(value: Any) -> Any:
+    attr = ffi.new("struct kvm_device_attr *")
+    attr.group = lib.KVM_VCPU_TSC_CTRL
+    attr.attr = lib.KVM_VCPU_TSC_OFFSET
+    attr.addr = int(ffi.cast("uintptr_t", value))
+    return attr

@@ -1,0 +1,125 @@
+"""A VM: memory slots, the in-kernel interrupt controllers and timer, its clock, its vCPUs
+(KVM API, sections 4 and 5).
+
+KVM ties a VM to the address space that created it: after an execve every ioctl on its
+descriptor fails with EIO, so it is never preserved, always rebuilt.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm._native import ffi, ioctl, ioctl_value, lib
+from pyvmm.kvm.vcpu import Vcpu
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.kvm.system import System
+
+IRQCHIPS = ("KVM_IRQCHIP_PIC_MASTER", "KVM_IRQCHIP_PIC_SLAVE", "KVM_IRQCHIP_IOAPIC")
+
+
+class Vm:
+    """The VM descriptor.
+
+    :param fd: from KVM_CREATE_VM, owned from now on
+    :param system: where it came from
+    """
+
+    def __init__(self, fd: int, system: System) -> None:
+        self.fd = fd
+        self.system = system
+        # KVM holds the address of each slot's memory: the views keep it mapped.
+        self._memory: dict[int, Any] = {}
+
+    def set_user_memory_region(
+        self, slot: int, gpa: int, memory: Any, *, read_only: bool = False
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION: let the guest see ``memory`` at ``gpa``.
+
+        :param memory: a writable buffer (mmap or memoryview), page aligned; kept alive
+        :param read_only: guest writes become MMIO exits
+        """
+        view = ffi.from_buffer("char[]", memory, require_writable=True)
+        region = ffi.new("struct kvm_userspace_memory_region *")
+        region.slot = slot
+        region.flags = lib.KVM_MEM_READONLY if read_only else 0
+        region.guest_phys_addr = gpa
+        region.memory_size = len(view)
+        region.userspace_addr = int(ffi.cast("uintptr_t", view))
+        ioctl(self.fd, "KVM_SET_USER_MEMORY_REGION", region, f"slot {slot} at {gpa:#x}")
+        self._memory[slot] = view
+
+    def set_tss_addr(self, gpa: int) -> None:
+        """KVM_SET_TSS_ADDR: three pages that Intel hosts need for real mode."""
+        ioctl_value(self.fd, "KVM_SET_TSS_ADDR", gpa)
+
+    def set_identity_map_addr(self, gpa: int) -> None:
+        """KVM_SET_IDENTITY_MAP_ADDR: one page, likewise; before any vCPU."""
+        ioctl(self.fd, "KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", gpa))
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP: PICs, IOAPIC and a LAPIC in each vCPU; before any vCPU."""
+        ioctl_value(self.fd, "KVM_CREATE_IRQCHIP")
+
+    def create_pit2(self) -> None:
+        """KVM_CREATE_PIT2: the i8254, with the speaker port answered by the kernel."""
+        config = ffi.new("struct kvm_pit_config *")
+        config.flags = lib.KVM_PIT_SPEAKER_DUMMY
+        ioctl(self.fd, "KVM_CREATE_PIT2", config)
+
+    def create_vcpu(self, index: int) -> Vcpu:
+        """KVM_CREATE_VCPU: the vCPU with APIC id ``index``; 0 is the bootstrap processor."""
+        fd = ioctl_value(self.fd, "KVM_CREATE_VCPU", index, f"vCPU {index}")
+        return Vcpu(fd, index, self.system)
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """KVM_IRQ_LINE: drive an input of PIC and IOAPIC."""
+        # One request per call: several vCPU threads may be in here.
+        request = ffi.new("struct kvm_irq_level *")
+        request.irq = gsi
+        request.level = level
+        ioctl(self.fd, "KVM_IRQ_LINE", request)
+
+    def get_irqchip(self, chip: str) -> Any:
+        """KVM_GET_IRQCHIP: the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""
+        state = ffi.new("struct pyvmm_irqchip *")
+        state.chip_id = getattr(lib, chip)
+        ioctl(self.fd, "KVM_GET_IRQCHIP", state, chip)
+        return state
+
+    def set_irqchip(self, state: Any) -> None:
+        """KVM_SET_IRQCHIP."""
+        ioctl(self.fd, "KVM_SET_IRQCHIP", state)
+
+    def get_pit2(self) -> Any:
+        """KVM_GET_PIT2: a ``struct kvm_pit_state2``."""
+        state = ffi.new("struct kvm_pit_state2 *")
+        ioctl(self.fd, "KVM_GET_PIT2", state)
+        return state
+
+    def set_pit2(self, state: Any) -> None:
+        """KVM_SET_PIT2; the running counts start anew."""
+        ioctl(self.fd, "KVM_SET_PIT2", state)
+
+    def get_clock(self) -> int:
+        """KVM_GET_CLOCK: the guest's kvmclock, in ns."""
+        data = ffi.new("struct kvm_clock_data *")
+        ioctl(self.fd, "KVM_GET_CLOCK", data)
+        return int(data.clock)
+
+    def set_clock(self, clock_ns: int) -> None:
+        """KVM_SET_CLOCK. Only the clock goes in: handing back the flags that KVM_GET_CLOCK
+        fills in since Linux 5.16 would make the guest's time jump."""
+        data = ffi.new("struct kvm_clock_data *")
+        data.clock = clock_ns
+        ioctl(self.fd, "KVM_SET_CLOCK", data)
+
+    def close(self) -> None:
+        """Close the descriptor; the VM goes when its vCPUs are closed too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        self._memory.clear()
