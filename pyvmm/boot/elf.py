@@ -50,13 +50,14 @@ class Segment:
 class Elf:
     """The parts of an executable that a boot loader needs.
 
-    ``entry`` is e_entry as it stands in the header; ``loads`` has the PT_LOAD segments with
-    memory, by rising physical address, each within the file and none over another.
+    ``is_64`` tells the class; ``entry`` is e_entry as it stands in the header; ``loads`` has the
+    PT_LOAD segments with memory, by rising physical address, each within the file and none over
+    another.
 
     :raises ConfigError: the file is not such an executable
     """
 
-    __slots__ = ("_image", "_notes", "entry", "loads")
+    __slots__ = ("_image", "_notes", "entry", "is_64", "loads")
 
     def __init__(self, image: ImageFile) -> None:
         self._image = image
@@ -65,7 +66,7 @@ class Elf:
             raise image.error("not an ELF file")
         if ident[4] not in (1, 2) or ident[5] != 1:
             raise image.error("not a little-endian ELF file of 32 or 64 bits; give an x86 kernel")
-        wide = ident[4] == 2
+        self.is_64 = wide = ident[4] == 2
         ehdr, phdr = (_EHDR64, _PHDR64) if wide else (_EHDR32, _PHDR32)
         fields = ehdr.unpack(image.read(_IDENT_SIZE, ehdr.size))
         kind, machine, _, self.entry, phoff, _, _, _, phentsize, phnum = fields[:10]
@@ -94,6 +95,13 @@ class Elf:
         for before, after in zip(self.loads, self.loads[1:], strict=False):
             if before.paddr + before.mem_size > after.paddr:
                 raise image.error(f"ELF segments overlap at {after.paddr:#x}; link the kernel anew")
+
+    def physical(self, address: int) -> int:
+        """Return the physical address of *address*, which may be virtual (as e_entry often is)."""
+        for each in self.loads:
+            if each.vaddr <= address < each.vaddr + each.mem_size:
+                return address - each.vaddr + each.paddr
+        return address
 
     def notes(self) -> Iterator[tuple[bytes, int, bytes]]:
         """Yield ``(name, type, description)`` of each note; stops quietly at a malformed one."""

@@ -65,7 +65,8 @@ class ImageFile:
 
     def error(self, problem: str) -> ConfigError:
         """Return the error that says what is wrong with this file."""
-        return ConfigError(f"{self._option} {self.path}: {problem}")
+        shown = self.path if self.path.isprintable() else repr(self.path)
+        return ConfigError(f"{self._option} {shown}: {problem}")
 
     def read(self, offset: int, size: int) -> bytes:
         """Return *size* bytes; the caller caps the size.

@@ -1,8 +1,10 @@
 """Puts a kernel into guest memory, whatever kind it is, and says how to enter it.
 
 The kind is told by content: an ELF file with a PVH note, a multiboot header, or else a flat
-real-mode image. Main thread, while no vCPU runs: before the start and again at each reset, since
-the guest has written over its own image by then. After a live update nothing is loaded.
+real-mode image. Of a kernel that can do both, a 32-bit one is entered by multiboot, as other
+loaders do, and a 64-bit one by PVH, since multiboot knows 32-bit ELF only. Main thread, while no
+vCPU runs: before the start and again at each reset, since the guest has written over its own
+image by then. After a live update nothing is loaded.
 """
 
 from __future__ import annotations
@@ -85,32 +87,13 @@ def load(memory: GuestMemory, config: KernelConfig) -> LoadedKernel:
 def _load_image(memory: GuestMemory, image: ImageFile, config: KernelConfig) -> LoadedKernel:
     head = image.head(4)
     executable = elf.Elf(image) if head == elf.MAGIC[: len(head)] else None
-    entry = pvh.find_entry(executable) if executable else None
-    if executable and entry is not None:
-        end = _load_segments(memory, image, executable)
-        _check_entry(image, executable, entry)
-        initrd = _load_initrd(memory, config.initrd, end)
-        cmdline = _write_cmdline(memory, config.append)
-        return LoadedKernel(PVH, entry, 0, pvh.write_start_info(memory, cmdline, initrd))
-    header = multiboot.find_header(image)
+    pvh_entry = pvh.find_entry(executable) if executable else None
+    prefers_pvh = executable is not None and executable.is_64 and pvh_entry is not None
+    header = None if prefers_pvh else multiboot.find_header(image)
     if header:
-        if header.raw:
-            offset, load_at, size, mem_size, entry = header.raw
-            _check_place(memory, image, load_at, mem_size)
-            image.copy(offset, size, memory, load_at)
-            memory.fill(load_at + size, mem_size - size)
-            end = load_at + mem_size
-        elif executable:
-            end = _load_segments(memory, image, executable)
-            entry = _physical(executable, executable.entry)
-            _check_entry(image, executable, entry)
-        else:
-            raise image.error("multiboot without load addresses, and not ELF; link it as ELF")
-        initrd = _load_initrd(memory, config.initrd, end)
-        # The first word names the kernel, as with other loaders.
-        cmdline = _write_cmdline(memory, f"{image.name} {config.append}".rstrip())
-        info = multiboot.write_info(memory, cmdline, initrd)
-        return LoadedKernel(MULTIBOOT, entry, multiboot.BOOT_MAGIC, info)
+        return _load_multiboot(memory, image, config, header, executable)
+    if executable and pvh_entry is not None:
+        return _load_pvh(memory, image, config, executable, pvh_entry)
     if executable:
         raise image.error("ELF with neither a PVH note nor a multiboot header; give such a kernel")
     if config.initrd or config.append:
@@ -118,8 +101,45 @@ def _load_image(memory: GuestMemory, image: ImageFile, config: KernelConfig) -> 
     return LoadedKernel(FLAT, flat.load(memory, image))
 
 
-def _load_segments(memory: GuestMemory, image: ImageFile, executable: elf.Elf) -> int:
+def _load_pvh(
+    memory: GuestMemory, image: ImageFile, config: KernelConfig, executable: elf.Elf, entry: int
+) -> LoadedKernel:
+    end = _load_segments(memory, image, executable, entry)
+    initrd = _load_initrd(memory, config.initrd, end)
+    cmdline = _write_cmdline(memory, config.append)
+    return LoadedKernel(PVH, entry, 0, pvh.write_start_info(memory, cmdline, initrd))
+
+
+def _load_multiboot(
+    memory: GuestMemory,
+    image: ImageFile,
+    config: KernelConfig,
+    header: multiboot.Header,
+    executable: elf.Elf | None,
+) -> LoadedKernel:
+    if header.raw:
+        offset, start, size, mem_size, entry = header.raw
+        _check_place(memory, image, start, mem_size)
+        image.copy(offset, size, memory, start)
+        memory.fill(start + size, mem_size - size)
+        end = start + mem_size
+    elif executable:
+        entry = executable.physical(executable.entry)
+        end = _load_segments(memory, image, executable, entry)
+    else:
+        raise image.error("multiboot without load addresses, and not ELF; link it as ELF")
+    initrd = _load_initrd(memory, config.initrd, end)
+    # The first word names the kernel, as with other loaders.
+    cmdline = _write_cmdline(memory, f"{image.name} {config.append}".rstrip())
+    info = multiboot.write_info(memory, cmdline, initrd)
+    return LoadedKernel(MULTIBOOT, entry, multiboot.BOOT_MAGIC, info)
+
+
+def _load_segments(memory: GuestMemory, image: ImageFile, executable: elf.Elf, entry: int) -> int:
     """Load all segments; return the first address beyond the last."""
+    inside = any(each.paddr <= entry < each.paddr + each.mem_size for each in executable.loads)
+    if not inside or entry >= layout.BELOW_4G_END:
+        raise image.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
     for segment in executable.loads:
         _check_place(memory, image, segment.paddr, segment.mem_size)
     for segment in executable.loads:
@@ -142,20 +162,6 @@ def _check_place(memory: GuestMemory, image: ImageFile, gpa: int, size: int) -> 
                 f"what is to be loaded at {gpa:#x} covers the boot structures at {start:#x};"
                 " link the kernel at 1M or above"
             )
-
-
-def _check_entry(image: ImageFile, executable: elf.Elf, entry: int) -> None:
-    inside = any(each.paddr <= entry < each.paddr + each.mem_size for each in executable.loads)
-    if not inside or entry >= layout.BELOW_4G_END:
-        raise image.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
-
-
-def _physical(executable: elf.Elf, entry: int) -> int:
-    """Return the physical address of e_entry, which kernels give as virtual or physical."""
-    for each in executable.loads:
-        if each.vaddr <= entry < each.vaddr + each.mem_size:
-            return entry - each.vaddr + each.paddr
-    return entry
 
 
 def _load_initrd(memory: GuestMemory, path: str, kernel_end: int) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 
+from pyvmm._util.keyval import check_keys, check_text, parse_bool, shorten
 from pyvmm._util.sizes import format_size, parse_size
 from pyvmm.errors import ConfigError, HostError, InternalError
 
@@ -79,28 +80,28 @@ class RamConfig:
             known |= {"hugetlb", "hugetlbsize", "seal"}
         elif kind == "memory-backend-file":
             known.add("mem-path")
-        for key in options:
-            if key not in known:
-                raise ConfigError(
-                    f"{where}: no property {key!r}; it has {', '.join(sorted(known))}"
-                )
+        check_keys(options, sorted(known), where)
         for key in ("id", "size"):
             if not options.get(key):
                 raise ConfigError(f"{where}: {key} is missing; add {key}=...")
+        id = options["id"]
+        if (
+            not id.isascii()
+            or not id[0].isalpha()
+            or not all(c.isalnum() or c in "-._" for c in id)
+        ):
+            raise ConfigError(f"{where}: id={shorten(id)} is no name; use letters, digits and -._")
 
         def flag(key: str, default: bool) -> bool:
-            value = options.get(key, "on" if default else "off")
-            if value not in ("on", "off"):
-                raise ConfigError(f"{where}: {key}={value} is neither on nor off")
-            return value == "on"
+            return parse_bool(options[key], where, key) if key in options else default
 
         huge = options.get("hugetlbsize")
         return cls(
             kind,
-            options["id"],
+            id,
             parse_size(options["size"], f"{where}: size", multiple=_PAGE),
             mem_path=options.get("mem-path", ""),
-            share=flag("share", False) if "share" in options else None,
+            share=flag("share", kind == KINDS[0]),
             hugetlb=flag("hugetlb", False),
             hugetlbsize=parse_size(huge, f"{where}: hugetlbsize", minimum=_PAGE) if huge else 0,
             prealloc=flag("prealloc", False),
@@ -113,8 +114,9 @@ class RamConfig:
         where = f"-object {self.kind},id={self.id}"
         if self.size <= 0 or self.size % _PAGE:
             raise ConfigError(f"{where}: size={self.size} is not a multiple of 4K above 0")
-        if len(os.fsencode(self.id)) > _NAME_MAX or "\0" in self.id + self.mem_path:
-            raise ConfigError(f"{where}: id or path is not usable as a name; use fewer characters")
+        if len(self.id) > _NAME_MAX:
+            raise ConfigError(f"{where}: too long an id; use at most {_NAME_MAX} characters")
+        check_text(self.mem_path, f"{where},mem-path")
         if self.kind == "memory-backend-file" and not self.mem_path:
             raise ConfigError(f"{where}: mem-path is missing; add mem-path=FILE or DIRECTORY")
         huge = self.hugetlbsize
@@ -249,14 +251,14 @@ class RamBackend:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(
-                f"{where}: {path} is neither a regular file nor a directory;"
+                f"{where}: {path!r} is neither a regular file nor a directory;"
                 " name one on tmpfs or hugetlbfs"
             )
         if status.st_size == 0:
             os.ftruncate(fd, config.size)
         elif status.st_size < config.size:
             raise ConfigError(
-                f"{where}: {path} has {format_size(status.st_size)}, less than"
+                f"{where}: {path!r} has {format_size(status.st_size)}, less than"
                 f" size={format_size(config.size)}; give its size, or remove the file"
             )
 
@@ -337,7 +339,7 @@ class RamBackend:
             )
         if config.kind == "memory-backend-file" and error.errno not in (errno.ENOMEM, errno.EMFILE):
             mend = "free space there" if error.errno == errno.ENOSPC else "name another mem-path"
-            return ConfigError(f"{what}: {config.mem_path}: {reason}; {mend}")
+            return ConfigError(f"{what}: {config.mem_path!r}: {reason}; {mend}")
         if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
             return HostError(f"{what}: the host has not that much memory; give a smaller size")
         return HostError(f"{what}: {reason}")
