@@ -30,6 +30,11 @@ class Record:
 
         def __getattr__(self, name: str) -> Any: ...
 
+    if TYPE_CHECKING:  # the attributes are as the description says
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
         return f"Record({inner})"
@@ -403,3 +408,8 @@ def i64(name: str) -> Scalar:
 def boolean(name: str) -> Scalar:
     """A byte that is 0 or 1."""
     return Scalar(name, "bool")
+
+
+def each(make: Callable[[str], Scalar], names: str) -> list[Scalar]:
+    """One field per word of ``names``."""
+    return [make(name) for name in names.split()]

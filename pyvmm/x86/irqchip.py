@@ -1,0 +1,178 @@
+"""The interrupt controllers and the timer that KVM emulates, and the guest's clock.
+
+Their state goes under QEMU's section and field names, since it maps one to one. The PIT's
+counts start anew when they are loaded: KVM offers no way to go on in the middle of one.
+"""
+
+from __future__ import annotations
+
+import time
+
+from pyvmm._native import ffi, lib
+from pyvmm.vmstate.fields import (
+    Array,
+    Description,
+    Record,
+    StructArray,
+    each,
+    i32,
+    i64,
+    u8,
+    u16,
+    u32,
+    u64,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.kvm.vm import Vm
+
+# Which inputs of each PIC may be level-triggered: not the timer, keyboard, cascade, RTC and
+# FPU lines. QEMU's description has no field for it, because it never changes.
+ELCR_MASK = {"KVM_IRQCHIP_PIC_MASTER": 0xF8, "KVM_IRQCHIP_PIC_SLAVE": 0xDE}
+
+_PIC_NAMES = (
+    "last_irr irr imr isr priority_add irq_base read_reg_select poll special_mask init_state "
+    "auto_eoi rotate_on_auto_eoi special_fully_nested_mode init4"
+)
+I8259 = Description("i8259", each(u8, f"{_PIC_NAMES} single_mode elcr"))
+IOAPIC = Description(
+    "ioapic",
+    [u8("id"), u8("ioregsel"), u64("base_address"), u32("irr"), Array("ioredtbl", "uint64", 24)],
+    version=3,
+)
+_PIT_BYTES = (
+    "count_latched status_latched status read_state write_state write_latch rw_mode mode bcd gate"
+)
+_PIT_CHANNEL = Description(
+    "pit channel",
+    [
+        i32("count"),
+        u16("latched_count"),
+        *each(u8, _PIT_BYTES),
+        i64("count_load_time"),
+        i64("next_transition_time"),
+    ],
+)
+
+
+def _check_pit(state: Record) -> None:
+    for number, channel in enumerate(state.channels):
+        # A count of 0 means 0x10000 to the counter, and KVM would divide by it.
+        if not 0 <= channel.count <= 0x10000:
+            raise ValueError(f"channel {number} cannot count {channel.count}")
+        if channel.mode > 7 or channel.rw_mode > 4:
+            raise ValueError(f"channel {number} has no mode {channel.mode}/{channel.rw_mode}")
+
+
+I8254 = Description(
+    "i8254",
+    [
+        u32("irq_disabled"),
+        StructArray("channels", _PIT_CHANNEL, 3),
+        i64("next_transition_time"),
+    ],
+    version=3,
+    check=_check_pit,
+)
+KVMCLOCK = Description(
+    "kvmclock",
+    [u64("clock")],
+    subsections=[
+        # Linux's CLOCK_BOOTTIME when the clock was read, ns: the guest's clock goes on with
+        # it through an update on the same host.
+        Description("kvmclock/boottime", [u64("boottime")], needed=lambda state: state.boottime),
+    ],
+)
+
+
+def save_pic(vm: Vm, chip: str) -> Record:
+    """The state of one PIC, as :data:`I8259` describes it."""
+    pic = vm.get_irqchip(chip).chip.pic
+    return Record(
+        elcr=pic.elcr, single_mode=0, **{name: getattr(pic, name) for name in _PIC_NAMES.split()}
+    )
+
+
+def load_pic(vm: Vm, chip: str, state: Record) -> None:
+    """Give a PIC its state."""
+    raw = _chip(chip)
+    for name in (*_PIC_NAMES.split(), "elcr"):
+        setattr(raw.chip.pic, name, getattr(state, name))
+    raw.chip.pic.elcr_mask = ELCR_MASK[chip]
+    vm.set_irqchip(raw)
+
+
+def save_ioapic(vm: Vm) -> Record:
+    """The state of the IOAPIC, as :data:`IOAPIC` describes it."""
+    ioapic = vm.get_irqchip("KVM_IRQCHIP_IOAPIC").chip.ioapic
+    return Record(
+        id=ioapic.id & 0xFF,
+        ioregsel=ioapic.ioregsel & 0xFF,
+        base_address=ioapic.base_address,
+        irr=ioapic.irr,
+        ioredtbl=list(ioapic.redirtbl),
+    )
+
+
+def load_ioapic(vm: Vm, state: Record) -> None:
+    """Give the IOAPIC its state."""
+    raw = _chip("KVM_IRQCHIP_IOAPIC")
+    ioapic = raw.chip.ioapic
+    ioapic.id = state.id
+    ioapic.ioregsel = state.ioregsel
+    ioapic.base_address = state.base_address
+    ioapic.irr = state.irr
+    ioapic.redirtbl = state.ioredtbl
+    vm.set_irqchip(raw)
+
+
+def save_pit(vm: Vm) -> Record:
+    """The state of the PIT, as :data:`I8254` describes it."""
+    pit = vm.get_pit2()
+    channels = [
+        Record(
+            next_transition_time=0,
+            **{
+                name: getattr(channel, name)
+                for name in ("count", "latched_count", "count_load_time", *_PIT_BYTES.split())
+            },
+        )
+        for channel in pit.channels
+    ]
+    # The one flag that KVM has: the HPET, which pyvmm lacks, took the PIT's interrupt over.
+    return Record(irq_disabled=pit.flags, channels=channels, next_transition_time=0)
+
+
+def load_pit(vm: Vm, state: Record) -> None:
+    """Give the PIT its state."""
+    pit = ffi.new("struct kvm_pit_state2 *")
+    pit.flags = state.irq_disabled
+    for raw, channel in zip(pit.channels, state.channels, strict=True):
+        for name in ("count", "latched_count", "count_load_time", *_PIT_BYTES.split()):
+            setattr(raw, name, getattr(channel, name))
+    vm.set_pit2(pit)
+
+
+def save_clock(vm: Vm) -> Record:
+    """kvmclock, and what the host's boot clock said when it was read."""
+    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    clock = vm.get_clock()
+    after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    return Record(clock=clock, boottime=(before + after) // 2)
+
+
+def load_clock(vm: Vm, state: Record) -> None:
+    """Let kvmclock go on: by as much as the host's boot clock went on since the save, if
+    the state tells; else from where it was."""
+    saved = getattr(state, "boottime", 0)
+    elapsed = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - saved if saved else 0
+    vm.set_clock(state.clock + max(elapsed, 0))
+
+
+def _chip(name: str) -> Any:
+    raw = ffi.new("struct pyvmm_irqchip *")
+    raw.chip_id = getattr(lib, name)
+    return raw

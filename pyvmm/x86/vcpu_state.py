@@ -1,0 +1,223 @@
+"""The complete state of a vCPU: in which order it is read and written, and why.
+
+Reading needs all vCPUs out of KVM_RUN with their pending accesses complete. The description
+follows the kernel's own structures field by field, under a section name of its own: QEMU's
+``cpu`` layout has no place for all of it.
+"""
+
+from __future__ import annotations
+
+from pyvmm._native import ffi, lib
+from pyvmm.errors import KvmError, MigrationError
+from pyvmm.vmstate.fields import (
+    Array,
+    Buffer,
+    Description,
+    Record,
+    Struct,
+    StructArray,
+    each,
+    u8,
+    u16,
+    u32,
+    u64,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.kvm.vcpu import Vcpu
+
+MSR_TSC = 0x10
+MSR_TSC_DEADLINE = 0x6E0
+MAX_MSRS = 4096
+MAX_XSAVE = 1 << 20
+MAX_CPUID = 256
+
+_REGS = Description(
+    "kvm_regs",
+    each(u64, "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"),
+)
+_SEGMENT = Description(
+    "kvm_segment",
+    [
+        *(u64("base"), u32("limit"), u16("selector")),
+        *each(u8, "type present dpl db s l g avl unusable"),
+    ],
+)
+_DTABLE = Description("kvm_dtable", [u64("base"), u16("limit")])
+_SREGS = Description(
+    "kvm_sregs",
+    [Struct(name, _SEGMENT) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")]
+    + [Struct(name, _DTABLE) for name in ("gdt", "idt")]
+    + each(u64, "cr0 cr2 cr3 cr4 cr8 efer apic_base")
+    + [Array("interrupt_bitmap", "uint64", 4)],
+)
+_DEBUGREGS = Description("kvm_debugregs", [Array("db", "uint64", 4), u64("dr6"), u64("dr7")])
+_XCR = Description("kvm_xcr", [u32("xcr"), u64("value")])
+_XCRS = Description(
+    "kvm_xcrs", [u32("nr_xcrs"), u32("flags"), StructArray("xcrs", _XCR, "nr_xcrs", 16)]
+)
+_EVENTS = Description(
+    "kvm_vcpu_events",
+    [
+        Struct(
+            "exception",
+            Description(
+                "exception",
+                [*each(u8, "injected nr has_error_code pending"), u32("error_code")],
+            ),
+        ),
+        Struct("interrupt", Description("interrupt", each(u8, "injected nr soft shadow"))),
+        Struct("nmi", Description("nmi", each(u8, "injected pending masked"))),
+        *each(u32, "sipi_vector flags"),
+        Struct("smi", Description("smi", each(u8, "smm pending smm_inside_nmi latched_init"))),
+        Struct("triple_fault", Description("triple_fault", [u8("pending")])),
+        u8("exception_has_payload"),
+        u64("exception_payload"),
+    ],
+)
+_MSR = Description("kvm_msr_entry", [u32("index"), u64("data")])
+_CPUID = Description("kvm_cpuid_entry2", each(u32, "function index flags eax ebx ecx edx"))
+
+
+def _check(state: Record) -> None:
+    if state.mp_state > lib.KVM_MP_STATE_SIPI_RECEIVED:
+        raise ValueError(f"mp_state {state.mp_state} does not exist")
+    if len({msr.index for msr in state.msrs}) != len(state.msrs):
+        raise ValueError("an MSR is there twice")
+
+
+VCPU = Description(
+    "kvm-vcpu",
+    [
+        u32("mp_state"),
+        Struct("regs", _REGS),
+        Struct("sregs", _SREGS),
+        u32("xsave_size"),
+        Buffer("xsave", "xsave_size", MAX_XSAVE),
+        Struct("xcrs", _XCRS),
+        Struct("debugregs", _DEBUGREGS),
+        Buffer("lapic", 1024),
+        u32("nmsrs"),
+        StructArray("msrs", _MSR, "nmsrs", MAX_MSRS),
+        Struct("events", _EVENTS),
+        u32("tsc_khz"),
+        u8("has_tsc_offset"),
+        u64("tsc_offset"),
+        u32("nent"),
+        StructArray("cpuid", _CPUID, "nent", MAX_CPUID),
+    ],
+    check=_check,
+)
+
+
+def read(vcpu: Vcpu) -> Record:
+    """The state of a stopped vCPU, as :data:`VCPU` describes it."""
+    state = Record()
+    # First: reading it delivers a pending INIT or SIPI, which changes CS, RIP and the LAPIC.
+    state.mp_state = vcpu.get_mp_state()
+    state.regs = vcpu.get_regs()
+    state.sregs = vcpu.get_sregs()
+    state.xsave = vcpu.get_xsave()
+    state.xsave_size = len(state.xsave)
+    state.xcrs = vcpu.get_xcrs()
+    state.debugregs = vcpu.get_debugregs()
+    state.lapic = vcpu.get_lapic()
+    state.msrs = [Record(index=i, data=data) for i, data in vcpu.get_msrs().items()]
+    state.nmsrs = len(state.msrs)
+    # Last of the registers: the calls above may move an event from one place to another.
+    state.events = vcpu.get_vcpu_events()
+    state.tsc_khz = vcpu.get_tsc_khz()
+    offset = vcpu.get_tsc_offset()
+    state.has_tsc_offset = offset is not None
+    state.tsc_offset = offset or 0
+    state.cpuid = _cpuid_entries(vcpu)
+    state.nent = len(state.cpuid)
+    return state
+
+
+def write(vcpu: Vcpu, state: Any) -> None:
+    """Give ``state`` to a vCPU that has not run yet, or that is stopped for a reset.
+
+    :raises MigrationError: naming the vCPU and what KVM refuses
+    """
+    try:
+        _write(vcpu, state)
+    except KvmError as error:
+        raise MigrationError(f"vCPU {vcpu.index} does not take its state: {error}") from error
+
+
+def _write(vcpu: Vcpu, state: Any) -> None:
+    # Only if it is another one: after the first KVM_RUN (a reset) KVM refuses a change. It
+    # decides which bits MSRs and XSAVE may have, so it comes first.
+    if _plain(_cpuid_entries(vcpu)) != _plain(state.cpuid):
+        vcpu.set_cpuid2(
+            ffi.new("struct kvm_cpuid2 *", {"nent": state.nent, "entries": _plain(state.cpuid)})
+        )
+    vcpu.set_regs(_struct("struct kvm_regs *", state.regs))
+    # Before the LAPIC: APIC_BASE selects xAPIC or x2APIC.
+    sregs = _struct("struct kvm_sregs *", state.sregs)
+    vcpu.set_sregs(sregs)
+    vcpu.set_xcrs(_struct("struct kvm_xcrs *", state.xcrs))
+    # After XCR0, which says what may be in it.
+    vcpu.set_xsave(state.xsave)
+    vcpu.set_debugregs(_struct("struct kvm_debugregs *", state.debugregs))
+    vcpu.set_lapic(state.lapic)
+    _write_msrs(vcpu, state)
+    # After SREGS, which makes a CPU in its reset state runnable. After REGS, which drops
+    # pending exceptions. Events are the last word on the interrupt being injected.
+    vcpu.set_mp_state(state.mp_state)
+    events = _struct("struct kvm_vcpu_events *", state.events)
+    events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING
+    if state.mp_state == lib.KVM_MP_STATE_SIPI_RECEIVED:
+        events.flags |= lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+    else:
+        events.flags &= ~lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+    vcpu.set_vcpu_events(events)
+
+
+def _write_msrs(vcpu: Vcpu, state: Any) -> None:
+    values = {msr.index: msr.data for msr in state.msrs}
+    # KVM drops a deadline in silence unless the LAPIC is in deadline mode already, and
+    # compares it with the TSC: both come first.
+    deadline = values.pop(MSR_TSC_DEADLINE, 0)
+    if state.has_tsc_offset:
+        # The offset is exact; writing the TSC itself would stop it for the update's length
+        # and have KVM guess whether the CPUs' TSCs were meant to be equal.
+        values.pop(MSR_TSC, None)
+        vcpu.set_tsc_offset(state.tsc_offset)
+    refused = vcpu.set_msrs(values)
+    if deadline:
+        vcpu.set_msrs({MSR_TSC_DEADLINE: deadline})
+    if refused:
+        # Some MSRs are read-only: they are as they should be or the state is impossible here.
+        present = vcpu.get_msrs(refused)
+        for index in refused:
+            if present.get(index) != values[index]:
+                raise MigrationError(
+                    f"vCPU {vcpu.index}: KVM refuses MSR {index:#x} = {values[index]:#x}"
+                )
+
+
+def _plain(value: Any) -> Any:
+    # What cffi takes as an initializer: dicts and lists all the way down.
+    if isinstance(value, Record):
+        return {name: _plain(part) for name, part in value.__dict__.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value
+
+
+def _struct(type_name: str, state: Any) -> Any:
+    # A state that was read on this host is a C structure already.
+    return ffi.new(type_name, _plain(state)) if isinstance(state, Record) else state
+
+
+def _cpuid_entries(vcpu: Vcpu) -> list[Record]:
+    cpuid = vcpu.get_cpuid2()
+    return [
+        Record(**{field.name: getattr(entry, field.name) for field in _CPUID.fields})
+        for entry in (cpuid.entries[i] for i in range(cpuid.nent))
+    ]
