@@ -53,6 +53,10 @@ class Chardev:
     #: Whether a person sits at the other end (colour, line editing).
     is_terminal = False
 
+    #: Whether the stream came through a live update: the peer has been greeted already.
+    #: False again as soon as that peer goes.
+    resumed = False
+
     def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
         self.id = id
         self.loop = loop
@@ -80,13 +84,17 @@ class Chardev:
     def write(self, data: bytes) -> int:
         """Write without blocking; how many bytes were taken.
 
-        With no peer all are taken and dropped. After a short write the front end's
+        What was taken has reached the kernel: it cannot be lost by an exec. With no peer
+        all are taken and dropped. After a short write the front end's
         ``handle_writable`` comes once. Any thread.
         """
         raise NotImplementedError
 
     def accept_input(self) -> None:
         """Look again at how much the front end takes. Any thread."""
+
+    def wait_connected(self) -> None:
+        """Block until a peer is there, if the options ask for that (``wait=on``)."""
 
     def window_size(self) -> tuple[int, int]:
         """Rows and columns of the terminal."""
@@ -97,7 +105,7 @@ class Chardev:
         return b""
 
     def load_state(self, state: bytes) -> None:
-        """Take over what :meth:`save_state` gave in the old image.
+        """Take over what :meth:`save_state` gave in the old image; before :meth:`attach`.
 
         :raises VmStateError: if it is not possible state
         """

@@ -1,0 +1,225 @@
+"""Chardevs on file descriptors: what stdio, files, ptys and sockets have in common.
+
+Input is polled for only while the front end has room; an idle descriptor stays registered
+with no events, so that a hang-up is still noticed. Bytes that a peer wrote before it went
+are delivered before its CLOSED. Any thread writes; all else is the loop thread's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import termios
+
+from pyvmm.chardev.base import CLOSED, OPENED, Chardev
+from pyvmm.core.eventloop import HANGUP, READABLE, WRITABLE
+from pyvmm.errors import VmStateError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+
+# One read of one wake-up: a flood on one chardev must not keep the loop from the others.
+CHUNK = 4096
+
+
+class FdChardev(Chardev):
+    """A chardev with a stream to read and one to write, often the same descriptor.
+
+    Descriptors are nonblocking, and owned from :meth:`_open_stream` on.
+    """
+
+    def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
+        super().__init__(id, loop, fds)
+        self._name = f"chardev/{id}"
+        self._in = -1
+        self._out = -1
+        self._connected = False
+        self._output_full = False  # a write was cut short, and handle_writable is owed
+        self._output_lost = False  # the peer no longer reads
+        self._hung_up = False  # the peer is gone, but not all it wrote has been read
+        self._input_wanted = False
+        self._refresh_queued = False
+
+    @property
+    def connected(self) -> bool:
+        return self._connected
+
+    def write(self, data: bytes) -> int:
+        with self.lock:
+            if self._out < 0 or self._output_lost:
+                return len(data)
+            try:
+                taken = self._write_fd(self._out, data)
+            except BlockingIOError:
+                taken = 0
+            except OSError:  # EPIPE, ECONNRESET, EIO of a terminal that is gone
+                self._output_lost = True
+                self.loop.call_soon(self._handle_output_lost)
+                return len(data)
+            if taken < len(data) and not self._output_full:
+                self._output_full = True
+                self.loop.call_soon(self._refresh)
+            return taken
+
+    def accept_input(self) -> None:
+        # Costs nothing while input is polled for anyway, which is nearly always.
+        if not self._input_wanted and not self._refresh_queued:
+            self._refresh_queued = True
+            self.loop.call_soon(self._refresh)
+
+    def close(self) -> None:
+        self._drop_stream()
+        self._connected = False
+
+    # What a kind of chardev has of its own.
+
+    def _read_fd(self, fd: int, count: int) -> bytes:
+        return os.read(fd, count)
+
+    def _write_fd(self, fd: int, data: bytes) -> int:
+        return os.write(fd, data)
+
+    def _end_input(self) -> None:
+        """No more input will come: by default, the peer is gone."""
+        self._disconnect()
+
+    def _release_stream(self, fds: set[int]) -> None:
+        """The stream is no longer used: by default, its descriptors are closed."""
+        self.fds.forget(self._name)
+        for fd in fds:
+            os.close(fd)
+
+    def _handle_disconnected(self) -> None:
+        """The peer is gone and the front end knows: look out for another."""
+
+    # For the kinds of chardev.
+
+    def _open_stream(self, in_fd: int, out_fd: int) -> None:
+        """A peer is there. -1 for a direction that does not exist."""
+        with self.lock:
+            self._in, self._out = in_fd, out_fd
+            self._output_full = self._output_lost = False
+        self._hung_up = False
+        self._connected = True
+        self._refresh()
+        self._tell(OPENED)
+
+    def _disconnect(self) -> None:
+        """The peer is gone: release the stream, tell the front end."""
+        if not self._connected:
+            return
+        owed = self._output_full
+        self._drop_stream()
+        self._connected = self.resumed = False
+        self._tell(CLOSED)
+        if owed and self.frontend is not None:
+            self.frontend.handle_writable()  # what it holds back is dropped from now on
+        self._handle_disconnected()
+
+    def _tell(self, event: str) -> None:
+        if self.frontend is not None:
+            self.frontend.handle_event(event)
+
+    def _error(self, problem: str) -> VmStateError:
+        return VmStateError(self._name, problem)
+
+    # Readiness.
+
+    def _refresh(self) -> None:
+        """Ask the loop for what is wanted now."""
+        # In this order: a front end that makes room between the two lines, on its own
+        # thread, must find that input is not polled for and queue another look.
+        self._refresh_queued = self._input_wanted = False
+        room = self.frontend.can_receive() if self.frontend is not None else 0
+        self._input_wanted = room > 0 and self._in >= 0
+        reading = READABLE if self._input_wanted else 0
+        writing = WRITABLE if self._output_full else 0
+        if self._in == self._out:
+            self._watch(self._in, reading | writing)
+        else:
+            self._watch(self._in, reading)
+            self._watch(self._out, writing)
+
+    def _watch(self, fd: int, events: int) -> None:
+        # A hang-up cannot be masked: polling for nothing else would spin.
+        if fd == self._in and self._hung_up and not events:
+            self.loop.remove(fd)
+        elif fd >= 0:
+            handler = self._handle_input if fd == self._in else self._handle_output
+            self.loop.add(fd, events, handler)
+
+    def _handle_input(self, revents: int) -> None:
+        if revents & WRITABLE or (revents & HANGUP and self._output_full):
+            self._handle_writable()
+        if self._in < 0:
+            return
+        if self._input_wanted and revents & (READABLE | HANGUP):
+            self._read_once()
+        elif revents & HANGUP:
+            self._handle_hangup()
+
+    def _handle_output(self, revents: int) -> None:
+        if revents & HANGUP:
+            self._disconnect()
+        else:
+            self._handle_writable()
+
+    def _handle_writable(self) -> None:
+        with self.lock:
+            owed, self._output_full = self._output_full, False
+        if owed and self.frontend is not None:
+            self.frontend.handle_writable()
+        self._refresh()
+
+    def _handle_output_lost(self) -> None:
+        if not self._output_lost:
+            return  # another peer has come meanwhile
+        if self._in == self._out:
+            self._handle_hangup()
+        else:
+            self._disconnect()
+
+    def _handle_hangup(self) -> None:
+        if _pending(self._in):
+            self._hung_up = True
+            self._refresh()
+        else:
+            self._end_input()
+
+    def _read_once(self) -> None:
+        room = self.frontend.can_receive() if self.frontend is not None else 0
+        if room > 0 and self.frontend is not None:
+            try:
+                data = self._read_fd(self._in, min(room, CHUNK))
+            except BlockingIOError:
+                return
+            except OSError:  # ECONNRESET, EIO of a terminal that is gone
+                data = b""
+            if not data:
+                self._end_input()
+                return
+            self.frontend.receive(data)
+        self._refresh()
+
+    def _drop_stream(self) -> None:
+        with self.lock:
+            fds = {self._in, self._out} - {-1}
+            self._in = self._out = -1
+            self._output_full = False
+        self._input_wanted = False
+        for fd in fds:
+            self.loop.remove(fd)
+        if fds:
+            self._release_stream(fds)
+
+
+def _pending(fd: int) -> bool:
+    if fd < 0:
+        return False
+    try:
+        count = fcntl.ioctl(fd, termios.FIONREAD, bytes(4))
+    except OSError:
+        return False
+    return any(count)
