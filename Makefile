@@ -73,16 +73,20 @@ clean:  ## remove what make made
 # builds get their own in isolation.
 $(READY): pyproject.toml pyvmm/_native/build.py pyvmm/_native/shim.c \
 		$(wildcard pyvmm/_native/cdef*.h) | $(BIN)/python
-	$(BIN)/python -m pip install -q --upgrade pip
+	@echo "installing pyvmm into $(VENV)"
 	@rm -f pyvmm/_native/_kvm.*.so
-	$(BIN)/python -m pip install -q -e '.[test]'
-	$(BIN)/python -m pip uninstall -q -y setuptools 2>/dev/null
-	$(BIN)/python -m compileall -q pyvmm
+	@$(BIN)/python -m pip install -q -e '.[test]' || { \
+		echo "if that is for want of a network: put the packages that pyproject.toml names into a" \
+			"folder and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER" >&2; \
+		exit 1; \
+	}
+	@$(BIN)/python -m pip uninstall -q -y setuptools 2>/dev/null
+	@$(BIN)/python -m compileall -q pyvmm
 	@touch $@
 
 $(BIN)/python:
 	@$(prerequisites)
-	$(PYTHON) -m venv --clear $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 
 # Debian's packages are installed where that is possible and otherwise named. Only the terminal
 # tests need tmux.
