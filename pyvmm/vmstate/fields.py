@@ -337,13 +337,8 @@ class Description:
         seen: set[str] = set()
         # A subsection's name begins with its owner's, which is how an inner record knows
         # that the subsection that follows belongs to an outer one.
-        while source.data[source.at : source.at + 1] == b"\x05":
-            mark = source.at
-            source.at += 1
-            name = source.string()
-            if not name.startswith(self.name + "/"):
-                source.at = mark
-                return
+        while (name := _peek_subsection(source)).startswith(self.name + "/"):
+            source.at += 2 + len(name)
             known = next((part for part in self.subsections if part.name == name), None)
             if known is None or name in seen:
                 raise source.error(f"subsection {name!r} is unknown or repeated")
@@ -364,9 +359,20 @@ def _count(size: int | str, state: Any) -> int:
 def _checked(field: Buffer | StructArray, source: Cursor, into: Record) -> int:
     # A count from the stream decides how much is allocated, so it is capped first.
     count = _count(field.size, into)
-    if count > field.maximum:
+    if not 0 <= count <= field.maximum:
         raise source.error(f"{count} elements, at most {field.maximum} are possible")
     return count
+
+
+def _peek_subsection(source: Cursor) -> str:
+    # After an inner record other fields may follow, so what looks like a subsection need not
+    # be one, nor have a name that ends before the stream does.
+    if source.data[source.at : source.at + 1] != b"\x05":
+        return ""
+    start = source.at + 2
+    end = start + int.from_bytes(source.data[start - 1 : start], "big")
+    name = source.data[start:end] if end <= len(source.data) else b""
+    return name.decode("ascii") if name.isascii() else ""
 
 
 def _describe_struct(name: str, inner: Description, state: Any) -> dict[str, Any]:
