@@ -28,11 +28,10 @@ class ImageFile:
     :raises ConfigError: it cannot be opened, is not a regular file, is empty or over *limit*
     """
 
-    __slots__ = ("_fd", "_option", "name", "path", "size")
+    __slots__ = ("_fd", "_option", "path", "size")
 
     def __init__(self, path: str, option: str, limit: int = IMAGE_MAX) -> None:
         self.path = path
-        self.name = os.path.basename(path)
         self._option = option
         try:
             # Without O_NONBLOCK the open of a FIFO would wait for a writer for ever.

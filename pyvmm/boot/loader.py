@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import struct
 
+from pyvmm._util.keyval import check_text
 from pyvmm._util.sizes import format_size
 from pyvmm.boot import elf, flat, multiboot, pvh
 from pyvmm.boot.image import ImageFile
@@ -130,7 +131,7 @@ def _load_multiboot(
         raise image.error("multiboot without load addresses, and not ELF; link it as ELF")
     initrd = _load_initrd(memory, config.initrd, end)
     # The first word names the kernel, as with other loaders.
-    cmdline = _write_cmdline(memory, f"{image.name} {config.append}".rstrip())
+    cmdline = _write_cmdline(memory, config.append, b"kernel ")
     info = multiboot.write_info(memory, cmdline, initrd)
     return LoadedKernel(MULTIBOOT, entry, multiboot.BOOT_MAGIC, info)
 
@@ -182,13 +183,13 @@ def _load_initrd(memory: GuestMemory, path: str, kernel_end: int) -> tuple[int, 
         return start, image.size
 
 
-def _write_cmdline(memory: GuestMemory, text: str) -> int:
+def _write_cmdline(memory: GuestMemory, text: str, first: bytes = b"") -> int:
+    check_text(text, "-append")
     data = os.fsencode(text)
-    if len(data) >= layout.CMDLINE_SIZE:
-        raise ConfigError(
-            f"-append: {len(data)} bytes are too long; give at most {layout.CMDLINE_SIZE - 1}"
-        )
+    limit = layout.CMDLINE_SIZE - len(first) - 1
+    if len(data) > limit:
+        raise ConfigError(f"-append: {len(data)} bytes are too long; give at most {limit}")
     if any(byte < 0x20 and byte != 0x09 for byte in data):
         raise ConfigError("-append: it has a control character; write it on one line")
-    memory.write(layout.CMDLINE, data + b"\0")
+    memory.write(layout.CMDLINE, first + data + b"\0")
     return layout.CMDLINE
