@@ -59,8 +59,8 @@ guests firmware: | $(READY)
 guests:  ## the built-in guest kernel
 firmware:  ## the built-in ROM
 
-wheel: venv  ## dist/*.whl, with extension, guest and ROM inside
-	@$(BIN)/pip wheel -q --no-deps --wheel-dir dist .
+wheel: venv  ## source archive and wheel, with extension, guest and ROM inside, in dist/
+	@$(BIN)/python -m build -o dist .
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist *.egg-info pyvmm/_native/_kvm.c pyvmm/_native/*.so

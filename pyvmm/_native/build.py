@@ -109,5 +109,6 @@ class SourceArchive(sdist):
             files.include(pattern)
         for folder in ("guests/build", "firmware/build"):
             files.prune(folder)
-        files.global_exclude("*.py[co]", "_kvm.c")
+        for product in ("*.py[co]", "_kvm.c"):
+            files.global_exclude(product)
         super().make_distribution()

@@ -1,7 +1,8 @@
-"""The wheel is complete and works away from the source tree."""
+"""The source archive is complete, and so is the wheel made of it, which works anywhere."""
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -33,11 +34,28 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ".", cwd=source)
-    (path,) = folder.glob("pyvmm_kvm-*.whl")
+def dist(source, tmp_path_factory):
+    """The folder with a source archive and with the wheel that was built of that archive."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "-o", folder, ".", cwd=source)
+    return folder
+
+
+@pytest.fixture
+def wheel(dist):
+    (path,) = dist.glob("pyvmm_kvm-*.whl")
     return path
+
+
+def test_source_archive_has_all_sources_and_no_products(dist, source):
+    (path,) = dist.glob("pyvmm_kvm-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {Path(*Path(entry.name).parts[1:]) for entry in archive if entry.isfile()}
+    hidden = {".gitignore", ".ci"}
+    tracked = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    assert {name for name in tracked if name.parts[0] not in hidden} - names == set()
+    added = {name for name in names - tracked if "egg-info" not in str(name)}
+    assert added == {Path("PKG-INFO"), Path("setup.cfg")}
 
 
 def test_wheel_is_complete(wheel, source):
