@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.memory.backend import RamBackend, RamConfig
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemory
 from pyvmm.x86.layout import ram_ranges
 

@@ -4,7 +4,8 @@ import pytest
 
 from pyvmm.boot import builtin, rom
 from pyvmm.errors import ConfigError
-from pyvmm.memory.backend import RamBackend, RamConfig
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemoryError
 from pyvmm.testing.images import guest_memory
 

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import InternalError
-from pyvmm.memory.backend import RamBackend, RamConfig
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemory, GuestMemoryError, MemoryRegion
 from pyvmm.x86 import layout
 
