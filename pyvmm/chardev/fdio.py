@@ -184,13 +184,16 @@ class FdChardev(Chardev):
     def _handle_hangup(self) -> None:
         if _pending(self._in):
             self._hung_up = True
-            self._refresh()
+            self._output_lost |= self._in == self._out
+            self._handle_writable()
         else:
             self._end_input()
 
     def _read_once(self) -> None:
         room = self.frontend.can_receive() if self.frontend is not None else 0
         if room > 0 and self.frontend is not None:
+            if self._hung_up:  # if the peer still is gone, the next poll will say so
+                self._hung_up = self._output_lost = False
             try:
                 data = self._read_fd(self._in, min(room, CHUNK))
             except BlockingIOError:

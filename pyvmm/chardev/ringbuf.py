@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pyvmm.cpr.fdstore import FdStore
 
 DEFAULT_SIZE = 64 << 10
-LARGEST_SIZE = 16 << 20  # all of it is in the update's state
 
 
 class RingbufChardev(Chardev):

@@ -47,7 +47,7 @@ class EventLoop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
         self._calls: list[Callable[[], None]] = []
-        self._stopping = False
+        self.stopping = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake_fd, READABLE, self._handle_wake)
 
@@ -78,12 +78,17 @@ class EventLoop:
 
     def stop(self) -> None:
         """Let :meth:`run` return; from any thread."""
-        self._stopping = True
+        self.stopping = True
         os.eventfd_write(self._wake_fd, 1)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether :meth:`stop` was called."""
+        return self.stopping
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
-        while not self._stopping:
+        while not self.stopping:
             self.run_once()
 
     def run_once(self, timeout_s: float | None = None) -> None:
@@ -108,7 +113,7 @@ class EventLoop:
         os.close(self._wake_fd)
 
     def _timeout_ms(self, timeout_s: float | None) -> int | None:
-        if self._calls or self._stopping:
+        if self._calls or self.stopping:
             return 0
         if self._timers:
             until = max(self._timers[0].due - time.monotonic(), 0)

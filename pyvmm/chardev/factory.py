@@ -1,0 +1,171 @@
+"""All chardevs of a machine: made from configurations, found by name, saved and closed.
+
+Modules are imported as they are needed: a live update waits for each. Loop thread only.
+"""
+
+from __future__ import annotations
+
+from pyvmm.chardev.base import Chardev
+from pyvmm.chardev.config import ChardevConfig
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.chardev.mux import MuxChardev
+    from pyvmm.chardev.stdio import StdioChardev
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+
+
+class ChardevSet:
+    """The chardevs, in the order in which they were made.
+
+    First :meth:`create` all that ``-chardev`` asks for, then, after an exec,
+    :meth:`load_state`; then each front end gets its own by :meth:`claim`.
+
+    :param quit: called for Ctrl-a x
+    """
+
+    def __init__(self, loop: EventLoop, fds: FdStore, quit: Callable[[], None]) -> None:
+        self._loop = loop
+        self._fds = fds
+        self._quit = quit
+        self._chardevs: dict[str, Chardev] = {}
+        self._muxes: dict[str, MuxChardev] = {}
+        self._users: dict[str, int] = {}
+        self.stdio: StdioChardev | None = None
+
+    def create(self, config: ChardevConfig) -> Chardev:
+        """Make a chardev. With ``mux=on`` it is two: the mux, and ``ID-base`` under it.
+
+        :raises ConfigError: if the name or stdio is taken, or what it names cannot be opened
+        :raises HostError: if the host has no room for it
+        :raises VmStateError: if an inherited descriptor is of another kind
+        """
+        mux = config.flag("mux")
+        id = f"{config.id}-base" if mux else config.id
+        for name in (id, config.id):
+            if name in self._chardevs:
+                raise ConfigError(f"{config.option}: the name {name} is in use; give another id")
+        chardev = self._make(config, id)
+        self._chardevs[id] = chardev
+        if mux:
+            from pyvmm.chardev.mux import MuxChardev
+
+            self._muxes[config.id] = chardev = MuxChardev(config.id, chardev, self._quit)
+            self._chardevs[config.id] = chardev
+        return chardev
+
+    def claim(self, config: ChardevConfig) -> Chardev:
+        """The chardev for one front end: made now, or by ``-chardev`` before.
+
+        Front ends of a mux get the focus in the order in which they claim it.
+
+        :raises ConfigError: as :meth:`create`; if there is none of that name, or it has a
+            front end and no mux
+        """
+        if config.kind != "chardev":
+            self.create(config)
+        if config.id not in self._chardevs:
+            raise ConfigError(
+                f"{config.option}: there is no chardev {config.id};"
+                f" add -chardev KIND,id={config.id}"
+            )
+        user = self._users.get(config.id, 0)
+        mux = self._muxes.get(config.id)
+        if mux is None and user:
+            raise ConfigError(
+                f"{config.option}: chardev {config.id} is in use; give the chardev mux=on"
+            )
+        chardev = self._chardevs[config.id] if mux is None else mux.frontend_chardev(user)
+        self._users[config.id] = user + 1
+        return chardev
+
+    def get(self, id: str) -> Chardev | None:
+        """The chardev of that name."""
+        return self._chardevs.get(id)
+
+    def items(self) -> list[tuple[str, Chardev]]:
+        """Names and chardevs, for ``info chardev``."""
+        return list(self._chardevs.items())
+
+    def wait_connected(self) -> None:
+        """Serve the loop until every ``wait=on`` has its client, or the loop is stopped."""
+        for chardev in list(self._chardevs.values()):
+            chardev.wait_connected()
+
+    def save_state(self) -> dict[str, bytes]:
+        """What is to be carried over an exec beside descriptors, by name."""
+        states = {id: chardev.save_state() for id, chardev in self.items()}
+        return {id: state for id, state in states.items() if state}
+
+    def load_state(self, states: dict[str, bytes]) -> None:
+        """Take over what the image before saved. State of a chardev that is gone is dropped.
+
+        :raises VmStateError: if a state is not possible
+        """
+        for id, state in states.items():
+            chardev = self._chardevs.get(id)
+            if chardev is not None:
+                chardev.load_state(state)
+
+    def close(self) -> None:
+        """Close all, front ends before what they share."""
+        while self._chardevs:
+            _id, chardev = self._chardevs.popitem()
+            chardev.close()
+        self._muxes.clear()
+        self.stdio = None
+
+    def _make(self, config: ChardevConfig, id: str) -> Chardev:
+        loop, fds, option = self._loop, self._fds, config.option
+        if config.kind == "stdio":
+            if self.stdio is not None:
+                raise ConfigError(
+                    f"{option}: stdio is in use by {self.stdio.id};"
+                    " share it with mux=on, or use mon:stdio"
+                )
+            from pyvmm.chardev.stdio import StdioChardev
+
+            self.stdio = StdioChardev(id, loop, fds, signal=config.flag("signal", True))
+            return self.stdio
+        if config.kind == "file":
+            from pyvmm.chardev.file import FileChardev
+
+            path, append = config.text("path"), config.flag("append")
+            return FileChardev(id, loop, fds, path=path, append=append, option=option)
+        if config.kind == "pty":
+            from pyvmm.chardev.pty import PtyChardev
+
+            return PtyChardev(id, loop, fds, path=config.text("path"), option=option)
+        if config.kind == "socket":
+            return self._make_socket(config, id)
+        if config.kind == "ringbuf":
+            from pyvmm.chardev.ringbuf import DEFAULT_SIZE, RingbufChardev
+
+            return RingbufChardev(id, loop, fds, size=config.size("size", DEFAULT_SIZE))
+        from pyvmm.chardev.null import NullChardev
+
+        return NullChardev(id, loop, fds)
+
+    def _make_socket(self, config: ChardevConfig, id: str) -> Chardev:
+        from pyvmm.chardev.address import Address, TcpAddress, UnixAddress
+        from pyvmm.chardev.socket import SocketChardev
+
+        address: Address
+        if config.text("path"):
+            address = UnixAddress(config.text("path"), config.option)
+        else:
+            address = TcpAddress(config.text("host"), config.number("port"), config.option)
+        return SocketChardev(
+            id,
+            self._loop,
+            self._fds,
+            address=address,
+            server=config.flag("server"),
+            wait=config.flag("wait", True),
+            reconnect_s=config.number("reconnect"),
+            nodelay=config.flag("nodelay"),
+        )

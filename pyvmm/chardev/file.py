@@ -1,0 +1,84 @@
+"""``-chardev file``: output goes to a file, FIFO or device. There is no input.
+
+What the file does not take for good (disk full, FIFO without a reader) is dropped: the guest
+goes on. Over a live update the descriptor lives on, so nothing is truncated or reordered.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from pyvmm.chardev.fdio import FdChardev
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+
+
+class FileChardev(FdChardev):
+    """A file that is written.
+
+    :param append: keep what it holds, rather than truncate it
+    :param option: the option that asked for it, for errors
+    :raises ConfigError: if it cannot be opened
+    :raises VmStateError: if an inherited descriptor is no file
+    """
+
+    def __init__(
+        self,
+        id: str,
+        loop: EventLoop,
+        fds: FdStore,
+        *,
+        path: str,
+        append: bool = False,
+        option: str = "-chardev",
+    ) -> None:
+        super().__init__(id, loop, fds)
+        self.dropped = 0  # bytes
+        fd = fds.take(self._name)
+        if fd is None:
+            fd = _open(path, append, option)
+        elif stat.S_ISSOCK(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise self._error(f"inherited descriptor {fd} is no file")
+        else:
+            self.resumed = True
+        fds.keep(self._name, fd)
+        self._open_stream(-1, fd)
+
+    @property
+    def filename(self) -> str:
+        return "file"
+
+    def _write_fd(self, fd: int, data: bytes) -> int:
+        try:
+            return os.write(fd, data)
+        except BlockingIOError:
+            raise
+        except OSError:
+            self.dropped += len(data)
+            return len(data)
+
+    def _handle_output(self, revents: int) -> None:
+        # A FIFO without a reader hangs up until the next one comes: still a file to us.
+        self._handle_writable()
+
+
+def _open(path: str, append: bool, option: str) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY
+    flags |= os.O_APPEND if append else os.O_TRUNC
+    try:
+        # Opening a FIFO to write would wait for a reader.
+        return os.open(path, flags | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        mend = "give a file you may write"
+        if error.errno == errno.ENXIO:
+            mend = "start what reads the FIFO first"
+        raise ConfigError(
+            f"{option}: cannot open path={path!r}: {error.strerror}; {mend}"
+        ) from error
