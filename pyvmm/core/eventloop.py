@@ -47,6 +47,7 @@ class EventLoop:
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
         self._calls: list[Callable[[], None]] = []
+        #: Whether :meth:`stop` was called.
         self.stopping = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake_fd, READABLE, self._handle_wake)
@@ -80,11 +81,6 @@ class EventLoop:
         """Let :meth:`run` return; from any thread."""
         self.stopping = True
         os.eventfd_write(self._wake_fd, 1)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether :meth:`stop` was called."""
-        return self.stopping
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""

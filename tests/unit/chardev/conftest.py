@@ -1,0 +1,126 @@
+"""A loop that runs until something is so, a front end that records, and a pretended exec."""
+
+import os
+import time
+
+import pytest
+
+from pyvmm.chardev.base import Frontend
+from pyvmm.chardev.factory import ChardevSet
+from pyvmm.core.eventloop import EventLoop
+from pyvmm.cpr.fdstore import FdStore
+
+DEADLINE_S = 20
+
+
+class Recorder(Frontend):
+    """Remembers all that happens to it.
+
+    :param room: how many bytes it takes before it is full; None for no limit
+    """
+
+    def __init__(self, room=None):
+        self.room = room
+        self.data = bytearray()
+        self.events = []
+        self.writable = 0
+
+    def can_receive(self):
+        return 1 << 16 if self.room is None else self.room
+
+    def receive(self, data):
+        assert data, "receive() of nothing"
+        assert len(data) <= self.can_receive(), "more than there is room for"
+        if self.room is not None:
+            self.room -= len(data)
+        self.data += data
+
+    def handle_event(self, event):
+        self.events.append(event)
+
+    def handle_writable(self):
+        self.writable += 1
+
+
+class Image:
+    """One image of a VMM: a loop, a store of descriptors, and the chardevs on them."""
+
+    def __init__(self, inherited=None):
+        self.loop = EventLoop()
+        self.fds = FdStore(inherited)
+        self.quits = 0
+        self.chardevs = ChardevSet(self.loop, self.fds, self._quit)
+        self._made = []
+
+    def make(self, kind, id="c0", **options):
+        """Build a chardev; it is closed with the image."""
+        chardev = kind(id, self.loop, self.fds, **options)
+        self._made.append(chardev)
+        return chardev
+
+    def until(self, condition):
+        """Run the loop until ``condition()``."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, "it never happened"
+            self.loop.run_once(0.5)
+
+    def settle(self):
+        """Run the loop until it has nothing to do at once."""
+        for _ in range(5):
+            self.loop.run_once(0)
+
+    def exec(self):
+        """The image that comes after this one, which is gone without having closed anything.
+
+        Only the descriptors that are kept go over, and only the duplicates are left open,
+        so that peers see what they would see.
+        """
+        kept = self.fds.kept()
+        inherited = {key: os.dup(fd) for key, fd in kept.items()}
+        for chardev in [*self._made, *(chardev for _id, chardev in self.chardevs.items())]:
+            listener = getattr(chardev, "_listener", None)
+            if listener is not None:
+                listener.detach()
+        for fd in kept.values():
+            self.loop.remove(fd)
+            os.close(fd)
+        self.loop.close()
+        self._made.clear()
+        self.chardevs = self.fds = self.loop = None
+        return inherited
+
+    def close(self):
+        if self.loop is not None:
+            for chardev in self._made:
+                chardev.close()
+            self.chardevs.close()
+            assert not self.fds.kept(), "kept after close"
+            self.loop.close()
+
+
+@pytest.fixture
+def images():
+    """A maker of images: the first, or with what an exec left over, the next."""
+    made = []
+
+    def make(inherited=None):
+        made.append(Image(inherited))
+        return made[-1]
+
+    before = set(os.listdir("/proc/self/fd"))
+    yield make
+    for image in made:
+        image.close()
+    assert set(os.listdir("/proc/self/fd")) == before, "descriptors leaked"
+
+
+@pytest.fixture
+def image(images):
+    return images()
+
+
+@pytest.fixture
+def recorder():
+    """The class of front ends that record."""
+    return Recorder
