@@ -94,7 +94,7 @@ class Bus:
     def read(self, address: int, size: int) -> int:
         """Read ``size`` bytes as a little-endian integer."""
         region = self.find(address)
-        if region is None or address + size > region.end or size > region.width:
+        if region is None or not _fits(region, address, size):
             return self._split_read(address, size, region)
         with region.device.lock:
             value = region.device.on_read(address - region.start, size)
@@ -103,7 +103,7 @@ class Bus:
     def write(self, address: int, size: int, value: int) -> None:
         """Write the low ``size`` bytes of ``value``."""
         region = self.find(address)
-        if region is None or address + size > region.end or size > region.width:
+        if region is None or not _fits(region, address, size):
             self._split_write(address, size, value, region)
             return
         with region.device.lock:
@@ -124,8 +124,13 @@ class Bus:
         self.write(address + step, size - step, value >> 8 * step)
 
 
+def _fits(region: Region, address: int, size: int) -> bool:
+    # What is left of a split access may be of any size.
+    return size in (1, 2, 4, 8) and size <= region.width and address + size <= region.end
+
+
 def _step(address: int, size: int, region: Region | None) -> int:
-    # The widest piece that stays inside the region; single bytes where nobody answers.
+    # The widest piece that the region's device takes; single bytes where nobody answers.
     if region is None:
         return 1
-    return min(region.width, region.end - address, size - 1)
+    return next((step for step in (8, 4, 2) if step <= size and _fits(region, address, step)), 1)

@@ -21,6 +21,9 @@ READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
 HANGUP = select.POLLHUP | select.POLLERR
 
+# poll(2) takes an int.
+LONGEST_WAIT_MS = (1 << 31) - 1
+
 
 class Timer:
     """A call at a time to come; :meth:`cancel` may come at any moment, even after it."""
@@ -115,7 +118,7 @@ class EventLoop:
             until = max(self._timers[0].due - time.monotonic(), 0)
             timeout_s = until if timeout_s is None else min(until, timeout_s)
         # Rounded up: waking early would spin until the timer is due.
-        return None if timeout_s is None else int(timeout_s * 1000) + 1
+        return None if timeout_s is None else min(int(timeout_s * 1000) + 1, LONGEST_WAIT_MS)
 
     def _handle_wake(self, _revents: int) -> None:
         os.eventfd_read(self._wake_fd)

@@ -45,9 +45,10 @@ class Event:
                 self._is_set = False
                 self._lock.acquire()
 
-    def wait(self, timeout_s: float = -1) -> bool:
-        """Block until set, for ``timeout_s`` at most (-1: for ever); whether it is set."""
-        if self._lock.acquire(timeout=timeout_s):
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until set, for ``timeout_s`` at most (None: for ever); whether it is set."""
+        # A deadline that has passed gives less than 0, which a lock does not accept.
+        if self._lock.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0)):
             self._lock.release()
             return True
         return False
