@@ -1,0 +1,152 @@
+"""What the machine is made of: vCPUs, devices, address spaces, character devices, memory."""
+
+from __future__ import annotations
+
+from pyvmm.monitor.registry import Argument, Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
+_GPRS = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
+)
+_MP_STATE_HALTED = 3
+
+
+def query_cpus_fast(context: Context) -> list[dict[str, Any]]:
+    """The vCPUs and the host threads that run them; disturbs no guest."""
+    return [
+        {
+            "thread-id": cpu.thread_id,
+            "qom-path": f"/machine/cpu[{cpu.index}]",
+            "cpu-index": cpu.index,
+            "target": "x86_64",
+            "model": "host",
+        }
+        for cpu in context.machine.cpus
+    ]
+
+
+def query_registers(context: Context, cpu_index: int | None = None) -> dict[str, Any]:
+    """Registers of one vCPU, by their names in the SDM; the guest may go on running.
+
+    ``xsave`` is the first 512 bytes of the XSAVE area (SDM volume 1, 10.5.1) in hexadecimal;
+    segments are dicts of base, limit, selector and the descriptor's attributes.
+    """
+    cpu = context.cpu(cpu_index)
+    return {"cpu-index": cpu.index, **cpu.call(_collect_registers)}
+
+
+def _collect_registers(vcpu: Any) -> dict[str, Any]:
+    # KVM_GET_MP_STATE goes first: it may deliver an INIT or SIPI, which changes the others.
+    halted = vcpu.get_mp_state() == _MP_STATE_HALTED
+    regs, sregs, debug = vcpu.get_regs(), vcpu.get_sregs(), vcpu.get_debugregs()
+    found: dict[str, Any] = {name: getattr(regs, name) for name in _GPRS}
+    for name in _SEGMENTS:
+        segment = getattr(sregs, name)
+        found[name] = {
+            field: getattr(segment, field)
+            for field in (
+                *("selector", "base", "limit", "type", "s", "dpl", "present"),
+                *("avl", "l", "db", "g", "unusable"),
+            )
+        }
+    for name in ("gdt", "idt"):
+        table = getattr(sregs, name)
+        found[name] = {"base": table.base, "limit": table.limit}
+    for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer"):
+        found[name] = getattr(sregs, name)
+    for number in range(4):
+        found[f"dr{number}"] = debug.db[number]
+    found |= {"dr6": debug.dr6, "dr7": debug.dr7, "halted": halted}
+    found["xsave"] = vcpu.get_xsave()[:512].hex()
+    return found
+
+
+def query_chardev(context: Context) -> list[dict[str, Any]]:
+    """The character devices."""
+    return [
+        {
+            "label": label,
+            "filename": chardev.filename,
+            "frontend-open": chardev.frontend is not None,
+        }
+        for label, chardev in context.machine.chardevs.items()
+    ]
+
+
+def query_memdev(context: Context) -> list[dict[str, Any]]:
+    """The memory backends."""
+    return [
+        {
+            "id": backend.id,
+            "size": backend.size,
+            "merge": backend.config.merge,
+            "dump": backend.config.dump,
+            "prealloc": backend.config.prealloc,
+            "share": backend.config.share,
+            "host-nodes": [],
+            "policy": "default",
+        }
+        for backend in context.machine.backends
+    ]
+
+
+def query_mtree(context: Context) -> dict[str, Any]:
+    """The address spaces: who answers where. Sizes and addresses are in bytes."""
+    machine = context.machine
+    memory = [
+        {
+            "start": region.gpa,
+            "size": region.size,
+            "name": region.name,
+            "type": "rom" if region.readonly else "ram",
+            "backend": region.backend.id,
+            "offset": region.offset,
+        }
+        for region in machine.memory.regions
+    ]
+    memory += [_io_region(region) for region in machine.mmio.regions]
+    spaces = [
+        {
+            "name": machine.ports.name,
+            "size": machine.ports.size,
+            "regions": [_io_region(region) for region in machine.ports.regions],
+        },
+        {
+            "name": "memory",
+            "size": machine.mmio.size,
+            "regions": sorted(memory, key=lambda region: int(region["start"])),
+        },
+    ]
+    backends = [{"name": backend.id, "size": backend.size} for backend in machine.backends]
+    return {"address-spaces": spaces, "memory-regions": backends}
+
+
+def _io_region(region: Any) -> dict[str, Any]:
+    return {"start": region.start, "size": region.length, "name": region.name, "type": "i/o"}
+
+
+def query_qtree(context: Context) -> list[dict[str, Any]]:
+    """The devices and their properties."""
+    return [
+        {"type": device.name, "id": "", "properties": device.properties()}
+        for device in context.machine.devices
+    ]
+
+
+COMMANDS = (
+    Command("query-cpus-fast", query_cpus_fast),
+    Command(
+        "x-query-registers",
+        query_registers,
+        Argument("cpu-index", "integer", "which vCPU; by default the first", optional=True),
+    ),
+    Command("query-chardev", query_chardev),
+    Command("query-memdev", query_memdev),
+    Command("x-query-mtree", query_mtree),
+    Command("x-query-qtree", query_qtree),
+)

@@ -1,0 +1,80 @@
+"""The machine as a whole: what state it is in, running, stopping, resetting, ending it."""
+
+from __future__ import annotations
+
+from pyvmm import __version__
+from pyvmm.monitor.registry import Command, Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def query_status(context: Context) -> dict[str, Any]:
+    """Whether the guest runs, and the run state."""
+    state = context.machine.runstate.state
+    return {"status": state, "running": state == "running"}
+
+
+def query_version(context: Context) -> dict[str, Any]:
+    """The version of pyvmm, under the member names that QMP clients look for."""
+    major, minor, micro = (int(part) for part in __version__.split(".")[:3])
+    return {
+        "qemu": {"micro": micro, "minor": minor, "major": major},
+        "package": f"pyvmm {__version__}",
+    }
+
+
+def query_name(context: Context) -> dict[str, Any]:
+    """The name given to the machine with -name, if any."""
+    name = context.machine.config.name
+    return {"name": name} if name else {}
+
+
+def query_kvm(context: Context) -> dict[str, Any]:
+    """Whether KVM runs the guest: always."""
+    return {"enabled": True, "present": True}
+
+
+def query_commands(context: Context) -> list[dict[str, Any]]:
+    """The names of all commands."""
+    return [{"name": name} for name in context.registry.commands]
+
+
+def stop(context: Context) -> None:
+    """Pause the guest."""
+    context.machine.stop()
+
+
+def cont(context: Context) -> None:
+    """Let a paused guest run."""
+    context.machine.cont()
+
+
+def system_reset(context: Context) -> None:
+    """Reset the machine, as its reset button does."""
+    context.machine.reset(reason="host-qmp-system-reset")
+
+
+def system_powerdown(context: Context) -> None:
+    """Ask the guest to power down, as the power button does."""
+    context.machine.powerdown()
+
+
+def quit(context: Context) -> None:
+    """End pyvmm and the guest with it."""
+    context.machine.quit(0, reason="host-qmp-quit")
+
+
+COMMANDS = (
+    Command("query-status", query_status),
+    Command("query-version", query_version),
+    Command("query-name", query_name),
+    Command("query-kvm", query_kvm),
+    Command("query-commands", query_commands),
+    Command("stop", stop),
+    Command("cont", cont),
+    Command("system_reset", system_reset),
+    Command("system_powerdown", system_powerdown),
+    Command("quit", quit),
+)

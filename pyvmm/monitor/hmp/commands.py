@@ -1,0 +1,386 @@
+"""The table of the human monitor's commands: names, arguments, help, and what each shows.
+
+Each calls commands of the registry and renders what they return.
+"""
+
+from __future__ import annotations
+
+from pyvmm import __version__
+from pyvmm.errors import CommandError
+from pyvmm.monitor.hmp import render
+from pyvmm.monitor.hmp.parser import ParseError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.monitor.hmp.interpreter import Interpreter, Reply
+    from pyvmm.monitor.hmp.parser import Format
+
+    Arguments = dict[str, Any]
+    Function = Callable[[Interpreter, Reply, Arguments], str | None]
+
+
+class HumanCommand:
+    """One command.
+
+    :param names: separated by ``|``, the full one first
+    :param arguments: as in :mod:`pyvmm.monitor.hmp.parser`
+    :param parameters: the same for people
+    :param run: called with the interpreter, the reply (for those that finish later) and the
+        arguments; returns the output
+    """
+
+    __slots__ = ("arguments", "help", "names", "parameters", "run")
+
+    def __init__(
+        self, names: str, arguments: str, parameters: str, help: str, run: Function
+    ) -> None:
+        self.names = names.split("|")
+        self.arguments = arguments
+        self.parameters = parameters
+        self.help = help
+        self.run = run
+
+    @property
+    def name(self) -> str:
+        """The full name."""
+        return self.names[0]
+
+    def usage(self, prefix: str = "") -> str:
+        """The line that ``help`` shows."""
+        head = " ".join(filter(None, (prefix + "|".join(self.names), self.parameters)))
+        return f"{head} -- {self.help}\n"
+
+
+def _simple(command: str) -> Function:
+    """A command without arguments and without output."""
+
+    def run(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> None:
+        monitor.context.execute(command)
+
+    return run
+
+
+def _shown(command: str, show: Callable[[Any], str]) -> Function:
+    """A query whose result is shown."""
+
+    def run(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
+        return show(monitor.context.execute(command))
+
+    return run
+
+
+def _help(_monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+    words = (arguments["name"] or "").split()
+    if not words:
+        return "".join(command.usage() for command in _COMMANDS)
+    if words[0] == "info" and len(words) == 1:
+        return _info(_monitor, _reply, arguments)
+    table, prefix, name = (COMMANDS, "", words[0])
+    if words[0] == "info":
+        table, prefix, name = (INFO, "info ", words[1])
+    if name not in table:
+        raise ParseError(f"unknown command: '{prefix}{name}'")
+    return table[name].usage(prefix)
+
+
+def _info(_monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
+    return "".join(item.usage("info ") for item in _INFO)
+
+
+def _quit(monitor: Interpreter, reply: Reply, _arguments: Arguments) -> None:
+    monitor.context.execute("quit")
+    # No prompt after this; a caller that does not wait gets its empty answer at once.
+    reply.deferred = monitor.can_wait
+
+
+# --- memory and ports --------------------------------------------------------------------------
+
+
+def _examine(physical: bool) -> Function:
+    def run(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+        fmt: Format = arguments["fmt"]
+        kind = fmt.kind or monitor.dump_kind
+        if kind == "i":
+            raise CommandError("Disassembly is not available: pyvmm contains no disassembler")
+        size = 1 if kind == "c" else fmt.size or monitor.dump_size
+        monitor.dump_kind, monitor.dump_size = kind, fmt.size or monitor.dump_size
+        count = 1 if fmt.count is None else fmt.count
+        if not count:
+            return ""
+        text = monitor.context.execute(
+            "x-read-memory",
+            {
+                "address": arguments["addr"],
+                "size": count * size,
+                "physical": physical,
+                "cpu-index": monitor.context.cpu_index,
+            },
+        )
+        data = bytes.fromhex(text)
+        shown = render.dump(arguments["addr"], data, kind, size, 8 if physical else 16)
+        return shown if len(data) == count * size else f"{shown}Cannot access memory\n"
+
+    return run
+
+
+def _print(_monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+    kind = arguments["fmt"].kind or "d"
+    if kind == "i":
+        raise CommandError("An expression cannot be shown as an instruction")
+    return render.number(arguments["val"], kind) + "\n"
+
+
+def _port_size(arguments: Arguments) -> int:
+    return min(arguments["fmt"].size or 4, 4)
+
+
+def _input(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+    size, port = _port_size(arguments), arguments["addr"] & 0xFFFF
+    if arguments["index"] is not None:
+        write = {"port": port, "size": 1, "value": arguments["index"] & 0xFF}
+        monitor.context.execute("x-write-port", write)
+        port += 1
+    value = monitor.context.execute("x-read-port", {"port": port & 0xFFFF, "size": size})
+    suffix = {1: "b", 2: "w", 4: "l"}[size]
+    return f"port{suffix}[0x{port:04x}] = 0x{value:0{2 * size}x}\n"
+
+
+def _output(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
+    write = {
+        "port": arguments["addr"] & 0xFFFF,
+        "size": _port_size(arguments),
+        "value": arguments["val"],
+    }
+    monitor.context.execute("x-write-port", write)
+
+
+# --- CPUs --------------------------------------------------------------------------------------
+
+
+def _cpu(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
+    if not 0 <= arguments["index"] < len(monitor.context.machine.cpus):
+        raise CommandError("invalid CPU index")
+    monitor.context.cpu_index = arguments["index"]
+
+
+def _info_cpus(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
+    return render.cpus(monitor.context.execute("query-cpus-fast"), monitor.context.cpu_index)
+
+
+def _info_registers(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+    context = monitor.context
+    chosen = context.cpu_index if arguments["vcpu"] is None else arguments["vcpu"]
+    if not arguments["all"] and not 0 <= chosen < len(context.machine.cpus):
+        return f"CPU#{chosen} not available\n"
+    indices = range(len(context.machine.cpus)) if arguments["all"] else [chosen]
+    return "".join(
+        render.registers(context.execute("x-query-registers", {"cpu-index": index}))
+        for index in indices
+    )
+
+
+# --- migration ---------------------------------------------------------------------------------
+
+
+def _migrate(monitor: Interpreter, reply: Reply, arguments: Arguments) -> None:
+    if arguments["detach"] or not monitor.can_wait:
+        options = {"uri": arguments["uri"], "resume": arguments["resume"]}
+        monitor.context.execute("migrate", options)
+        return
+
+    def finished(error: str | None) -> None:
+        reply.finish(f"Error: {error}\n" if error else "")
+
+    # The prompt comes back when the migration ends; after an exec the new image shows it.
+    reply.deferred = True
+    monitor.context.migration.start(arguments["uri"], False, finished)
+
+
+def _migrate_incoming(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
+    monitor.context.execute("migrate-incoming", {"uri": arguments["uri"]})
+
+
+def _set_parameter(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
+    monitor.context.migration.parameters.set_text(arguments["parameter"], arguments["value"])
+
+
+def _set_capability(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
+    entry = {"capability": arguments["capability"], "state": arguments["state"]}
+    monitor.context.execute("migrate-set-capabilities", {"capabilities": [entry]})
+
+
+def _info_migrate(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+    text = render.migrate(monitor.context.execute("query-migrate"))
+    return text + render.MIGRATE_GLOBALS if arguments["all"] else text
+
+
+def _info_parameters(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
+    parameters = monitor.context.migration.parameters
+    return "".join(f"{name}: {parameters.text(name)}\n" for name in parameters.names())
+
+
+def _capabilities(data: list[dict[str, Any]]) -> str:
+    return "".join(f"{one['capability']}: {render.switch(one['state'])}\n" for one in data)
+
+
+_INFO = (
+    HumanCommand(
+        "chardev",
+        "",
+        "",
+        "show the character devices",
+        _shown("query-chardev", render.chardev),
+    ),
+    HumanCommand("cpus", "", "", "show the vCPUs and their threads", _info_cpus),
+    HumanCommand(
+        "kvm",
+        "",
+        "",
+        "show whether KVM is in use",
+        _shown("query-kvm", lambda _: "kvm support: enabled\n"),
+    ),
+    HumanCommand(
+        "memdev",
+        "",
+        "",
+        "show the memory backends",
+        _shown("query-memdev", render.memdev),
+    ),
+    HumanCommand(
+        "migrate",
+        "all:-a",
+        "[-a]",
+        "show how the last migration or live update went (-a: with global settings)",
+        _info_migrate,
+    ),
+    HumanCommand(
+        "migrate_capabilities",
+        "",
+        "",
+        "show which migration capabilities are on",
+        _shown("query-migrate-capabilities", _capabilities),
+    ),
+    HumanCommand("migrate_parameters", "", "", "show the migration parameters", _info_parameters),
+    HumanCommand(
+        "mtree",
+        "",
+        "",
+        "show the address spaces and who answers in them",
+        _shown("x-query-mtree", render.mtree),
+    ),
+    HumanCommand(
+        "name",
+        "",
+        "",
+        "show the name of the machine",
+        _shown("query-name", lambda data: f"{data.get('name', '')}\n"),
+    ),
+    HumanCommand(
+        "qtree",
+        "",
+        "",
+        "show the devices and their properties",
+        _shown("x-query-qtree", render.qtree),
+    ),
+    HumanCommand(
+        "registers",
+        "all:-a,vcpu:i?",
+        "[-a|vcpu]",
+        "show the registers of the current vCPU, of one, or of all (-a)",
+        _info_registers,
+    ),
+    HumanCommand(
+        "status",
+        "",
+        "",
+        "show whether the machine runs, and if not why",
+        _shown("query-status", render.status),
+    ),
+    HumanCommand(
+        "version",
+        "",
+        "",
+        "show the version of pyvmm",
+        _shown("query-version", lambda _: f"{__version__}\n"),
+    ),
+)
+
+_INFO_COMMAND = HumanCommand("info", "", "[subcommand]", "show something; see help info", _info)
+
+_COMMANDS = (
+    HumanCommand("cont|c", "", "", "let the paused guest run", _simple("cont")),
+    HumanCommand("cpu", "index:i", "index", "choose the vCPU that x and info mean", _cpu),
+    HumanCommand("help|?", "name:S?", "[command]", "show all commands, or one", _help),
+    HumanCommand(
+        "i",
+        "fmt:/,addr:i,index:i?",
+        "/fmt addr [index]",
+        "read from a port (/b, /h or /w: 1, 2 or 4 bytes; an index is written to it first)",
+        _input,
+    ),
+    _INFO_COMMAND,
+    HumanCommand(
+        "migrate",
+        "detach:-d,resume:-r,uri:s",
+        "[-d] [-r] uri",
+        "migrate, or update pyvmm in place, by way of uri (-d: do not wait for the end)",
+        _migrate,
+    ),
+    HumanCommand("migrate_cancel", "", "", "cancel the migration", _simple("migrate_cancel")),
+    HumanCommand(
+        "migrate_incoming",
+        "uri:s",
+        "uri",
+        "load the state that -incoming defer waits for",
+        _migrate_incoming,
+    ),
+    HumanCommand(
+        "migrate_set_capability",
+        "capability:s,state:b",
+        "capability on|off",
+        "switch a migration capability",
+        _set_capability,
+    ),
+    HumanCommand(
+        "migrate_set_parameter",
+        "parameter:s,value:S",
+        "parameter value",
+        "set a migration parameter",
+        _set_parameter,
+    ),
+    HumanCommand(
+        "o", "fmt:/,addr:i,val:i", "/fmt addr value", "write to a port (sizes as for i)", _output
+    ),
+    HumanCommand("print|p", "fmt:/,val:l", "/fmt expr", "show the value of an expression", _print),
+    HumanCommand("quit|q", "", "", "end pyvmm and the guest", _quit),
+    HumanCommand("stop|s", "", "", "pause the guest", _simple("stop")),
+    HumanCommand(
+        "system_powerdown",
+        "",
+        "",
+        "press the power button",
+        _simple("system_powerdown"),
+    ),
+    HumanCommand("system_reset", "", "", "press the reset button", _simple("system_reset")),
+    HumanCommand(
+        "x",
+        "fmt:/,addr:l",
+        "/fmt addr",
+        "show memory at a virtual address (fmt: count, x d u o or c, and b h w or g)",
+        _examine(physical=False),
+    ),
+    HumanCommand(
+        "xp",
+        "fmt:/,addr:l",
+        "/fmt addr",
+        "show memory at a guest-physical address",
+        _examine(physical=True),
+    ),
+)
+
+#: By every name they have.
+COMMANDS = {name: command for command in _COMMANDS for name in command.names}
+INFO = {command.name: command for command in _INFO}

@@ -1,0 +1,261 @@
+"""The human monitor on a chardev that is no terminal: lines in, text out, no echo.
+
+A line ends with CR, LF or both; output lines end with CR LF, as QEMU's. While a command is
+under way that replies later, no input is taken: what the client sends meanwhile stays in the
+kernel, and so does not get lost in a live update. A client that goes away leaves nothing to
+the next one. Main loop thread only.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm import __version__
+from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, Frontend, Outbox
+from pyvmm.errors import VmStateError
+from pyvmm.monitor.hmp.interpreter import Interpreter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.chardev.base import Chardev
+    from pyvmm.monitor.registry import Context
+
+PROMPT = "(pyvmm) "
+BANNER = f"pyvmm {__version__} monitor - type 'help' for more information\n"
+MAX_LINE = 4096
+
+# What a live update carries over: version, flags, current CPU; each of the three texts follows
+# behind its length.
+_HEAD = struct.Struct(">BBH3I")
+_VERSION = 1
+_OWES_PROMPT, _OVERLONG, _AFTER_CR, _GREETED = 1, 2, 4, 8
+_ALL_FLAGS = 15
+_MAX_OUTPUT = 1 << 20
+
+
+def encode(text: str) -> bytes:
+    """Text of the monitor as it goes over the wire; file names come out as they went in."""
+    return text.replace("\n", "\r\n").encode("utf-8", "surrogateescape")
+
+
+class MonitorState:
+    """What a monitor carries over a live update.
+
+    ``line`` is what is typed but not entered, ``input`` what is taken but not looked at,
+    ``output`` what is not written yet.
+    """
+
+    __slots__ = ("cpu_index", "flags", "input", "line", "output")
+
+    def __init__(
+        self,
+        line: bytes = b"",
+        input: bytes = b"",
+        output: bytes = b"",
+        flags: int = 0,
+        cpu_index: int = 0,
+    ) -> None:
+        self.line = line
+        self.input = input
+        self.output = output
+        self.flags = flags
+        self.cpu_index = cpu_index
+
+    def pack(self) -> bytes:
+        """As bytes."""
+        texts = (self.line, self.input, self.output)
+        head = _HEAD.pack(_VERSION, self.flags, self.cpu_index, *map(len, texts))
+        return head + b"".join(texts)
+
+    @classmethod
+    def unpack(cls, state: bytes) -> MonitorState:
+        """Read what :meth:`pack` made.
+
+        :raises VmStateError: it did not
+        """
+        if len(state) < _HEAD.size:
+            raise VmStateError("monitor", f"{len(state)} bytes are too few")
+        version, flags, cpu_index, *sizes = _HEAD.unpack_from(state)
+        if version != _VERSION:
+            raise VmStateError("monitor", f"version {version} is not known")
+        if flags & ~_ALL_FLAGS:
+            raise VmStateError("monitor", f"flags {flags:#x} are not known")
+        limits = (MAX_LINE, MAX_LINE, _MAX_OUTPUT)
+        if any(size > limit for size, limit in zip(sizes, limits, strict=True)):
+            raise VmStateError("monitor", "a text is too long")
+        if len(state) != _HEAD.size + sum(sizes):
+            raise VmStateError("monitor", f"{len(state)} bytes do not hold texts of {sizes}")
+        texts, at = [], _HEAD.size
+        for size in sizes:
+            texts.append(state[at : at + size])
+            at += size
+        line, input, output = texts
+        return cls(line, input, output, flags, cpu_index)
+
+
+class LineMonitor(Frontend):
+    """A human monitor in line mode.
+
+    :param chardev: it is attached to this front end by the caller
+    :param context: whose commands it runs
+    """
+
+    def __init__(self, chardev: Chardev, context: Context) -> None:
+        self.chardev = chardev
+        self.context = context
+        self.interpreter = Interpreter(context)
+        self._outbox = Outbox(chardev, _MAX_OUTPUT)
+        self._line = bytearray()
+        self._input = bytearray()
+        self._overlong = False
+        self._after_cr = False
+        self._busy = False
+        self._running = False
+        self._open = False
+        self._focused = True
+        self._greeted = False
+        self._owes_prompt = False
+        self._client = 0
+
+    def can_receive(self) -> int:
+        return 0 if self._busy else MAX_LINE - len(self._input)
+
+    def receive(self, data: bytes) -> None:
+        self._input += data
+        self._process()
+
+    def handle_event(self, event: str) -> None:
+        if event == CLOSED:
+            self._forget_client()
+            self._open = False
+        elif event == OPENED:
+            self._begin()
+        elif event == MUX_OUT:
+            self._focused = False
+            if self._open:
+                self._send("\n")
+        elif event == MUX_IN:
+            self._focused = True
+            if self._open:
+                self._show_prompt()
+
+    def handle_writable(self) -> None:
+        self._outbox.flush()
+
+    def quiesce(self) -> None:
+        """An execve may come: there is nothing to tidy up, state is saved as it is."""
+
+    def restart(self) -> None:
+        """No execve came after all."""
+
+    def save_state(self) -> bytes:
+        """What a live update carries over; see :meth:`load_state`."""
+        flags = (
+            _OWES_PROMPT * (self._busy or self._owes_prompt)
+            | _OVERLONG * self._overlong
+            | _AFTER_CR * self._after_cr
+            | _GREETED * self._greeted
+        )
+        return MonitorState(
+            bytes(self._line),
+            bytes(self._input),
+            self._outbox.pending(),
+            flags,
+            self.context.cpu_index,
+        ).pack()
+
+    def load_state(self, state: bytes) -> None:
+        """Go on where the old image was; before the chardev is attached.
+
+        :raises VmStateError: impossible state
+        """
+        old = MonitorState.unpack(state)
+        if old.cpu_index >= len(self.context.machine.cpus):
+            raise VmStateError("monitor", f"there is no CPU #{old.cpu_index}")
+        self.context.cpu_index = old.cpu_index
+        self._line[:] = old.line
+        self._input[:] = old.input
+        self._overlong = bool(old.flags & _OVERLONG)
+        self._after_cr = bool(old.flags & _AFTER_CR)
+        self._owes_prompt = bool(old.flags & _OWES_PROMPT)
+        self._greeted = bool(old.flags & _GREETED)
+        if old.output:
+            self._outbox.send(old.output)
+
+    def _begin(self) -> None:
+        self._open = True
+        if not self.chardev.resumed:
+            self._forget_client()
+        self._outbox.flush()
+        # Whoever was there before the live update was greeted and has his prompt, unless the
+        # command that led here still owes it.
+        if self._owes_prompt or not self._greeted:
+            self._show_prompt()
+        self._owes_prompt = False
+        self._process()
+
+    def _forget_client(self) -> None:
+        self._client += 1
+        self._line.clear()
+        self._input.clear()
+        self._outbox.clear()
+        self._overlong = self._after_cr = self._owes_prompt = self._greeted = False
+        self._busy = False
+
+    def _show_prompt(self) -> None:
+        # Behind a mux the console may have the screen.
+        if not self._focused or self._busy:
+            return
+        if not self._greeted:
+            self._greeted = True
+            self._send(BANNER)
+        self._send(PROMPT)
+        self._outbox.send(bytes(self._line))
+
+    def _process(self) -> None:
+        # A command may finish at once, which leads here again: one level is enough.
+        if self._running:
+            return
+        self._running = True
+        try:
+            while self._input and not self._busy:
+                byte = self._input.pop(0)
+                if byte in b"\r\n":
+                    if byte == 0x0A and self._after_cr:
+                        self._after_cr = False
+                        continue
+                    self._after_cr = byte == 0x0D
+                    self._enter()
+                else:
+                    self._after_cr = False
+                    if len(self._line) < MAX_LINE:
+                        self._line.append(byte)
+                    else:
+                        self._overlong = True
+        finally:
+            self._running = False
+
+    def _enter(self) -> None:
+        line = self._line.decode("utf-8", "surrogateescape")
+        self._line.clear()
+        if self._overlong:
+            self._overlong = False
+            self._send(f"Error: a line has at most {MAX_LINE} bytes\n")
+            self._show_prompt()
+            return
+        client = self._client
+
+        def done(text: str) -> None:
+            if client != self._client:
+                return  # whoever asked is gone
+            self._busy = False
+            self._send(text)
+            self._show_prompt()
+            self._process()
+            self.chardev.accept_input()
+
+        self._busy = True
+        self.interpreter.execute(line, done)
+
+    def _send(self, text: str) -> None:
+        self._outbox.send(encode(text))

@@ -1,0 +1,251 @@
+"""A machine without KVM, for the monitor: its state is set by the test, its acts are recorded.
+
+Guest RAM, buses and run states are the real ones; vCPUs have registers that the test sets and
+translate addresses by a dict of pages (identity by default).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from pyvmm.core.bus import Bus, BusDevice
+from pyvmm.core.eventloop import EventLoop
+from pyvmm.core.runstate import PAUSED, RUNNING, RunState
+from pyvmm.core.threads import Lock
+from pyvmm.errors import CommandError, MigrationError, StateError
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
+from pyvmm.memory.guest import GuestMemory
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+RAM_SIZE = 1 << 20
+
+
+class FakeVcpu:
+    """Registers and page tables of one vCPU."""
+
+    def __init__(self) -> None:
+        gprs = "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags"
+        self.regs = SimpleNamespace(**dict.fromkeys(gprs.split(), 0))
+        self.regs.rflags = 2
+        self.sregs = SimpleNamespace(cr0=0x11, cr2=0, cr3=0, cr4=0, cr8=0, efer=0)
+        for name in ("es", "ss", "ds", "fs", "gs"):
+            setattr(self.sregs, name, segment(3, db=1, g=1, selector=0x10))
+        self.sregs.cs = segment(11, db=1, g=1, selector=0x8)
+        self.sregs.ldt = segment(2, s=0, limit=0xFFFF)
+        self.sregs.tr = segment(11, s=0, limit=0xFFFF)
+        self.sregs.gdt = SimpleNamespace(base=0x1000, limit=0x27)
+        self.sregs.idt = SimpleNamespace(base=0, limit=0x3FF)
+        self.debugregs = SimpleNamespace(db=[0, 0, 0, 0], dr6=0xFFFF0FF0, dr7=0x400)
+        self.xsave = bytearray(4096)
+        self.xsave[0:2] = b"\x7f\x03"
+        self.xsave[24:26] = b"\x80\x1f"
+        self.mp_state = 0
+        self.pages: dict[int, int] | None = None
+
+    def get_regs(self) -> Any:
+        """The general registers."""
+        return self.regs
+
+    def get_sregs(self) -> Any:
+        """The system registers."""
+        return self.sregs
+
+    def get_debugregs(self) -> Any:
+        """The debug registers."""
+        return self.debugregs
+
+    def get_xsave(self) -> bytes:
+        """The XSAVE area."""
+        return bytes(self.xsave)
+
+    def get_mp_state(self) -> int:
+        """Running (0) or halted (3)."""
+        return self.mp_state
+
+    def translate(self, gva: int) -> int | None:
+        """Look a page up in ``pages``."""
+        if self.pages is None:
+            return gva
+        page = self.pages.get(gva & ~0xFFF)
+        return None if page is None else page | gva & 0xFFF
+
+
+def segment(type: int, *, s: int = 1, limit: int = 0xFFFFFFFF, **fields: int) -> Any:
+    """A present segment of ring 0, shaped as struct kvm_segment."""
+    names = ("selector", "base", "dpl", "avl", "l", "db", "g", "unusable")
+    known = dict.fromkeys(names, 0) | fields
+    return SimpleNamespace(type=type, s=s, limit=limit, present=1, **known)
+
+
+class FakeCpu:
+    """A vCPU; what its thread would run is run at once."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.thread_id = 31290 + index
+        self.vcpu = FakeVcpu()
+
+    def call(self, function: Callable[[Any], Any]) -> Any:
+        """Run ``function`` on the vCPU."""
+        return function(self.vcpu)
+
+
+class PortRecorder(BusDevice):
+    """A device that remembers writes and answers reads from a dict of offsets."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.values: dict[int, int] = {}
+        self.writes: list[tuple[int, int, int]] = []
+
+    def on_read(self, offset: int, size: int) -> int:
+        return self.values.get(offset, 0)
+
+    def on_write(self, offset: int, size: int, value: int) -> None:
+        self.writes.append((offset, size, value))
+
+
+class FakeMachine:
+    """A running machine with ``cpus`` vCPUs, 1 MiB of RAM and one device on 0x3f8.
+
+    ``acts`` lists what was asked of it.
+    """
+
+    def __init__(self, cpus: int = 1, name: str = "") -> None:
+        self.config = SimpleNamespace(name=name, smp=cpus, memory_size=RAM_SIZE, argv=[])
+        self.loop = EventLoop()
+        self.runstate = RunState(RUNNING)
+        self.memory = GuestMemory()
+        self.backends = [RamBackend(RamConfig("memory-backend-memfd", "ram0", RAM_SIZE))]
+        self.memory.add_ram(self.backends[0], [(0, RAM_SIZE, 0)])
+        self.ports = Bus("I/O", 1 << 16)
+        self.mmio = Bus("memory", 1 << 64)
+        self.port_recorder = PortRecorder()
+        self.ports.add(0x3F8, 8, self.port_recorder, "serial")
+        self.devices = [
+            SimpleNamespace(
+                name="isa-serial",
+                properties=lambda: {"chardev": "serial0", "iobase": 0x3F8, "wakeup": False},
+            )
+        ]
+        self.chardevs: dict[str, Any] = {}
+        self.cpus = [FakeCpu(index) for index in range(cpus)]
+        self.acts: list[str] = []
+        self.observers: list[Callable[[str, dict[str, Any] | None], None]] = []
+
+    def stop(self) -> None:
+        """Pause."""
+        self.acts.append("stop")
+        if self.runstate.running:
+            self.runstate.set(PAUSED)
+            self.emit("STOP")
+
+    def cont(self) -> None:
+        """Run."""
+        if self.runstate.needs_reset():
+            raise StateError("Resetting the Virtual Machine is required")
+        self.acts.append("cont")
+        if not self.runstate.running:
+            self.emit("RESUME")
+            self.runstate.set(RUNNING)
+
+    def reset(self, reason: str = "host-qmp-system-reset") -> None:
+        """Record a reset."""
+        self.acts.append(f"reset {reason}")
+        self.emit("RESET", {"guest": False, "reason": reason})
+
+    def powerdown(self) -> None:
+        """Record a press of the power button."""
+        self.acts.append("powerdown")
+        self.emit("POWERDOWN")
+
+    def quit(self, exit_code: int = 0, reason: str = "host-qmp-quit") -> None:
+        """Record the end."""
+        self.acts.append(f"quit {exit_code} {reason}")
+
+    def subscribe(self, callback: Callable[[str, dict[str, Any] | None], None]) -> None:
+        """Have ``callback`` told of events."""
+        self.observers.append(callback)
+
+    def emit(self, name: str, data: dict[str, Any] | None = None) -> None:
+        """Tell the observers."""
+        for observer in self.observers:
+            observer(name, data)
+
+    def close(self) -> None:
+        """Give memory and descriptors back."""
+        for backend in self.backends:
+            backend.close()
+        self.loop.close()
+
+
+class FakeSettings:
+    """Named values that keep their type: migration parameters or capabilities."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+    def names(self) -> list[str]:
+        """All names, in the order of ``info``."""
+        return list(self.values)
+
+    def get(self, name: str) -> Any:
+        """One value."""
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        """One value as ``info`` shows it."""
+        value = self.values[name]
+        return " ".join(value) if isinstance(value, list) else str(value)
+
+    def set_text(self, name: str, text: str) -> None:
+        """Set one value from what was typed."""
+        if name not in self.values:
+            raise CommandError(f"invalid parameter value: {name}")
+        if name == "mode" and text not in ("normal", "cpr-exec"):
+            raise CommandError(f"Parameter 'mode' does not accept value '{text}'")
+        self.values[name] = text.split() if isinstance(self.values[name], list) else text
+
+    def update(self, values: dict[str, Any]) -> None:
+        """Set several, or none."""
+        for name in values:
+            if name not in self.values:
+                raise CommandError(f"Parameter '{name}' is unexpected")
+        self.values.update(values)
+
+
+class FakeMigration:
+    """A migration that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.parameters = FakeSettings({"mode": "normal", "cpr-exec-command": []})
+        self.capabilities = FakeSettings({"events": False, "xbzrle": False})
+        self.refuse: str | None = None
+        self.started: list[tuple[str, bool]] = []
+        self.acts: list[str] = []
+        self.finish: Callable[[str | None], None] = lambda _error: None
+        self.data: dict[str, Any] = {}
+
+    def info(self) -> dict[str, Any]:
+        """What query-migrate returns."""
+        return self.data
+
+    def start(self, uri: str, detach: bool, done: Callable[[str | None], None]) -> None:
+        """Record the start, or refuse it."""
+        if self.refuse is not None:
+            raise MigrationError(self.refuse)
+        self.started.append((uri, detach))
+        self.finish = done
+
+    def cancel(self) -> None:
+        """Record it."""
+        self.acts.append("cancel")
+
+    def incoming(self, uri: str) -> None:
+        """Record it."""
+        self.acts.append(f"incoming {uri}")
