@@ -70,42 +70,32 @@ void boot_init(u32 kind, u64 info)
     }
 }
 
-/* Maps RAM above 4 GiB (up to 512 GiB): 1 GiB pages, or 2 MiB pages with their tables laid at the
- * start of that RAM, which is then left out of the map. */
+/* Maps RAM above 4 GiB, and forgets what lies beyond MAX_GIB: 1 GiB pages, or 2 MiB pages. */
+#define MAX_GIB 64ul
+static u64 high_tables[MAX_GIB - 4][512] __attribute__((aligned(4096)));
+
 void map_init(void)
 {
     u32 r[4];
     u64 end = 0;
-    for (u32 i = 0; i < ram_count; i++)
-        if (ram[i].start >= 1ul << 32 && ram[i].start + ram[i].size > end)
-            end = ram[i].start + ram[i].size;
-    if (!end)
-        return;
-    if (end > 1ul << 39)
-        end = 1ul << 39;
-    cpuid(0x80000001, 0, r);
-    u64 gib = (end + (1ul << 30) - 1) >> 30;
-    if (r[3] & 1 << 26) {
-        for (u64 g = 4; g < gib; g++)
-            pdpt[g] = g << 30 | 0x87;
-        return;
-    }
-    u64 tables = gib - 4, room = tables << 12;
     for (u32 i = 0; i < ram_count; i++) {
-        if (ram[i].start < FREE_RAM && ram[i].start + ram[i].size > (256ul << 20) - room) {
-            /* below 256 MiB: mapped already */
-            u64 at = (256ul << 20) - room;
-            for (u64 g = 4; g < gib; g++, at += 4096) {
-                u64 *pd = (u64 *)at;
-                for (u64 k = 0; k < 512; k++)
-                    pd[k] = g << 30 | k << 21 | 0x87;
-                pdpt[g] = at | 7;
-            }
-            break;
-        }
+        if (ram[i].start >= MAX_GIB << 30)
+            ram[i].start = ram[i].size = 0;
+        if (ram[i].start + ram[i].size > MAX_GIB << 30)
+            ram[i].size = (MAX_GIB << 30) - ram[i].start;
+        if (ram[i].start + ram[i].size > end)
+            end = ram[i].start + ram[i].size;
+    }
+    cpuid(0x80000001, 0, r);
+    for (u64 gib = 4; gib << 30 < end; gib++) {
+        u64 *table = high_tables[gib - 4];
+        pdpt[gib] = r[3] & 1 << 26 ? gib << 30 | 0x87 : (u64)table | 7;
+        for (u64 i = 0; !(r[3] & 1 << 26) && i < 512; i++)
+            table[i] = gib << 30 | i << 21 | 0x87;
     }
 }
 
+/* The value stays valid until the next call: for CPU 0 at start-up. */
 const char *opt(const char *name)
 {
     static char value[64];

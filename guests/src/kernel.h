@@ -10,9 +10,11 @@
 #define LAPIC 0xfee00000ul
 #define IOAPIC 0xfec00000ul
 
+#define MSR_TSC_DEADLINE 0x6e0
 #define VEC_IRQ 32               /* PIC interrupts 0..15 */
 #define VEC_TIMER 48             /* LAPIC timer */
-#define VEC_IPI 49
+#define VEC_IPI 49               /* wakes a halted CPU for a job */
+#define VEC_PING 50
 #define VEC_SPURIOUS 0xff
 
 #ifndef __ASSEMBLER__
@@ -45,7 +47,11 @@ struct frame {
     u64 r15, r14, r13, r12, r11, r10, r9, r8, rbp, rdi, rsi, rdx, rcx, rbx, rax;
     u64 vector, error, rip, cs, rflags, rsp, ss;
 };
-struct percpu { volatile u64 ticks, ipis, events, apic_id; } __attribute__((aligned(64)));
+struct percpu {
+    volatile u64 events;             /* interrupts of any kind */
+    volatile u64 ticks, pings, deadline;  /* deadline: TSC cycles to the next tick, 0 = periodic timer */
+    u64 apic_id;
+} __attribute__((aligned(64)));
 extern struct percpu percpu[MAX_CPUS];
 extern volatile u64 pit_ticks;
 /* By the stack in use: kernel_stacks follow user_stacks, so one formula serves both rings. */
@@ -61,7 +67,7 @@ u64 rdmsr(u32 msr);
 void wrmsr(u32 msr, u64 value);
 u64 rdtsc0(void);                                 /* TSC as ring 0 sees it */
 void cpuid(u32 leaf, u32 sub, u32 out[4]);
-void irq_enable(int irq);
+void irq_enable(u32 irq), irq_disable(u32 irq);
 void lapic_init(void);
 void lapic_timer(u32 mode_vector, u32 count);
 void send_ipi(u32 cpu, u32 vector);
@@ -100,10 +106,13 @@ void tick_start(u32 ms);                          /* periodic LAPIC timer on thi
 void pit_start(u32 hz);
 u64 uptime_ms(void);
 
-/* main.c */
+struct stall { u64 last, waited; };               /* guest running time without an event */
+bool stalled(struct stall *s, bool event);        /* true after 2 s of it; a paused guest does not count */
+
+/* main.c: a program returns when it has done passes=N rounds. */
 struct program { const char *name; void (*run)(void); };
-void round_done(u64 round);                       /* ends the guest once passes=N rounds are done */
-void pass(void) __attribute__((noreturn));
+extern u64 passes;
+static inline bool last_round(u64 round) { return passes && round >= passes; }
 void fail(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 void poweroff(void) __attribute__((noreturn));
 void reset(void) __attribute__((noreturn));
@@ -111,7 +120,7 @@ void debug_exit(u8 code);
 extern const char *program_name;
 
 void shell(void), counter(void), ticker(void), halt(void), memhash(void), timers(void);
-void pingpong(void), torture(void), piospin(void), selftest(void);
+void pingpong(void), torture(void), piospin(void);
 u64 fnv1a(const void *start, u64 len);
 
 /* lib.c */

@@ -2,6 +2,7 @@
 #include "kernel.h"
 
 const char *program_name = "shell";
+u64 passes;
 
 static void exit_program(void)
 {
@@ -9,9 +10,19 @@ static void exit_program(void)
     poweroff();
 }
 
+/* Some of everything, briefly. */
+static void selftest(void)
+{
+    static void (*const parts[])(void) = {memhash, timers, pingpong, piospin, torture};
+    passes = 2;
+    for (u32 i = 0; i < sizeof parts / sizeof *parts; i++)
+        parts[i]();
+}
+
 static const struct program programs[] = {
     {"shell", shell},     {"counter", counter}, {"ticker", ticker},   {"halt", halt},
-    {"exit", exit_program},
+    {"memhash", memhash}, {"timers", timers},   {"pingpong", pingpong}, {"piospin", piospin},
+    {"torture", torture}, {"selftest", selftest}, {"exit", exit_program},
 };
 
 void debug_exit(u8 code) { outb(0xf4, code); }
@@ -28,14 +39,6 @@ void reset(void)
     stop();
 }
 
-void pass(void)
-{
-    print("%s PASS\n", program_name);
-    if (opt("debugexit"))
-        debug_exit((u8)opt_num("debugexit", 0x10));
-    poweroff();
-}
-
 void fail(const char *format, ...)
 {
     __builtin_va_list args;
@@ -47,13 +50,6 @@ void fail(const char *format, ...)
     debug_exit(0x21);
     outb(0x505, 1);
     stop();
-}
-
-void round_done(u64 round)
-{
-    u64 passes = opt_num("passes", 0);
-    if (passes && round >= passes)
-        pass();
 }
 
 /* Ring 3, CPU 0. kind: 1 PVH, 2 multiboot. */
@@ -73,6 +69,10 @@ __attribute__((noreturn)) void main(u32 kind, u64 info)
             program = &programs[i];
     program_name = program->name;
     print("program %s on %u cpus\n", program_name, cpus);
+    passes = opt_num("passes", 0);
     program->run();
+    print("%s PASS\n", program_name);
+    if (opt("debugexit"))
+        debug_exit((u8)opt_num("debugexit", 0x10));
     poweroff();
 }

@@ -21,7 +21,8 @@ static void tick(u64 period, const char *format)
         while (*ticks < n * every)
             wait_change(ticks, *ticks);
         print(format, n);
-        round_done(n);
+        if (last_round(n))
+            break;
     }
 }
 

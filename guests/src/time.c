@@ -34,9 +34,18 @@ void calibrate(void)
     lapic_timer(0x10000 | VEC_TIMER, 0);
 }
 
+bool stalled(struct stall *s, bool event)
+{
+    u64 now = rdtsc0(), passed = now - s->last, limit = tsc_hz / 10;
+    s->last = now;
+    s->waited = event ? 0 : s->waited + (passed < limit ? passed : limit);
+    return s->waited > 2 * tsc_hz;
+}
+
 void tick_start(u32 ms)
 {
     calibrate();
+    percpu[this_cpu()].deadline = 0;
     lapic_timer(0x20000 | VEC_TIMER, (u32)(lapic_hz * ms / 1000));
 }
 
