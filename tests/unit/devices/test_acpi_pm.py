@@ -63,6 +63,9 @@ def test_power_off_by_bytes_and_across_registers(machine):
     machine.bus.write(CONTROL, 2, 0x1400)
     machine.bus.write(CONTROL, 1, 0x20)
     assert machine.offs == 2
+    assert machine.bus.read(CONTROL, 2) == 0x1401
+    machine.bus.write(ENABLE, 1, 0x21)
+    assert machine.bus.read(ENABLE, 2) == PWRBTN | 0x21
 
 
 def test_power_button(machine):

@@ -123,6 +123,15 @@ def test_setting_with_the_set_bit(rtc, clock):
     assert {name: read(rtc, TIME[name]) for name in expected} == expected
 
 
+def test_set_bit_holds_the_time_that_it_found(rtc, clock):
+    write(rtc, REG_B, 0x82)
+    clock.now += 30
+    assert read(rtc, TIME["s"]) == 0x07
+    write(rtc, REG_B, 0x02)
+    clock.now += 1
+    assert read(rtc, TIME["s"]) == 0x08
+
+
 def test_setting_one_register_at_once(rtc, clock):
     write(rtc, TIME["h"], 0x03)
     clock.now += 1

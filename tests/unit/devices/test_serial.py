@@ -31,6 +31,7 @@ class Port:
         self.bus = Bus("I/O", 8)
         self.bus.add(0, uart.PORTS, self.uart, "serial")
         chardev.attach(self.uart)
+        chardev.loop.run_once(0)  # attaching asked for input
 
     def read(self, register):
         return self.bus.read(register, 1)
@@ -307,11 +308,12 @@ def test_clearing_the_receive_fifo(port):
     port.write(FCR, 1)
     port.write(IER, RECEIVE)
     port.chardev.feed(b"abc")
+    port.chardev.feed(b"0123456789ABCDEF")
     port.write(FCR, 0x03)
     assert port.read(LSR) == IDLE
     assert not port.irq.level
-    port.chardev.feed(b"d")
-    assert port.read(RBR) == ord("d")
+    port.chardev.loop.run_once(0)
+    assert port.drain() == b"DEF"
 
 
 def test_clearing_the_transmit_fifo(make_port):
@@ -515,6 +517,17 @@ def test_transmitter_interrupt_goes_over(make_port, carry, pending, enabled):
     carry(old.uart, new.uart)
     assert new.read(RBR) == ord("x")
     assert new.cause() == (THRE if pending else NONE)
+
+
+def test_input_that_came_meanwhile_is_taken_on_resuming(make_port, carry):
+    old, new = make_port(), make_port()
+    new.chardev.unread += b"x"
+    carry(old.uart, new.uart)
+    new.chardev.loop.run_once(0)
+    assert new.read(LSR) == IDLE
+    new.uart.resume()
+    new.chardev.loop.run_once(0)
+    assert new.read(RBR) == ord("x")
 
 
 def test_edge_while_resuming_is_delivered(make_port, carry):
