@@ -24,16 +24,18 @@ class PvPanic(Device):
     """The port. A read tells the events that are understood.
 
     :param report: called with one of :data:`EVENTS`
+    :param ioport: the port, for ``info qtree``
     """
 
     name = "pvpanic"
 
-    def __init__(self, report: Callable[[int], None]) -> None:
+    def __init__(self, report: Callable[[int], None], *, ioport: int = IOPORT) -> None:
         super().__init__()
         self._report = report
+        self.ioport = ioport
 
     def properties(self) -> dict[str, Any]:
-        return {"ioport": IOPORT, "events": sum(EVENTS)}
+        return {"ioport": self.ioport, "events": sum(EVENTS)}
 
     def on_read(self, offset: int, size: int) -> int:
         return sum(EVENTS)

@@ -63,3 +63,4 @@ def test_pvpanic_reports_the_gravest_known_event(bus, value, events):
     bus.write(0x505, 1, value)
     assert seen == events
     assert device.properties() == {"ioport": 0x505, "events": 7}
+    assert PvPanic(seen.append, ioport=0x510).properties()["ioport"] == 0x510
