@@ -84,6 +84,7 @@ SPEAKER = (0x61, 1)  # in KVM, with the PIT (KVM_PIT_SPEAKER_DUMMY)
 I8042_COMMAND = (0x64, 1)
 CMOS = (0x70, 2)
 POST_CODE = (0x80, 1)
+PORT92 = (0x92, 1)
 PORT_92 = (0x92, 1)
 PIC_SLAVE = (0xA0, 2)  # in KVM
 DEBUGCON = (0xE9, 1)

@@ -138,6 +138,18 @@ def read(vcpu: Vcpu) -> Record:
     return state
 
 
+def power_on(vcpu: Vcpu) -> Record:
+    """What a reset gives back to ``vcpu``, which has not run yet: all but CPUID, which cannot
+    change any more, and the TSC, which goes on."""
+    state = read(vcpu)
+    state.cpuid = []
+    state.nent = 0
+    state.has_tsc_offset = False
+    state.msrs = [msr for msr in state.msrs if msr.index != MSR_TSC]
+    state.nmsrs = len(state.msrs)
+    return state
+
+
 def write(vcpu: Vcpu, state: Any) -> None:
     """Give ``state`` to a vCPU that has not run yet, or that is stopped for a reset.
 
@@ -150,9 +162,9 @@ def write(vcpu: Vcpu, state: Any) -> None:
 
 
 def _write(vcpu: Vcpu, state: Any) -> None:
-    # Only if it is another one: after the first KVM_RUN (a reset) KVM refuses a change. It
-    # decides which bits MSRs and XSAVE may have, so it comes first.
-    if _plain(_cpuid_entries(vcpu)) != _plain(state.cpuid):
+    # It decides which bits MSRs and XSAVE may have, so it comes first; and only if it is
+    # another one, since KVM takes half a millisecond for it.
+    if state.cpuid and _fixed(state.cpuid) != _fixed(_cpuid_entries(vcpu)):
         vcpu.set_cpuid2(
             ffi.new("struct kvm_cpuid2 *", {"nent": state.nent, "entries": _plain(state.cpuid)})
         )
@@ -220,4 +232,24 @@ def _cpuid_entries(vcpu: Vcpu) -> list[Record]:
     return [
         Record(**{field.name: getattr(entry, field.name) for field in _CPUID.fields})
         for entry in (cpuid.entries[i] for i in range(cpuid.nent))
+    ]
+
+
+# Bits of (leaf, register) that KVM itself changes while the guest runs: they follow CR4 and
+# APIC_BASE. In leaf 0xd the size of the enabled XSAVE area follows XCR0.
+_RUNTIME_BITS = {
+    (0x1, "ecx"): 1 << 27 | 1 << 3,  # OSXSAVE, MONITOR
+    (0x1, "edx"): 1 << 9,  # APIC
+    (0x7, "ecx"): 1 << 4,  # OSPKE
+    (0xD, "ebx"): 0xFFFFFFFF,
+}
+
+
+def _fixed(entries: list[Record]) -> list[dict[str, int]]:
+    return [
+        {
+            name: value & ~_RUNTIME_BITS.get((entry.function, name), 0)
+            for name, value in entry.__dict__.items()
+        }
+        for entry in entries
     ]

@@ -1,0 +1,5 @@
+"""``python -m pyvmm``."""
+
+from pyvmm.cli import main
+
+raise SystemExit(main())

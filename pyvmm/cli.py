@@ -1,0 +1,156 @@
+"""The command line: verbs, signals, exit codes.
+
+``pyvmm run`` is what a live update executes while the guest waits, so its way to the guest's
+first instruction imports no more than it needs; monitors come after that.
+
+Exit codes: 0 the guest or the operator ended it, 1 an error (one line says which), 2 wrong
+usage; isa-debug-exit gives (value << 1) | 1.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+
+    from pyvmm.machine.machine import Machine
+    from pyvmm.migration.manager import Migration
+else:
+    import _signal  # what signal wraps in enums, at the cost of importing enum
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+# A vCPU thread that comes back from KVM_RUN waits this long at most for the interpreter.
+SWITCH_INTERVAL_S = 0.0005
+
+USAGE = """\
+usage: pyvmm run [OPTION...]     run a guest (pyvmm run -help lists the options)
+       pyvmm --version           print the version
+       pyvmm --help              print this
+
+Without options 'pyvmm run' boots the built-in guest, with its serial console and the monitor
+on the terminal: Ctrl-a h shows the keys, Ctrl-a c switches between them, Ctrl-a x quits.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; the exit code."""
+    started = time.monotonic_ns()
+    # Start-up makes objects that stay; looking for garbage among them is time lost.
+    gc.disable()
+    arguments = sys.argv[1:] if argv is None else argv
+    verb = arguments[0] if arguments else ""
+    if verb == "run":
+        return run(arguments[1:], started)
+    if verb in ("--version", "-version", "-V"):
+        from pyvmm import __version__
+
+        print(f"pyvmm {__version__}")
+        return 0
+    if verb in ("--help", "-help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    problem = f"{verb}: no such command" if verb else "a command is missing"
+    print(f"pyvmm: {problem}\n{USAGE}", end="", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def run(argv: list[str], started: int) -> int:
+    """``pyvmm run``: build the machine, start or load the guest, serve until its end."""
+    from pyvmm.cpr import state as cpr_state
+    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.errors import ConfigError, PyvmmError
+    from pyvmm.machine import options
+
+    values: dict[str, bytes] = {}
+    machine: Machine | None = None
+    try:
+        carried = cpr_state.inherit()
+        values = carried.values if carried else {}
+        fds = FdStore(carried.fds if carried else None)
+        config = options.parse(argv)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+        from pyvmm.core.eventloop import EventLoop
+        from pyvmm.machine import builder
+        from pyvmm.migration.manager import Migration
+
+        loop = EventLoop()
+        chardevs = _strip(values, "chardev/")
+        machine = builder.build(config, loop, fds, chardevs)
+        handle_signals(machine)
+        migration = Migration(machine, values)
+        migration.progress.mark("start", started)
+        migration.progress.mark("build")
+        machine.start()
+        migration.begin()
+        for name, index in fds.close_unclaimed():
+            machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
+        gc.enable()
+        open_monitors(machine, migration, _strip(values, "monitor/"))
+        loop.run()
+        return machine.exit_code
+    except options.HelpRequested as request:
+        print(usage(str(request)), end="")
+        return 0
+    except PyvmmError as error:
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        return 128 + _signal.SIGINT
+    finally:
+        if machine is not None:
+            machine.close()
+
+
+def handle_signals(machine: Machine) -> None:
+    """SIGINT, SIGTERM and SIGHUP end the VMM in order; a peer that went away is no signal."""
+    _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
+
+    def end(number: int, _frame: object) -> None:
+        machine.loop.call_soon(lambda: machine.quit(128 + number, "host-signal"))
+
+    for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
+        _signal.signal(number, end)
+    stdio = machine.chardevs.stdio
+    if stdio is not None:
+        on_cont, on_resize = stdio.handle_cont, stdio.handle_resize
+        _handle(machine, _signal.SIGCONT, on_cont)
+        _handle(machine, _signal.SIGWINCH, on_resize)
+
+
+def open_monitors(machine: Machine, migration: Migration, states: dict[str, bytes]) -> None:
+    """Put a monitor on each chardev that is to have one."""
+    if machine.monitors:
+        from pyvmm.monitor import attach
+
+        attach.open_monitors(machine, migration, states)
+
+
+def usage(option: str) -> str:
+    """``pyvmm run -help``, or what one option takes."""
+    from pyvmm.machine.options import OPTIONS
+
+    names = [option] if option else list(OPTIONS)
+    lines = [] if option else ["usage: pyvmm run [OPTION...]\n\n"]
+    for name in names:
+        argument, text, _ = OPTIONS[name]
+        lines.append(f"  -{name} {argument}".rstrip() + "\n")
+        lines += [f"        {line}\n" for line in text.split("\n")]
+    return "".join(lines)
+
+
+def _handle(machine: Machine, number: int, handler: Callable[[], None]) -> None:
+    _signal.signal(number, lambda _number, _frame: machine.loop.call_soon(handler))
+
+
+def _strip(values: dict[str, bytes], prefix: str) -> dict[str, bytes]:
+    # The values under a prefix, without it; they leave the rest.
+    found = {name: values.pop(name) for name in list(values) if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in found.items()}

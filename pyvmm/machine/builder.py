@@ -1,0 +1,196 @@
+"""Puts a machine together, in boot order.
+
+:func:`build` reads top to bottom: each step a paragraph, with a comment where the order
+matters. The same function serves a live update's new image: whatever was inherited is taken
+from the store of descriptors instead of being opened.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.boot import builtin, loader, rom
+from pyvmm.chardev.config import ChardevConfig
+from pyvmm.chardev.null import NullChardev
+from pyvmm.core.bus import Bus
+from pyvmm.core.irq import IrqLine
+from pyvmm.devices import acpi_pm, debugcon, debugexit, i8042, pvpanic
+from pyvmm.devices.rtc import Rtc
+from pyvmm.devices.serial import Serial
+from pyvmm.errors import ConfigError, InternalError
+from pyvmm.kvm.system import System
+from pyvmm.machine.cpu import Cpu
+from pyvmm.machine.machine import Machine
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
+from pyvmm.memory.guest import GuestMemory
+from pyvmm.x86 import layout
+from pyvmm.x86.platform import Platform
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.chardev.base import Chardev
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.devices.base import Device
+    from pyvmm.machine.config import DeviceConfig, MachineConfig
+
+KVM_FD = "kvm"
+ROM_BLOCK = "pc.bios"
+RAM_BLOCK = "pc.ram"
+
+COM_PORTS = ((layout.COM1, layout.IRQ_COM1), (layout.COM2, layout.IRQ_COM2))
+
+
+def build(
+    config: MachineConfig, loop: EventLoop, fds: FdStore, chardev_states: dict[str, bytes]
+) -> Machine:
+    """A machine ready to start, or to have a state loaded into it.
+
+    :param chardev_states: host-side state that the image before left, by chardev id
+    :raises PyvmmError: naming the option or what the host lacks; nothing is left behind
+    """
+    machine = Machine(config, loop, fds)
+    try:
+        # The permission to use KVM is checked before anything is created on disk.
+        machine.system = open_system(fds)
+        # Memory before the VM: a wrong -object is found while there is nothing to undo.
+        machine.memory = add_memory(machine)
+        machine.platform = Platform(machine.system, config.smp)
+        machine.platform.map_memory(machine.memory)
+        # Chardevs before devices: each device is given its own.
+        add_chardevs(machine, chardev_states)
+        add_devices(machine)
+        # The serial ports come first on a mux: the console begins with the focus.
+        machine.monitors = [
+            (monitor, machine.chardevs.claim(monitor.chardev)) for monitor in config.monitors
+        ]
+        machine.chardevs.wait_connected()
+        machine.cpus = [
+            Cpu(vcpu, machine.ports, machine.mmio, machine) for vcpu in machine.platform.vcpus
+        ]
+        # In a live update memory has it all already, the kernel, its data and its changes.
+        if not config.incoming:
+            loader.load(machine.memory, config.kernel)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def open_system(fds: FdStore) -> System:
+    """/dev/kvm: the inherited descriptor, or a fresh one."""
+    inherited = fds.take(KVM_FD)
+    if inherited is None:
+        system = System.open()
+    else:
+        system = System(inherited)
+        system.check("The inherited /dev/kvm")
+    fds.keep(KVM_FD, system.fd)
+    return system
+
+
+def add_memory(machine: Machine) -> GuestMemory:
+    """RAM from the objects (or one made for ``-m``), and the ROM."""
+    config = machine.config
+    memory = GuestMemory()
+    ram = None
+    for object_config in config.objects:
+        backend = _add_backend(machine, object_config)
+        if object_config.id == config.memory_backend:
+            ram = backend
+    if ram is None:
+        kind = "memory-backend-memfd" if config.anon_alloc == "memfd" else "memory-backend-ram"
+        ram = _add_backend(machine, RamConfig(kind, RAM_BLOCK, config.memory_size))
+    memory.add_ram(ram, layout.ram_ranges(ram.size))
+    rom.add(memory, _add_rom(machine))
+    return memory
+
+
+def add_chardevs(machine: Machine, states: dict[str, bytes]) -> None:
+    """Open what ``-chardev`` asks for; what it was doing in the image before goes on."""
+    for config in machine.config.chardevs:
+        machine.chardevs.create(config)
+    machine.chardevs.load_state(states)
+
+
+def add_devices(machine: Machine) -> None:
+    """The buses and what is on them."""
+    config = machine.config
+    machine.ports = Bus("I/O", 1 << 16)
+    machine.mmio = Bus("memory", 1 << 64)
+    for number, chardev_config in enumerate(config.serials):
+        ports, irq = COM_PORTS[number]
+        if chardev_config is None:
+            chardev: Chardev = NullChardev("null", machine.loop, machine.fds)
+        else:
+            chardev = machine.chardevs.claim(chardev_config)
+        serial = Serial(_irq(machine, irq), chardev, iobase=ports[0], index=number)
+        _add(machine, serial, *ports)
+        chardev.attach(serial)
+    rtc = Rtc()
+    low = min(config.memory_size, layout.BELOW_4G_END)
+    rtc.set_memory_size(low, config.memory_size - low)
+    _add(machine, rtc, *layout.CMOS)
+    _add(machine, i8042.I8042(machine.request_reset), layout.I8042_DATA[0], i8042.PORTS)
+    _add(machine, i8042.Port92(machine.request_reset), *layout.PORT92)
+    machine.power = acpi_pm.AcpiPm(_irq(machine, acpi_pm.SCI), machine.request_power_off)
+    _add(machine, machine.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
+    for device in config.devices:
+        add_device(machine, device)
+
+
+def add_device(machine: Machine, config: DeviceConfig) -> None:
+    """One ``-device``; ``options`` has checked driver and properties."""
+    properties = config.properties
+    if config.driver == "isa-debug-exit":
+        iobase = int(properties.get("iobase", str(debugexit.IOBASE)), 0)
+        iosize = int(properties.get("iosize", str(debugexit.IOSIZE)), 0)
+        exit = debugexit.DebugExit(machine.request_exit, iobase=iobase, iosize=iosize)
+        _add(machine, exit, iobase, iosize, debugexit.WIDTH)
+    elif config.driver == "isa-debugcon":
+        iobase = int(properties.get("iobase", str(debugcon.IOBASE)), 0)
+        chardev = None
+        if "chardev" in properties:
+            name = properties["chardev"]
+            chardev = machine.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
+        _add(machine, debugcon.DebugConsole(chardev, iobase=iobase), iobase, 1)
+    else:
+        panic = pvpanic.PvPanic(machine.report_panic)
+        _add(machine, panic, int(properties.get("ioport", str(pvpanic.IOPORT)), 0), 1)
+
+
+def _add(machine: Machine, device: Device, port: int, count: int, width: int = 1) -> None:
+    machine.devices.append(device)
+    try:
+        machine.ports.add(port, count, device, device.name, width=width)
+    except InternalError as error:
+        raise ConfigError(f"-device {device.name}: {error}; choose other ports") from None
+
+
+def _irq(machine: Machine, number: int) -> IrqLine:
+    return IrqLine(number, machine.platform.vm.irq_line)
+
+
+def _add_rom(machine: Machine) -> RamBackend:
+    # Preserved like RAM, whatever the new image brings: the guest may be executing it.
+    inherited = machine.fds.take(ROM_BLOCK)
+    if inherited is None:
+        image = rom.read(machine.config.bios or builtin.path(builtin.ROM))
+        size = len(image)
+    else:
+        size = os.fstat(inherited).st_size
+    config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
+    backend = _add_backend(machine, config, inherited)
+    if inherited is None:
+        backend.view[:] = image
+    return backend
+
+
+def _add_backend(machine: Machine, config: RamConfig, inherited: int | None = None) -> RamBackend:
+    fd = machine.fds.take(config.id) if inherited is None else inherited
+    backend = RamBackend(config, fd)
+    machine.backends.append(backend)
+    if backend.fd is not None and backend.is_shared:
+        machine.fds.keep(config.id, backend.fd)
+    return backend

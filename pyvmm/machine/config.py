@@ -1,0 +1,78 @@
+"""What machine to build: the options as values, before anything is opened."""
+
+from __future__ import annotations
+
+from pyvmm.boot.loader import KernelConfig
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.chardev.config import ChardevConfig
+    from pyvmm.memory.config import RamConfig
+
+MACHINE_TYPE = "pyvmm"
+MAX_SERIALS = 2
+
+#: ``-action``: what follows an event of the guest; the first value is the default.
+ACTIONS = {
+    "reboot": ("reset", "shutdown"),
+    "shutdown": ("poweroff", "pause"),
+    "panic": ("shutdown", "pause", "exit-failure", "none"),
+    "internal-error": ("pause", "exit-failure"),
+}
+
+
+class MonitorConfig:
+    """A monitor on a chardev.
+
+    :ivar mode: ``readline`` (HMP) or ``control`` (QMP), QEMU's names
+    """
+
+    __slots__ = ("chardev", "mode", "pretty")
+
+    def __init__(self, chardev: ChardevConfig, mode: str, pretty: bool = False) -> None:
+        self.chardev = chardev
+        self.mode = mode
+        self.pretty = pretty
+
+
+class DeviceConfig:
+    """A ``-device``: driver name and properties."""
+
+    __slots__ = ("driver", "properties")
+
+    def __init__(self, driver: str, properties: dict[str, str]) -> None:
+        self.driver = driver
+        self.properties = properties
+
+
+class MachineConfig:
+    """Everything that ``pyvmm run`` was told. Sizes in bytes."""
+
+    def __init__(self) -> None:
+        self.argv: list[str] = []
+        self.name = ""
+        self.memory_size = 128 << 20
+        self.objects: list[RamConfig] = []
+        self.memory_backend = ""  # id of the object that is main memory
+        self.anon_alloc = "memfd"  # where memory without an object comes from: memfd, mmap
+        self.smp = 1
+        self.kernel = KernelConfig()
+        self.bios = ""
+        self.chardevs: list[ChardevConfig] = []
+        self.serials: list[ChardevConfig | None] = []  # None is a port with nobody there
+        self.monitors: list[MonitorConfig] = []
+        self.devices: list[DeviceConfig] = []
+        self.incoming = ""  # URI, "defer", or none
+        self.start_paused = False
+        self.only_migratable = False
+        self.actions = {event: values[0] for event, values in ACTIONS.items()}
+
+    def shape(self) -> dict[str, str]:
+        """What the next image of a live update must have too, by the option that says it."""
+        return {
+            "-m": str(self.memory_size),
+            "-smp": str(self.smp),
+            "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
+            "-serial": str(len(self.serials)),
+            "-device": ",".join(sorted(device.driver for device in self.devices)),
+        }

@@ -1,0 +1,227 @@
+"""A vCPU's thread: the exit loop, and stopping, resuming and asking it from outside.
+
+The thread leaves KVM_RUN for good only by EINTR: KVM completes a pending port or memory
+access before it looks at ``immediate_exit``, so a vCPU that came back with EINTR has no
+access half done, whatever it was doing when the kick came, and its state can be read. An
+access that is split over a page shows up as further exits on the way; they are served like
+any other.
+"""
+
+from __future__ import annotations
+
+import _thread
+
+from pyvmm._native import install_kick, name_thread
+from pyvmm.core.threads import Event, Lock, report_crash, spawn
+from pyvmm.errors import KvmError
+from pyvmm.kvm import exits
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+    from typing import TypeVar
+
+    from pyvmm.core.bus import Bus
+    from pyvmm.kvm.vcpu import Vcpu
+
+    T = TypeVar("T")
+else:
+    import _signal  # what signal wraps in enums, at the cost of importing enum
+
+# Ignored by default: one that is still pending when an exec resets the handlers is harmless.
+KICK_SIGNAL = _signal.SIGURG
+
+STOP_TIMEOUT_S = 10.0
+
+
+class CpuEvents:
+    """What a vCPU's thread reports; called on that thread. The machine implements it."""
+
+    def on_shutdown_exit(self, index: int) -> None:
+        """The vCPU triple-faulted."""
+
+    def on_system_event(self, index: int, kind: int) -> None:
+        """The guest asked for a KVM system event."""
+
+    def on_cpu_error(self, index: int, error: str) -> None:
+        """KVM cannot go on with this vCPU."""
+
+
+class Cpu:
+    """One vCPU and its thread, which waits until :meth:`resume`.
+
+    :param vcpu: the KVM side
+    :param ports: where IN and OUT go
+    :param mmio: where accesses to addresses without memory go
+    :param events: told about the guest's end
+    """
+
+    def __init__(self, vcpu: Vcpu, ports: Bus, mmio: Bus, events: CpuEvents) -> None:
+        self.vcpu = vcpu
+        self.index = vcpu.index
+        self.thread_id = 0
+        self._ports = ports
+        self._mmio = mmio
+        self._events = events
+        self._stop = True
+        self._quit = False
+        self._work: list[Callable[[], None]] = []
+        self._ident = 0
+        self._stopped = Event()
+        self._go = Event()
+        self._call_lock = Lock()
+
+    def start(self) -> None:
+        """Start the thread, which goes to its waiting place. It exists until :meth:`close`."""
+        install_kick(KICK_SIGNAL)
+        self.vcpu.set_immediate_exit(True)
+        started = Event()
+
+        def body() -> None:
+            name_thread(f"vcpu-{self.index}")
+            # A mask that blocks the kick may have been inherited over an exec.
+            _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {KICK_SIGNAL})
+            self._ident = _thread.get_ident()
+            self.thread_id = _thread.get_native_id()
+            started.set()
+            self._run()
+
+        spawn(body, self._handle_crash)
+        started.wait()
+
+    def request_stop(self) -> None:
+        """Ask the vCPU to leave the guest; does not wait. Any thread."""
+        self._stop = True
+        self._kick()
+
+    def wait_stopped(self) -> bool:
+        """Wait until the thread is at its waiting place; False if it does not come."""
+        return self._stopped.wait(STOP_TIMEOUT_S)
+
+    def resume(self) -> None:
+        """Let a stopped vCPU run."""
+        self._stopped.clear()
+        self._stop = False
+        # Before the thread goes: cleared later it could hide a new request to stop.
+        self.vcpu.set_immediate_exit(False)
+        self._go.set()
+
+    def call(self, function: Callable[[Vcpu], T]) -> T:
+        """Run ``function`` on the vCPU's thread, between two KVM_RUNs, and return its result.
+
+        Works while the guest runs (which it interrupts) and while it is stopped. Not for the
+        vCPU's own thread.
+        """
+        done = Event()
+        result: list[T] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                result.append(function(self.vcpu))
+            except BaseException as error:
+                failure.append(error)
+            done.set()
+
+        with self._call_lock:
+            self._work.append(work)
+            self._kick()
+            self._go.set()
+            done.wait()
+        if failure:
+            raise failure[0]
+        return result[0]
+
+    def close(self) -> None:
+        """End the thread and give the vCPU back."""
+        self._quit = True
+        self.request_stop()
+        self._go.set()
+        if self._stopped.wait(STOP_TIMEOUT_S):
+            self.vcpu.close()
+
+    def _kick(self) -> None:
+        # The flag first: KVM polls it on the way in, the signal is for a vCPU that is in.
+        self.vcpu.set_immediate_exit(True)
+        if self._ident and not self._stopped.is_set():
+            _signal.pthread_kill(self._ident, KICK_SIGNAL)
+
+    def _run(self) -> None:
+        while not self._quit:
+            if self._stop:
+                self._wait()
+            else:
+                self._enter()
+        self._stopped.set()
+
+    def _wait(self) -> None:
+        self._stopped.set()
+        self._go.wait()
+        self._go.clear()
+        self._serve()
+
+    def _enter(self) -> None:
+        # One KVM_RUN after the other, until a kick ends one with nothing left half done.
+        while True:
+            try:
+                exit = self.vcpu.run()
+            except KvmError as error:
+                self._fail(str(error))
+                return
+            if isinstance(exit, exits.Io):
+                self._handle_io(exit)
+            elif isinstance(exit, exits.Mmio):
+                self._handle_mmio(exit)
+            elif isinstance(exit, exits.Interrupted):
+                if self._stop or self._work:
+                    break
+            elif isinstance(exit, exits.Shutdown):
+                self._park()
+                self._events.on_shutdown_exit(self.index)
+            elif isinstance(exit, exits.SystemEvent):
+                self._park()
+                self._events.on_system_event(self.index, exit.type)
+            else:
+                self._fail(str(exit))
+        self._serve()
+        # Cleared first, then looked at: a request in between sets it again.
+        self.vcpu.set_immediate_exit(False)
+        if self._stop or self._work:
+            self.vcpu.set_immediate_exit(True)
+
+    def _serve(self) -> None:
+        while self._work:
+            self._work.pop(0)()
+
+    def _handle_io(self, exit: exits.Io) -> None:
+        size = exit.size
+        for at in range(0, exit.count * size, size):
+            if exit.is_write:
+                value = int.from_bytes(exit.data[at : at + size], "little")
+                self._ports.write(exit.port, size, value)
+            else:
+                value = self._ports.read(exit.port, size)
+                exit.data[at : at + size] = value.to_bytes(size, "little")
+
+    def _handle_mmio(self, exit: exits.Mmio) -> None:
+        if exit.is_write:
+            self._mmio.write(exit.gpa, exit.size, int.from_bytes(exit.data[:], "little"))
+        else:
+            exit.data[:] = self._mmio.read(exit.gpa, exit.size).to_bytes(exit.size, "little")
+
+    def _park(self) -> None:
+        # Stop this vCPU from its own thread: the next KVM_RUN returns without entering.
+        self._stop = True
+        self.vcpu.set_immediate_exit(True)
+
+    def _fail(self, error: str) -> None:
+        self._park()
+        self._events.on_cpu_error(self.index, error)
+
+    def _handle_crash(self, error: BaseException) -> None:
+        # The thread's outermost handler: nothing may wait for it any more.
+        report_crash(error)
+        self._stop = True
+        self._stopped.set()
+        self._events.on_cpu_error(self.index, f"vCPU thread failed: {error!r}")

@@ -1,0 +1,327 @@
+"""The machine: owns the parts, starts and stops them, and decides what a guest's reset,
+shutdown or crash leads to.
+
+All methods belong to the main loop thread, but for the ``on_…`` and ``request_…`` ones: those
+are called on a vCPU's thread, stop the vCPUs at once, so that no further instruction runs,
+and leave the rest to the main loop.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pyvmm._native import lib
+from pyvmm.boot import loader
+from pyvmm.chardev.factory import ChardevSet
+from pyvmm.core import runstate
+from pyvmm.core.runstate import RunState
+from pyvmm.errors import InternalError, PyvmmError, StateError
+from pyvmm.machine.cpu import Cpu, CpuEvents
+from pyvmm.vmstate.section import Section
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.chardev.base import Chardev
+    from pyvmm.core.bus import Bus
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.devices.acpi_pm import AcpiPm
+    from pyvmm.devices.base import Device
+    from pyvmm.kvm.system import System
+    from pyvmm.machine.config import MachineConfig, MonitorConfig
+    from pyvmm.memory.backend import RamBackend
+    from pyvmm.memory.guest import GuestMemory
+    from pyvmm.x86.platform import Platform
+
+    Listener = Callable[[str, dict[str, Any] | None], None]
+
+EXIT_FAILURE = 1
+
+PANICKED = 1  # bit of the pvpanic port
+
+
+class Machine(CpuEvents):
+    """One machine, put together by ``builder.build``, which fills in all the attributes."""
+
+    system: System
+    platform: Platform
+    memory: GuestMemory
+    ports: Bus
+    mmio: Bus
+    power: AcpiPm
+
+    def __init__(self, config: MachineConfig, loop: EventLoop, fds: FdStore) -> None:
+        self.config = config
+        self.loop = loop
+        self.fds = fds
+        self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
+        self.backends: list[RamBackend] = []
+        self.devices: list[Device] = []
+        self.chardevs = ChardevSet(loop, fds, self.quit)
+        self.monitors: list[tuple[MonitorConfig, Chardev]] = []
+        self.cpus: list[Cpu] = []
+        self.exit_code = 0
+        # Whether a guest that is still being loaded shall run afterwards.
+        self.autostart = not config.start_paused
+        self._listeners: list[Listener] = []
+        self._requests: list[Callable[[], None]] = []
+
+    # ---- what operators and programs ask for ----------------------------------------------
+
+    def cont(self) -> None:
+        """Let the guest run. While a state is being loaded: let it run after that.
+
+        :raises StateError: if the guest has to be reset first
+        """
+        if self.runstate.state == runstate.INMIGRATE:
+            self.autostart = True
+            return
+        if self.runstate.running:
+            return
+        if self.runstate.needs_reset():
+            raise StateError("Resetting the Virtual Machine is required")
+        self.resume(runstate.RUNNING)
+
+    def stop(self) -> None:
+        """Pause the guest."""
+        if self.runstate.state == runstate.INMIGRATE:
+            self.autostart = False
+        elif self.runstate.running:
+            self.pause(runstate.PAUSED)
+
+    def reset(self, reason: str = "host-qmp-system-reset") -> None:
+        """Reset the machine; it runs on if it was running, stays paused if it was not.
+
+        :raises PyvmmError: if the kernel cannot be loaded again; the guest is paused then
+        """
+        if self.runstate.state == runstate.INMIGRATE:
+            return
+        running = self.runstate.running
+        if running:
+            self.pause_cpus()
+        elif self.runstate.needs_reset():
+            self.runstate.set(runstate.PRELAUNCH)
+        try:
+            self.power_on()
+        except PyvmmError:
+            if running:
+                self.pause(runstate.INTERNAL_ERROR)
+            raise
+        self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
+        if running:
+            self.resume_cpus()
+
+    def powerdown(self) -> None:
+        """Press the power button; the guest may heed it."""
+        self.power.handle_power_button()
+        self.emit("POWERDOWN", None)
+
+    def quit(self, exit_code: int = 0, reason: str = "host-qmp-quit") -> None:
+        """End the VMM; the first call decides the exit code."""
+        if not self.loop.stopping:
+            self.exit_code = exit_code
+            self.emit("SHUTDOWN", {"guest": reason.startswith("guest"), "reason": reason})
+            self.loop.stop()
+
+    def subscribe(self, listener: Listener) -> None:
+        """Have ``listener(name, data)`` called for each event, with QMP's names."""
+        self._listeners.append(listener)
+
+    def emit(self, name: str, data: dict[str, Any] | None) -> None:
+        """Tell the listeners of an event."""
+        for listener in self._listeners:
+            listener(name, data)
+
+    # ---- running and stopping --------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the vCPUs' threads, which wait, and the vCPUs too unless ``-S`` is given."""
+        for cpu in self.cpus:
+            cpu.start()
+        if self.runstate.state == runstate.PRELAUNCH and self.autostart:
+            self.resume(runstate.RUNNING)
+
+    def pause(self, state: str) -> None:
+        """Stop the vCPUs and go from running to ``state``."""
+        self.pause_cpus()
+        self.runstate.set(state)
+        self.emit("STOP", None)
+
+    def resume(self, state: str) -> None:
+        """Go to ``state`` and let the vCPUs run."""
+        self.runstate.set(state)
+        self.resume_cpus()
+        self.emit("RESUME", None)
+
+    def pause_cpus(self) -> None:
+        """Get all vCPUs out of the guest, with no access half done."""
+        for cpu in self.cpus:
+            cpu.request_stop()
+        for cpu in self.cpus:
+            if not cpu.wait_stopped():
+                raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
+
+    def resume_cpus(self) -> None:
+        """Let all vCPUs enter the guest."""
+        for cpu in self.cpus:
+            cpu.resume()
+
+    def power_on(self) -> None:
+        """Put everything into its state after power-on and the kernel into memory."""
+        self.platform.reset()
+        for device in self.devices:
+            device.reset()
+        loader.load(self.memory, self.config.kernel)
+
+    # ---- state -----------------------------------------------------------------------------
+
+    def sections_to_save(self) -> list[Section]:
+        """All state, in the order in which it must be read: devices first, since one that
+        finishes its work may raise an interrupt, which must be in the irqchip's state; then
+        the vCPUs, the chips, and the clock."""
+        return [
+            *self._device_sections(),
+            *self.platform.cpu_sections(),
+            *self.platform.chip_sections(),
+            self.platform.clock_section(),
+        ]
+
+    def sections_to_load(self) -> list[Section]:
+        """The same in the order in which it must be loaded: vCPUs with their LAPICs, then the
+        chips, which deliver to them, then the devices, which drive the chips; the clock right
+        before the guest runs."""
+        return [
+            *self.platform.cpu_sections(),
+            *self.platform.chip_sections(),
+            *self._device_sections(),
+            self.platform.clock_section(),
+        ]
+
+    # ---- what the guest does; called on vCPU threads ---------------------------------------
+
+    def request_reset(self) -> None:
+        """The guest pulled the reset line."""
+        self._stop_for(lambda: self._guest_reset("guest-reset"))
+
+    def request_power_off(self) -> None:
+        """The guest switched itself off."""
+        self._stop_for(lambda: self._guest_shutdown("guest-shutdown"))
+
+    def request_exit(self, exit_code: int) -> None:
+        """The guest ends the VMM, with a verdict (isa-debug-exit)."""
+        self._stop_for(lambda: self.quit(exit_code, "guest-shutdown"))
+
+    def report_panic(self, event: int) -> None:
+        """The guest's kernel reports its end on the pvpanic port."""
+        if event & PANICKED:
+            self._stop_for(self._guest_panic)
+
+    def on_shutdown_exit(self, index: int) -> None:
+        self._stop_for(lambda: self._guest_reset("guest-reset"))
+
+    def on_system_event(self, index: int, kind: int) -> None:
+        if kind == lib.KVM_SYSTEM_EVENT_RESET:
+            self.request_reset()
+        elif kind == lib.KVM_SYSTEM_EVENT_CRASH:
+            self.report_panic(PANICKED)
+        else:
+            self.request_power_off()
+
+    def on_cpu_error(self, index: int, error: str) -> None:
+        self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
+
+    # ---- and what follows from it; main loop -----------------------------------------------
+
+    def _stop_for(self, handler: Callable[[], None]) -> None:
+        for cpu in self.cpus:
+            cpu.request_stop()
+        self._requests.append(handler)
+        self.loop.call_soon(self.serve_requests)
+
+    def serve_requests(self) -> None:
+        """Act on what the guest asked for.
+
+        The main loop does so by itself. An update does it before it saves: what waits here
+        would not survive the exec.
+        """
+        while self._requests and not self.loop.stopping:
+            self._requests.pop(0)()
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether the guest asked for something that was not acted on yet."""
+        return bool(self._requests)
+
+    def _guest_reset(self, reason: str) -> None:
+        if self.config.actions["reboot"] == "shutdown":
+            self._guest_shutdown(reason)
+            return
+        try:
+            self.reset(reason)
+        except PyvmmError as error:
+            self.warn(str(error))
+
+    def _guest_shutdown(self, reason: str) -> None:
+        if self.config.actions["shutdown"] == "poweroff":
+            self.quit(0, reason)
+            return
+        self.emit("SHUTDOWN", {"guest": True, "reason": reason})
+        self._halt(runstate.SHUTDOWN)
+
+    def _guest_panic(self) -> None:
+        action = self.config.actions["panic"]
+        shown = {"none": "run", "pause": "pause"}.get(action, "poweroff")
+        self.emit("GUEST_PANICKED", {"action": shown})
+        if action == "none":
+            if self.runstate.running:
+                self.resume_cpus()
+        elif action == "pause":
+            self._halt(runstate.GUEST_PANICKED)
+        else:
+            self.quit(EXIT_FAILURE if action == "exit-failure" else 0, "guest-panic")
+
+    def _internal_error(self, error: str) -> None:
+        self.warn(error)
+        if self.config.actions["internal-error"] == "exit-failure":
+            self.quit(EXIT_FAILURE, "host-error")
+        else:
+            self._halt(runstate.INTERNAL_ERROR)
+
+    def _halt(self, state: str) -> None:
+        # The operator may have paused the guest in between: its vCPUs are out already.
+        if self.runstate.running:
+            self.pause(state)
+
+    def warn(self, text: str) -> None:
+        """Tell the operator on standard error."""
+        sys.stderr.write(f"pyvmm: {text}\r\n" if sys.stderr.isatty() else f"pyvmm: {text}\n")
+        sys.stderr.flush()
+
+    # ---- the end ---------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give everything back; the guest is gone. Never raises."""
+        for cpu in self.cpus:
+            cpu.close()
+        self.chardevs.close()
+        if hasattr(self, "platform"):
+            self.platform.close()
+        if hasattr(self, "system"):
+            self.system.close()
+        for backend in self.backends:
+            backend.close()
+
+    def _device_sections(self) -> list[Section]:
+        counts: dict[str, int] = {}
+        sections = []
+        for device in self.devices:
+            if device.vmstate is not None:
+                instance = counts.get(device.name, 0)
+                counts[device.name] = instance + 1
+                sections.append(
+                    Section(device.name, instance, device.vmstate, device.save, device.load)
+                )
+        return sections

@@ -1,0 +1,397 @@
+"""The options of ``pyvmm run``: QEMU's words, read into a :class:`MachineConfig`.
+
+One table says what each option takes and does; ``--help`` prints it. argparse is not used:
+its import would be part of each update's pause, and QEMU's options have one dash and values
+that begin with one. Nothing is opened here, so a command line can be judged beforehand.
+"""
+
+from __future__ import annotations
+
+from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
+from pyvmm._util.sizes import parse_size
+from pyvmm.boot import builtin
+from pyvmm.boot.loader import KernelConfig
+from pyvmm.chardev.config import (
+    ChardevConfig,
+    check_chardevs,
+    parse_chardev,
+    parse_chardev_short,
+)
+from pyvmm.errors import ConfigError
+from pyvmm.machine.config import (
+    ACTIONS,
+    MACHINE_TYPE,
+    MAX_SERIALS,
+    DeviceConfig,
+    MachineConfig,
+    MonitorConfig,
+)
+from pyvmm.memory.config import RamConfig
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_CPUS = 255
+
+#: Drivers of ``-device`` and their properties.
+DEVICES: dict[str, tuple[str, ...]] = {
+    "isa-debug-exit": ("iobase", "iosize"),
+    "isa-debugcon": ("iobase", "chardev"),
+    "pvpanic": ("ioport",),
+}
+
+
+class HelpRequested(Exception):
+    """``-help`` was among the options; the argument is the option whose values are asked
+    for, or empty."""
+
+
+class Options:
+    """Reads one command line.
+
+    :param argv: the arguments behind ``pyvmm run``
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        self.config = MachineConfig()
+        self.config.argv = list(argv)
+        self._kernel = self._initrd = ""
+        self._append: str | None = None
+        self._given: set[str] = set()
+        self._auto_chardevs: list[ChardevConfig] = []
+
+    def parse(self) -> MachineConfig:
+        """Read and check everything.
+
+        :raises ConfigError: naming the option, the value and the mend
+        :raises HelpRequested: if help is asked for
+        """
+        words = iter(self.config.argv)
+        for word in words:
+            name = word.removeprefix("-").removeprefix("-")
+            if not word.startswith("-") or name not in OPTIONS:
+                raise ConfigError(_unknown(word))
+            argument, _, handler = OPTIONS[name]
+            if not argument:
+                handler(self, "", name)
+                continue
+            value = next(words, None)
+            if value is None:
+                raise ConfigError(f"-{name}: a value is missing; write -{name} {argument}")
+            if value in ("help", "?"):
+                raise HelpRequested(name)
+            if name not in REPEATABLE and name in self._given:
+                raise ConfigError(f"-{name}: given twice; leave one of them out")
+            self._given.add(name)
+            handler(self, value, f"-{name}")
+        self._complete()
+        return self.config
+
+    # ---- one method per option -------------------------------------------------------------
+
+    def _memory(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option, implied_key="size")
+        check_keys(keys, ("size",), option)
+        self.config.memory_size = parse_size(
+            keys["size"],
+            option,
+            default_unit="M",
+            minimum=layout.MIN_RAM,
+            maximum=layout.MAX_RAM,
+            multiple=layout.PAGE,
+        )
+
+    def _smp(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option, implied_key="cpus")
+        check_keys(keys, ("cpus", "maxcpus", "sockets", "cores", "threads"), option)
+        counts = {key: parse_int(keys[key], option, key, 1, MAX_CPUS) for key in keys}
+        product = counts.get("sockets", 1) * counts.get("cores", 1) * counts.get("threads", 1)
+        cpus = counts.get("cpus", product)
+        if counts.get("maxcpus", cpus) != cpus:
+            raise ConfigError(
+                f"{option}: maxcpus must equal cpus ({cpus}): CPUs are not hotplugged"
+            )
+        if product not in (1, cpus):
+            raise ConfigError(f"{option}: sockets x cores x threads is {product}, not cpus={cpus}")
+        self.config.smp = cpus
+
+    def _object(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option, implied_key="qom-type")
+        kind = keys.pop("qom-type", "")
+        self.config.objects.append(RamConfig.from_options(kind, keys))
+
+    def _machine(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option, implied_key="type")
+        check_keys(keys, ("type", "accel", "memory-backend", "anon-alloc", "aux-ram-share"), option)
+        kind = keys.get("type", MACHINE_TYPE)
+        if kind != MACHINE_TYPE:
+            raise ConfigError(f"{option}: {shorten(kind)} is no machine; the one is {MACHINE_TYPE}")
+        if keys.get("accel", "kvm") != "kvm":
+            raise ConfigError(f"{option}: accel={shorten(keys['accel'])}: the one is kvm")
+        self.config.memory_backend = keys.get("memory-backend", self.config.memory_backend)
+        # The present name of anon-alloc=memfd. Off is QEMU's default, which loses such memory
+        # in an update; here memory comes from memfds unless anon-alloc=mmap is asked for.
+        if "aux-ram-share" in keys:
+            parse_bool(keys["aux-ram-share"], option, "aux-ram-share")
+        alloc = keys.get("anon-alloc", self.config.anon_alloc)
+        if alloc not in ("memfd", "mmap"):
+            raise ConfigError(f"{option}: anon-alloc={shorten(alloc)}: give memfd or mmap")
+        self.config.anon_alloc = alloc
+
+    def _accel(self, value: str, option: str) -> None:
+        if value != "kvm":
+            raise ConfigError(f"{option}: {shorten(value)} is no accelerator; the one is kvm")
+
+    def _cpu(self, value: str, option: str) -> None:
+        if value not in ("host", "max"):
+            raise ConfigError(f"{option}: {shorten(value)} is no CPU; give host or max")
+
+    def _set_kernel(self, value: str, option: str) -> None:
+        self._kernel = value
+
+    def _set_initrd(self, value: str, option: str) -> None:
+        self._initrd = value
+
+    def _set_append(self, value: str, option: str) -> None:
+        self._append = value
+
+    def _bios(self, value: str, option: str) -> None:
+        self.config.bios = value
+
+    def _chardev(self, value: str, option: str) -> None:
+        self.config.chardevs.append(parse_chardev(value, option))
+
+    def _serial(self, value: str, option: str) -> None:
+        number = len(self.config.serials)
+        if number == MAX_SERIALS:
+            raise ConfigError(f"{option}: {shorten(value)} is one too many; at most {MAX_SERIALS}")
+        chardev = parse_chardev_short(value, option, f"serial{number}")
+        self.config.serials.append(chardev)
+        self._add_auto(chardev)
+        if chardev is not None and value.startswith("mon:"):
+            shared = ChardevConfig("chardev", chardev.id, {}, option)
+            self.config.monitors.append(MonitorConfig(shared, "readline"))
+
+    def _monitor(self, value: str, option: str) -> None:
+        mode = "control" if option.startswith("-qmp") else "readline"
+        self._given.add("monitor")
+        chardev = parse_chardev_short(value, option, f"compat_monitor{len(self.config.monitors)}")
+        if chardev is not None:
+            self._add_auto(chardev)
+            pretty = option == "-qmp-pretty"
+            self.config.monitors.append(MonitorConfig(chardev, mode, pretty))
+
+    def _mon(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option, implied_key="chardev")
+        check_keys(keys, ("chardev", "mode", "pretty", "id"), option)
+        mode = keys.get("mode", "readline")
+        if mode not in ("readline", "control"):
+            raise ConfigError(f"{option}: mode={shorten(mode)}: give readline or control")
+        if "chardev" not in keys:
+            raise ConfigError(f"{option}: chardev= is missing; give the id of a -chardev")
+        pretty = parse_bool(keys.get("pretty", "off"), option, "pretty")
+        chardev = ChardevConfig("chardev", keys["chardev"], {}, option)
+        self.config.monitors.append(MonitorConfig(chardev, mode, pretty))
+        self._given.add("monitor")
+
+    def _debugcon(self, value: str, option: str) -> None:
+        chardev = parse_chardev_short(value, option, "debugcon")
+        if chardev is not None:
+            if chardev.kind != "chardev":
+                self.config.chardevs.append(chardev)
+            self.config.devices.append(DeviceConfig("isa-debugcon", {"chardev": chardev.id}))
+
+    def _device(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option, implied_key="driver")
+        driver = keys.pop("driver", "")
+        if driver not in DEVICES:
+            known = ", ".join(DEVICES)
+            raise ConfigError(f"{option}: {shorten(driver)} is no device; give one of {known}")
+        where = f"{option} {driver}"
+        check_keys(keys, DEVICES[driver], where)
+        for key in ("iobase", "ioport"):
+            if key in keys:
+                parse_int(keys[key], where, key, 0, 0xFFFF)
+        if "iosize" in keys:
+            parse_int(keys["iosize"], where, "iosize", 1, 8)
+        if any(device.driver == driver for device in self.config.devices):
+            raise ConfigError(f"{where}: there is one already; leave one of them out")
+        self.config.devices.append(DeviceConfig(driver, keys))
+
+    def _name(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option, implied_key="guest")
+        check_keys(keys, ("guest", "process", "debug-threads"), option)
+        self.config.name = keys.get("guest", "")
+
+    def _incoming(self, value: str, option: str) -> None:
+        if value != "defer" and not value.startswith(("file:", "memfd:")):
+            raise ConfigError(f"{option}: {shorten(value)}: give file:PATH or defer")
+        self.config.incoming = value
+
+    def _paused(self, value: str, option: str) -> None:
+        self.config.start_paused = True
+
+    def _only_migratable(self, value: str, option: str) -> None:
+        self.config.only_migratable = True
+
+    def _no_reboot(self, value: str, option: str) -> None:
+        self.config.actions["reboot"] = "shutdown"
+
+    def _no_shutdown(self, value: str, option: str) -> None:
+        self.config.actions["shutdown"] = "pause"
+
+    def _action(self, value: str, option: str) -> None:
+        keys = parse_keyval(value, option)
+        check_keys(keys, ACTIONS, option)
+        for event, action in keys.items():
+            if action not in ACTIONS[event]:
+                known = ", ".join(ACTIONS[event])
+                raise ConfigError(f"{option}: {event}={shorten(action)}: give one of {known}")
+            self.config.actions[event] = action
+
+    def _display(self, value: str, option: str) -> None:
+        if value != "none":
+            raise ConfigError(f"{option}: {shorten(value)}: there is no display; give none")
+
+    def _nothing(self, value: str, option: str) -> None:
+        """Accepted because QEMU's command lines have it; it is so anyway."""
+
+    def _help(self, value: str, option: str) -> None:
+        raise HelpRequested("")
+
+    # ---- what the options mean together ----------------------------------------------------
+
+    def _complete(self) -> None:
+        config = self.config
+        explicit = "serial" in self._given or "monitor" in self._given
+        if not explicit and "nodefaults" not in self._given:
+            self._serial("mon:stdio", "-serial")
+        # A port that nobody asked for is there all the same: guests print on it.
+        if not config.serials:
+            config.serials.append(None)
+        kernel = self._kernel
+        if not kernel and (not config.bios or self._append is not None):
+            kernel = "" if config.incoming else builtin.path(builtin.GUEST)
+        config.kernel = KernelConfig(kernel, self._initrd, self._append or "")
+        self._check_memory()
+        requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
+        requests += [monitor.chardev for monitor in config.monitors]
+        requests += [
+            ChardevConfig("chardev", device.properties["chardev"], {}, "-device")
+            for device in config.devices
+            if "chardev" in device.properties
+        ]
+        check_chardevs(requests)
+
+    def _check_memory(self) -> None:
+        config = self.config
+        sizes = {}
+        for backend in config.objects:
+            if backend.id in sizes:
+                raise ConfigError(f"-object: the id {backend.id} is given twice; rename one")
+            sizes[backend.id] = backend.size
+        # The one object of the size of main memory is main memory.
+        if not config.memory_backend and len(sizes) == 1:
+            (config.memory_backend,) = sizes
+        if not config.memory_backend:
+            return
+        if config.memory_backend not in sizes:
+            raise ConfigError(
+                f"-machine: memory-backend={shorten(config.memory_backend)}: there is no such "
+                "-object; add one with that id"
+            )
+        size = sizes[config.memory_backend]
+        if "m" not in self._given:
+            config.memory_size = size
+        if size != config.memory_size:
+            raise ConfigError(
+                f"-m: {config.memory_size} bytes, but -object {config.memory_backend} has {size}; "
+                "make them equal"
+            )
+
+    def _add_auto(self, chardev: ChardevConfig | None) -> None:
+        # Made when its front end claims it; listed so that two users of stdio are found.
+        if chardev is not None:
+            self._auto_chardevs.append(chardev)
+
+
+#: Options that may be given more than once.
+REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mon", "device"} | {
+    "action",
+    "debugcon",
+    "name",
+}
+
+#: name: (what its value looks like, help, handler)
+OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
+    "m": ("SIZE", "guest memory, e.g. 512M or 4G (default 128M)", Options._memory),
+    "smp": ("N", "number of vCPUs (default 1)", Options._smp),
+    "kernel": ("FILE", "PVH or multiboot kernel, or flat image (default: built in)",
+               Options._set_kernel),
+    "initrd": ("FILE", "initial RAM disk, given to the kernel as its first module",
+               Options._set_initrd),
+    "append": ("TEXT", "kernel command line", Options._set_append),
+    "bios": ("FILE", "ROM that the CPUs start in (default: built in)", Options._bios),
+    "object": ("memory-backend-memfd|file|ram,id=ID,size=SIZE[,share=on|off][,prealloc=on]"
+               "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
+               "memory that -machine memory-backend=ID makes the guest's; the only one is it",
+               Options._object),
+    "machine": ("[pyvmm][,memory-backend=ID][,anon-alloc=memfd|mmap][,aux-ram-share=on]",
+                "machine type and its properties", Options._machine),
+    "accel": ("kvm", "the accelerator; there is one", Options._accel),
+    "cpu": ("host|max", "the CPU that the guest sees: this host's", Options._cpu),
+    "chardev": ("stdio|pty|socket|file|null|ringbuf,id=ID[,mux=on][,KEY=VALUE...]",
+                "byte stream to the host, for the options below as chardev:ID",
+                Options._chardev),
+    "serial": ("DEV", "serial port on DEV: stdio, mon:stdio (with the monitor), pty, null, none,\n"
+               "file:PATH, unix:PATH,server=on,wait=off, tcp:HOST:PORT,..., chardev:ID",
+               Options._serial),
+    "monitor": ("DEV", "human monitor on DEV", Options._monitor),
+    "qmp": ("DEV", "QMP monitor, for programs, on DEV", Options._monitor),
+    "qmp-pretty": ("DEV", "the same with indented output", Options._monitor),
+    "mon": ("[chardev=]ID[,mode=readline|control]", "monitor on a -chardev", Options._mon),
+    "debugcon": ("DEV", "debug console (port 0xe9) on DEV", Options._debugcon),
+    "device": ("isa-debug-exit|isa-debugcon|pvpanic[,KEY=VALUE...]", "add a device",
+               Options._device),
+    "name": ("NAME", "name of the guest, for lists and monitors", Options._name),
+    "incoming": ("file:PATH[,offset=N]|defer", "load a state instead of booting",
+                 Options._incoming),
+    "only-migratable": ("", "refuse whatever would keep the guest from being updated",
+                        Options._only_migratable),
+    "S": ("", "do not start the guest; the monitor's cont does", Options._paused),
+    "no-reboot": ("", "end instead of resetting", Options._no_reboot),
+    "no-shutdown": ("", "pause instead of ending when the guest shuts down",
+                    Options._no_shutdown),
+    "action": ("EVENT=ACTION[,...]",
+               "; ".join(f"{event}={'|'.join(values)}" for event, values in ACTIONS.items()),
+               Options._action),
+    "nographic": ("", "accepted; it is so anyway", Options._nothing),
+    "nodefaults": ("", "no serial console and monitor that nobody asked for", Options._nothing),
+    "enable-kvm": ("", "accepted; it is so anyway", Options._nothing),
+    "display": ("none", "accepted; there is no display", Options._display),
+    "vga": ("none", "accepted; there is no display", Options._display),
+    "help": ("", "print this", Options._help),
+    "h": ("", "print this", Options._help),
+}  # fmt: skip
+OPTIONS["M"] = OPTIONS["machine"]
+
+
+def parse(argv: list[str]) -> MachineConfig:
+    """What ``pyvmm run ARGV`` asks for.
+
+    :raises ConfigError: naming the option, the value and the mend
+    :raises HelpRequested: if help is asked for
+    """
+    return Options(argv).parse()
+
+
+def _unknown(word: str) -> str:
+    if not word.startswith("-"):
+        return f"{shorten(word)}: not an option; a kernel is given with -kernel FILE"
+    from difflib import get_close_matches
+
+    close = get_close_matches(word.lstrip("-"), OPTIONS, 1)
+    mend = f"did you mean -{close[0]}?" if close else "see pyvmm run -help"
+    return f"{shorten(word)}: unknown option; {mend}"

@@ -1,0 +1,80 @@
+"""How a migration stands and how long its steps took, also across the exec.
+
+Times are CLOCK_MONOTONIC in ns, which goes on through an exec.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: The steps in order; each begins with its mark and ends with the next.
+STEPS = ("setup", "stop", "save", "exec", "start", "build", "load", "resume")
+
+_PACK = struct.Struct(f">{len(STEPS)}Q")
+
+
+class Progress:
+    """Status and marks of the last migration.
+
+    :ivar status: QEMU's MigrationStatus
+    :ivar error: why it failed
+    """
+
+    def __init__(self) -> None:
+        self.status: str | None = None
+        self.error: str | None = None
+        self._marks = dict.fromkeys(STEPS, 0)
+
+    @property
+    def active(self) -> bool:
+        """Whether a migration is under way."""
+        return self.status in ("setup", "active", "device")
+
+    def mark(self, step: str, at_ns: int = 0) -> None:
+        """A step begins now, or began at ``at_ns``."""
+        self._marks[step] = at_ns or time.monotonic_ns()
+
+    def begin(self) -> None:
+        """A new migration: forget the last one."""
+        self.error = None
+        self._marks = dict.fromkeys(STEPS, 0)
+        self.mark("setup")
+
+    def pack(self) -> bytes:
+        """The marks for the next image."""
+        return _PACK.pack(*self._marks.values())
+
+    def unpack(self, packed: bytes) -> None:
+        """Add the marks of the image before; anything but marks is ignored."""
+        if len(packed) == _PACK.size:
+            for step, mark in zip(STEPS, _PACK.unpack(packed), strict=True):
+                self._marks[step] = self._marks[step] or mark
+
+    def steps_ms(self) -> dict[str, float]:
+        """Length of each step that ended, in ms."""
+        marks = self._marks
+        found = {}
+        for step, following in zip(STEPS, STEPS[1:]):
+            if marks[step] and marks[following]:
+                found[step] = (marks[following] - marks[step]) / 1e6
+        return found
+
+    def info(self) -> dict[str, Any]:
+        """What query-migrate returns: times in ms."""
+        if self.status is None:
+            return {}
+        result: dict[str, Any] = {"status": self.status}
+        marks = self._marks
+        if self.status == "completed" and marks["setup"] and marks["resume"]:
+            result["total-time"] = round((marks["resume"] - marks["setup"]) / 1e6)
+            result["setup-time"] = round((marks["stop"] - marks["setup"]) / 1e6)
+            result["downtime"] = round((marks["resume"] - marks["stop"]) / 1e6)
+            result["phases"] = {step: round(ms, 3) for step, ms in self.steps_ms().items()}
+        if self.error is not None:
+            result["error-desc"] = self.error
+        return result

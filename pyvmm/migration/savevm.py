@@ -1,0 +1,95 @@
+"""The machine as a stream, and back. The vCPUs are stopped, for both."""
+
+from __future__ import annotations
+
+from pyvmm.core import runstate
+from pyvmm.errors import VmStateError
+from pyvmm.machine.config import MACHINE_TYPE
+from pyvmm.vmstate import stream
+from pyvmm.vmstate.fields import Buffer, Description, Record, u8, u32
+from pyvmm.vmstate.section import Section
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.machine.machine import Machine
+
+_STATE_SIZE = 32
+
+
+def _check_globalstate(state: Record) -> None:
+    text = state.runstate.rstrip(b"\0")
+    if state.size != len(text) + 1 or text.decode("ascii", "replace") not in runstate.TRANSITIONS:
+        raise ValueError(f"there is no run state {text!r}")
+
+
+GLOBALSTATE = Description(
+    "globalstate",
+    [
+        u32("size"),
+        Buffer("runstate", _STATE_SIZE),
+        u8("has_vm_was_suspended"),
+        u8("vm_was_suspended"),
+        Buffer("unused", 66),
+    ],
+    check=_check_globalstate,
+)
+
+
+def save(machine: Machine, state: str) -> bytes:
+    """The stream of a stopped machine.
+
+    :param state: the run state that the guest shall be in after a load
+    """
+    writer = stream.Writer(MACHINE_TYPE, blocks(machine))
+    for section in machine.sections_to_save():
+        writer.add(section)
+    writer.add(_globalstate(state))
+    return writer.finish()
+
+
+def read(machine: Machine, data: bytes) -> stream.Loaded:
+    """Read and check a stream; nothing is changed.
+
+    :raises VmStateError: naming what does not fit this machine
+    """
+    known = {section.key: section.description for section in machine.sections_to_load()}
+    known[(GLOBALSTATE.name, 0)] = GLOBALSTATE
+    loaded = stream.read(data, lambda name, instance: known.get((name, instance)), MACHINE_TYPE)
+    if (GLOBALSTATE.name, 0) not in loaded.records:
+        raise VmStateError("", "the stream has no section globalstate[0]")
+    for (name, size), (own_name, own_size) in zip(loaded.blocks, blocks(machine), strict=False):
+        if name != own_name:
+            raise VmStateError("ram", f"Unknown ramblock '{name}', the machine has '{own_name}'")
+        if size != own_size:
+            raise VmStateError("ram", f"Size mismatch: {name}: {size:#x} != {own_size:#x}")
+    if len(loaded.blocks) != len(machine.backends):
+        raise VmStateError(
+            "ram", f"{len(loaded.blocks)} blocks, the machine has {len(machine.backends)}"
+        )
+    return loaded
+
+
+def apply(machine: Machine, loaded: stream.Loaded) -> str:
+    """Give the machine its state; the run state that it shall go to.
+
+    :raises PyvmmError: naming the device or vCPU that does not take its state
+    """
+    stream.apply(loaded, machine.sections_to_load())
+    record = loaded.records[(GLOBALSTATE.name, 0)]
+    return bytes(record.runstate).rstrip(b"\0").decode("ascii")
+
+
+def blocks(machine: Machine) -> stream.Blocks:
+    """Name and size of each RAM block."""
+    return [(backend.id, backend.size) for backend in machine.backends]
+
+
+def _globalstate(state: str) -> Section:
+    record = Record(
+        size=len(state) + 1,
+        runstate=state.encode().ljust(_STATE_SIZE, b"\0"),
+        has_vm_was_suspended=0,
+        vm_was_suspended=0,
+        unused=bytes(66),
+    )
+    return Section(GLOBALSTATE.name, 0, GLOBALSTATE, lambda: record, lambda _: None)

@@ -1,0 +1,244 @@
+"""QEMU's migration stream, version 3: what surrounds the sections.
+
+The order in a file is: magic and version, configuration, the ``ram`` section (the blocks'
+names and sizes; the pages themselves stay in memory), one full section per device, the end
+mark, and a JSON description for tools, which the loader does not read. A stream is read as a
+whole before anything of it is used, and refused with the path of what is wrong.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.errors import VmStateError
+from pyvmm.vmstate.fields import Cursor, Description, Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    from pyvmm.vmstate.section import Section
+
+MAGIC = 0x5145564D  # "QEVM"
+VERSION = 3
+MAX_SIZE = 64 << 20  # no machine's device state comes near; decides what is read at most
+
+EOF = 0x00
+SECTION_START = 0x01
+SECTION_END = 0x03
+SECTION_FULL = 0x04
+VMDESCRIPTION = 0x06
+CONFIGURATION = 0x07
+COMMAND = 0x08
+FOOTER = 0x7E
+
+COMMAND_SWITCHOVER_START = 0x0B
+RAM_NAME = "ram"
+RAM_VERSION = 4
+RAM_SECTION_ID = 1
+RAM_FLAG_MEM_SIZE = 0x04
+RAM_FLAG_EOS = 0x10
+MAX_BLOCKS = 256
+
+#: name and size in bytes of each RAM block
+Blocks = list[tuple[str, int]]
+
+
+class Loaded:
+    """A stream that was read: nothing of it is applied yet.
+
+    :ivar machine: the machine type it was written by
+    :ivar blocks: the RAM blocks that the guest has
+    :ivar records: decoded state by (section name, instance)
+    """
+
+    __slots__ = ("blocks", "machine", "records")
+
+    def __init__(self, machine: str) -> None:
+        self.machine = machine
+        self.blocks: Blocks = []
+        self.records: dict[tuple[str, int], Record] = {}
+
+
+class Writer:
+    """Builds a stream in memory; :meth:`finish` gives it.
+
+    :param machine: machine type, for the configuration section
+    :param blocks: the guest's RAM blocks
+    """
+
+    def __init__(self, machine: str, blocks: Blocks) -> None:
+        self._out = bytearray(struct.pack(">II", MAGIC, VERSION))
+        self._devices: list[tuple[str, int, Description, Any]] = []
+        self._next_id = RAM_SECTION_ID + 1
+        name = machine.encode()
+        self._out += struct.pack(">BI", CONFIGURATION, len(name)) + name
+        self._write_ram(blocks)
+
+    def add(self, section: Section) -> None:
+        """Save a device and append its section.
+
+        :raises VmStateError: if its state does not fit its description
+        """
+        name = section.name.encode()
+        description = section.description
+        state = section.save()
+        self._out += struct.pack(">BIB", SECTION_FULL, self._next_id, len(name)) + name
+        self._out += struct.pack(">II", section.instance, description.version)
+        description.save(self._out, state)
+        self._footer(self._next_id)
+        self._next_id += 1
+        self._devices.append((section.name, section.instance, description, state))
+
+    def finish(self) -> bytes:
+        """The stream without its description: all that a loader needs."""
+        self._out.append(EOF)
+        return bytes(self._out)
+
+    def description(self) -> dict[str, Any]:
+        """The JSON object that explains the sections' bytes, for tools."""
+        return {
+            "page_size": 4096,
+            "devices": [
+                {"name": name, "instance_id": instance} | description.describe(state)
+                for name, instance, description, state in self._devices
+            ],
+        }
+
+    def _write_ram(self, blocks: Blocks) -> None:
+        total = sum(size for _, size in blocks)
+        name = RAM_NAME.encode()
+        self._out += struct.pack(">BIB", SECTION_START, RAM_SECTION_ID, len(name)) + name
+        self._out += struct.pack(">IIQ", 0, RAM_VERSION, total | RAM_FLAG_MEM_SIZE)
+        for block, size in blocks:
+            raw = block.encode()
+            self._out += struct.pack(">B", len(raw)) + raw + struct.pack(">Q", size)
+        self._out += struct.pack(">Q", RAM_FLAG_EOS)
+        self._footer(RAM_SECTION_ID)
+        self._out += struct.pack(">BHH", COMMAND, COMMAND_SWITCHOVER_START, 0)
+        self._out += struct.pack(">BIQ", SECTION_END, RAM_SECTION_ID, RAM_FLAG_EOS)
+        self._footer(RAM_SECTION_ID)
+
+    def _footer(self, section_id: int) -> None:
+        self._out += struct.pack(">BI", FOOTER, section_id)
+
+
+def describe(writer: Writer) -> bytes:
+    """What follows the end mark: the description as a VMDESCRIPTION section."""
+    import json
+
+    text = json.dumps(writer.description()).encode()
+    # Tools look for the text's opening brace from behind, so its length must not contain one.
+    while 0x7B in struct.pack(">I", len(text)):
+        text += b" "
+    return struct.pack(">BI", VMDESCRIPTION, len(text)) + text
+
+
+def read(
+    data: bytes, lookup: Callable[[str, int], Description | None], machine: str | None = None
+) -> Loaded:
+    """Read a stream as a whole.
+
+    :param lookup: the description of a section of this name and instance, None if unknown
+    :param machine: the machine type that it must come from; None for any
+    :raises VmStateError: with the path of what is wrong; nothing was changed
+    """
+    source = Cursor(data)
+    loaded = _read_header(source, machine)
+    ram_done = False
+    while (kind := source.u8()) != EOF:
+        if kind == SECTION_START:
+            section_id = source.u32()
+            _expect_ram(source, source.string())
+            _read_blocks(source, loaded)
+        elif kind == SECTION_END:
+            section_id = source.u32()
+            if source.u64() != RAM_FLAG_EOS:
+                raise source.error("RAM pages in the stream are not supported")
+            ram_done = True
+        elif kind == SECTION_FULL:
+            section_id = source.u32()
+            _read_section(source, loaded, lookup)
+        elif kind == COMMAND:
+            command, size = source.u16(), source.u16()
+            if (command, size) != (COMMAND_SWITCHOVER_START, 0):
+                raise source.error(f"command {command:#x} is not supported")
+            continue
+        else:
+            raise source.error(f"no section begins with {kind:#x}")
+        if source.u8() != FOOTER or source.u32() != section_id:
+            raise source.error(f"section {section_id} does not end where it should")
+    if not ram_done:
+        raise VmStateError("", "the stream has no RAM section")
+    return loaded
+
+
+def apply(loaded: Loaded, sections: Iterable[Section]) -> None:
+    """Give each device its record, in the order of ``sections``.
+
+    :raises VmStateError: before anything is changed, if a device has no record
+    """
+    order = list(sections)
+    for section in order:
+        if section.key not in loaded.records:
+            raise VmStateError("", f"the stream has no section {section.name}[{section.instance}]")
+    for section in order:
+        section.load(loaded.records[section.key])
+
+
+def _read_header(source: Cursor, machine: str | None) -> Loaded:
+    if source.u32() != MAGIC:
+        raise source.error("not a migration stream (bad magic)")
+    version = source.u32()
+    if version != VERSION:
+        raise source.error(f"unsupported migration stream version {version}")
+    if source.u8() != CONFIGURATION:
+        raise source.error("the configuration section is missing")
+    size = source.u32()
+    if size > 255:
+        raise source.error(f"a machine name of {size} bytes")
+    name = source.take(size).decode("ascii", "replace")
+    if machine is not None and name != machine:
+        raise source.error(f"Machine type received is '{name}' and local is '{machine}'")
+    return Loaded(name)
+
+
+def _expect_ram(source: Cursor, name: str) -> None:
+    instance, version = source.u32(), source.u32()
+    if (name, instance, version) != (RAM_NAME, 0, RAM_VERSION):
+        raise source.error(f"section {name}[{instance}] version {version} is not supported")
+
+
+def _read_blocks(source: Cursor, loaded: Loaded) -> None:
+    source.path.append(RAM_NAME)
+    if loaded.blocks:
+        raise source.error("the RAM section is there twice")
+    total = source.u64()
+    if not total & RAM_FLAG_MEM_SIZE:
+        raise source.error("the list of RAM blocks is missing")
+    total &= ~0xFFF
+    while total > 0:
+        name, size = source.string(), source.u64()
+        if not 0 < size <= total or len(loaded.blocks) >= MAX_BLOCKS:
+            raise source.error(f"block {name} of {size} bytes does not fit the total")
+        loaded.blocks.append((name, size))
+        total -= size
+    if source.u64() != RAM_FLAG_EOS:
+        raise source.error("RAM pages in the stream are not supported")
+    source.path.pop()
+
+
+def _read_section(
+    source: Cursor, loaded: Loaded, lookup: Callable[[str, int], Description | None]
+) -> None:
+    name = source.string()
+    instance, version = source.u32(), source.u32()
+    source.path.append(f"{name}[{instance}]")
+    if (name, instance) in loaded.records:
+        raise source.error("the section is there twice")
+    description = lookup(name, instance)
+    if description is None:
+        raise source.error("this machine has no such device")
+    loaded.records[(name, instance)] = description.load(source, version)
+    source.path.pop()

@@ -1,0 +1,116 @@
+"""The KVM side of the machine: VM, interrupt controllers, timer, vCPUs, and their state."""
+
+from __future__ import annotations
+
+from pyvmm.errors import HostError
+from pyvmm.vmstate.section import Section
+from pyvmm.x86 import cpuid, irqchip, layout, vcpu_state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.kvm.system import System
+    from pyvmm.memory.guest import GuestMemory
+
+
+class Platform:
+    """A VM with irqchip and PIT and ``count`` vCPUs, in the state after power-on.
+
+    :raises KvmError: naming the ioctl that failed
+    """
+
+    def __init__(self, system: System, count: int) -> None:
+        most = system.check_extension("KVM_CAP_MAX_VCPUS")
+        if count > most:
+            raise HostError(f"-smp {count}: KVM on this host allows {most} vCPUs")
+        self.system = system
+        self.vm = system.create_vm()
+        # Both before any vCPU: a vCPU gets its LAPIC when it is made, and only if there is an
+        # irqchip; Intel hosts read the page addresses then.
+        self.vm.set_identity_map_addr(layout.IDENTITY_MAP)
+        self.vm.set_tss_addr(layout.TSS)
+        self.vm.create_irqchip()
+        self.vm.create_pit2()
+        self.vcpus = [self.vm.create_vcpu(index) for index in range(count)]
+        offered = cpuid.host_cpuid(system)
+        for vcpu in self.vcpus:
+            cpuid.set_identity(offered, vcpu.index, count)
+            vcpu.set_cpuid2(offered)
+        self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
+        self._chips_on = [(section, section.save()) for section in self.chip_sections()]
+
+    def map_memory(self, memory: GuestMemory) -> None:
+        """Let the guest see its RAM and ROM."""
+        for slot, region in enumerate(memory.regions):
+            start = region.offset
+            view = memoryview(region.backend.view)[start : start + region.size]
+            self.vm.set_user_memory_region(slot, region.gpa, view, read_only=region.readonly)
+
+    def reset(self) -> None:
+        """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.
+
+        The TSCs and the clock go on, as they do on a board whose reset line is pulled.
+        """
+        for vcpu, state in self._power_on:
+            vcpu_state.write(vcpu, state)
+        for section, state in self._chips_on:
+            section.load(state)
+
+    def cpu_sections(self) -> list[Section]:
+        """The vCPUs' state."""
+        return [
+            Section(
+                vcpu_state.VCPU.name,
+                vcpu.index,
+                vcpu_state.VCPU,
+                lambda vcpu=vcpu: vcpu_state.read(vcpu),  # type: ignore[misc]
+                lambda state, vcpu=vcpu: vcpu_state.write(vcpu, state),  # type: ignore[misc]
+            )
+            for vcpu in self.vcpus
+        ]
+
+    def chip_sections(self) -> list[Section]:
+        """The state of PICs, IOAPIC and PIT. Loaded after the LAPICs, to which a pending
+        input of the IOAPIC is delivered at once."""
+        vm = self.vm
+        pics = [
+            Section(
+                irqchip.I8259.name,
+                instance,
+                irqchip.I8259,
+                lambda chip=chip: irqchip.save_pic(vm, chip),  # type: ignore[misc]
+                lambda state, chip=chip: irqchip.load_pic(vm, chip, state),  # type: ignore[misc]
+            )
+            for instance, chip in enumerate(irqchip.ELCR_MASK)
+        ]
+        return [
+            *pics,
+            Section(
+                irqchip.IOAPIC.name,
+                0,
+                irqchip.IOAPIC,
+                lambda: irqchip.save_ioapic(vm),
+                lambda state: irqchip.load_ioapic(vm, state),
+            ),
+            Section(
+                irqchip.I8254.name,
+                0,
+                irqchip.I8254,
+                lambda: irqchip.save_pit(vm),
+                lambda state: irqchip.load_pit(vm, state),
+            ),
+        ]
+
+    def clock_section(self) -> Section:
+        """kvmclock. Loaded last of all, right before the vCPUs run."""
+        vm = self.vm
+        return Section(
+            irqchip.KVMCLOCK.name,
+            0,
+            irqchip.KVMCLOCK,
+            lambda: irqchip.save_clock(vm),
+            lambda state: irqchip.load_clock(vm, state),
+        )
+
+    def close(self) -> None:
+        """Give the VM back. The vCPUs' owners have closed them."""
+        self.vm.close()
