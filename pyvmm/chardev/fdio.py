@@ -175,7 +175,7 @@ class FdChardev(Chardev):
 
     def _handle_output_lost(self) -> None:
         if not self._output_lost:
-            return  # another peer has come meanwhile
+            return  # that stream is closed by now
         if self._in == self._out:
             self._handle_hangup()
         else:
@@ -210,7 +210,7 @@ class FdChardev(Chardev):
         with self.lock:
             fds = {self._in, self._out} - {-1}
             self._in = self._out = -1
-            self._output_full = False
+            self._output_full = self._output_lost = False
         self._input_wanted = False
         for fd in fds:
             self.loop.remove(fd)

@@ -64,8 +64,15 @@ class FileChardev(FdChardev):
             self.dropped += len(data)
             return len(data)
 
+    # A FIFO without a reader hangs up until the next one comes: still a file to us.
+
+    def _watch(self, fd: int, events: int) -> None:
+        if events:
+            super()._watch(fd, events)
+        else:
+            self.loop.remove(fd)
+
     def _handle_output(self, revents: int) -> None:
-        # A FIFO without a reader hangs up until the next one comes: still a file to us.
         self._handle_writable()
 
 

@@ -103,6 +103,8 @@ def unpack_modes(state: bytes, path: str) -> Modes:
 
 def window_size(fd: int) -> tuple[int, int]:
     """Rows and columns; 24 and 80 for what has no size."""
+    if not is_terminal(fd):
+        return 24, 80
     try:
         packed = fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8))
     except OSError:
@@ -113,7 +115,4 @@ def window_size(fd: int) -> tuple[int, int]:
 
 def is_terminal(fd: int) -> bool:
     """Whether a descriptor is a terminal; False for a closed one."""
-    try:
-        return os.isatty(fd)
-    except OSError:
-        return False
+    return os.isatty(fd)

@@ -42,7 +42,7 @@ def test_split(text, values):
     ],
 )
 def test_refused(text, named):
-    with pytest.raises(ConfigError, match="^-chardev: ") as caught:
+    with pytest.raises(ConfigError, match=r"^-chardev: ") as caught:
         parse_keyval(text, "-chardev", implied_key="backend", flags=("wait",))
     assert named in str(caught.value)
 
@@ -67,9 +67,9 @@ def test_only_config_errors(text):
     try:
         values = parse_keyval(text, "-x", implied_key="first", flags=("wait",))
     except ConfigError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(isinstance(value, str) for value in values.values())
+        values = {"error": str(error)}
+    assert all(isinstance(value, str) for value in values.values())
+    assert len(values.get("error", "").splitlines()) <= 1
 
 
 def test_keys_that_are_not_known_are_named_beside_those_that_are():
@@ -96,5 +96,5 @@ def test_int(text, value):
     "text", ["", "65536", "-1", "+1", " 1", "1_0", "0x", "\u0661", "9" * 5000, "1e3", "0x-1"]
 )
 def test_int_refused(text):
-    with pytest.raises(ConfigError, match="port=.* give a number from 0 to 65535"):
+    with pytest.raises(ConfigError, match=r"port=.* give a number from 0 to 65535"):
         parse_int(text, "-x", "port", 0, 65535)

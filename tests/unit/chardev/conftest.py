@@ -52,6 +52,9 @@ class Image:
         self.chardevs = ChardevSet(self.loop, self.fds, self._quit)
         self._made = []
 
+    def _quit(self):
+        self.quits += 1
+
     def make(self, kind, id="c0", **options):
         """Build a chardev; it is closed with the image."""
         chardev = kind(id, self.loop, self.fds, **options)
@@ -82,6 +85,9 @@ class Image:
             listener = getattr(chardev, "_listener", None)
             if listener is not None:
                 listener.detach()
+            calling = getattr(chardev, "_calling", None)
+            if calling is not None:
+                calling.close()  # close-on-exec
         for fd in kept.values():
             self.loop.remove(fd)
             os.close(fd)
