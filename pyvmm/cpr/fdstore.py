@@ -23,6 +23,8 @@ class FdStore:
     """
 
     def __init__(self, inherited: dict[Key, int] | None = None) -> None:
+        #: Whether this process was born by an exec that handed descriptors over.
+        self.is_incoming = inherited is not None
         self._inherited = dict(inherited or {})
         self._kept: dict[Key, int] = {}
         for fd in self._inherited.values():

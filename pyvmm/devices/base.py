@@ -47,4 +47,4 @@ class Device(BusDevice):
             setattr(self, name, value)
 
     def resume(self) -> None:
-        """Go on after a load: look again at what may have come in meanwhile."""
+        """Go to work, once in each process: the state is complete, after power-on or a load."""

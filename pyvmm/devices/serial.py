@@ -401,8 +401,8 @@ class Serial(Device, Frontend):
 
     def resume(self) -> None:
         """Offer what was left to send to the chardev, and let input come."""
+        self.chardev.attach(self)
         self.handle_writable()
-        self.chardev.accept_input()
 
     # What the registers have in common
 

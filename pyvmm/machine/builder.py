@@ -17,7 +17,7 @@ from pyvmm.core.irq import IrqLine
 from pyvmm.devices import acpi_pm, debugcon, debugexit, i8042, pvpanic
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
-from pyvmm.errors import ConfigError, InternalError
+from pyvmm.errors import ConfigError, InternalError, MigrationError
 from pyvmm.kvm.system import System
 from pyvmm.machine.cpu import Cpu
 from pyvmm.machine.machine import Machine
@@ -127,7 +127,6 @@ def add_devices(machine: Machine) -> None:
             chardev = machine.chardevs.claim(chardev_config)
         serial = Serial(_irq(machine, irq), chardev, iobase=ports[0], index=number)
         _add(machine, serial, *ports)
-        chardev.attach(serial)
     rtc = Rtc()
     low = min(config.memory_size, layout.BELOW_4G_END)
     rtc.set_memory_size(low, config.memory_size - low)
@@ -156,8 +155,8 @@ def add_device(machine: Machine, config: DeviceConfig) -> None:
             chardev = machine.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
         _add(machine, debugcon.DebugConsole(chardev, iobase=iobase), iobase, 1)
     else:
-        panic = pvpanic.PvPanic(machine.report_panic)
-        _add(machine, panic, int(properties.get("ioport", str(pvpanic.IOPORT)), 0), 1)
+        ioport = int(properties.get("ioport", str(pvpanic.IOPORT)), 0)
+        _add(machine, pvpanic.PvPanic(machine.report_panic, ioport=ioport), ioport, 1)
 
 
 def _add(machine: Machine, device: Device, port: int, count: int, width: int = 1) -> None:
@@ -189,6 +188,9 @@ def _add_rom(machine: Machine) -> RamBackend:
 
 def _add_backend(machine: Machine, config: RamConfig, inherited: int | None = None) -> RamBackend:
     fd = machine.fds.take(config.id) if inherited is None else inherited
+    if fd is None and machine.fds.is_incoming:
+        # A fresh block would be empty, and the guest's memory lost.
+        raise MigrationError(f"The memory of {config.id} was not handed over by the image before")
     backend = RamBackend(config, fd)
     machine.backends.append(backend)
     if backend.fd is not None and backend.is_shared:

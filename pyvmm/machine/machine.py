@@ -141,8 +141,15 @@ class Machine(CpuEvents):
         """Start the vCPUs' threads, which wait, and the vCPUs too unless ``-S`` is given."""
         for cpu in self.cpus:
             cpu.start()
-        if self.runstate.state == runstate.PRELAUNCH and self.autostart:
-            self.resume(runstate.RUNNING)
+        if self.runstate.state == runstate.PRELAUNCH:
+            if self.autostart:
+                self.resume(runstate.RUNNING)
+            self.attach_devices()
+
+    def attach_devices(self) -> None:
+        """Let the devices take input: their state is complete, booted or loaded."""
+        for device in self.devices:
+            device.resume()
 
     def pause(self, state: str) -> None:
         """Stop the vCPUs and go from running to ``state``."""

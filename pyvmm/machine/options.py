@@ -60,7 +60,6 @@ class Options:
         self._kernel = self._initrd = ""
         self._append: str | None = None
         self._given: set[str] = set()
-        self._auto_chardevs: list[ChardevConfig] = []
 
     def parse(self) -> MachineConfig:
         """Read and check everything.
@@ -75,7 +74,8 @@ class Options:
                 raise ConfigError(_unknown(word))
             argument, _, handler = OPTIONS[name]
             if not argument:
-                handler(self, "", name)
+                self._given.add(name)
+                handler(self, "", f"-{name}")
                 continue
             value = next(words, None)
             if value is None:
@@ -169,7 +169,6 @@ class Options:
             raise ConfigError(f"{option}: {shorten(value)} is one too many; at most {MAX_SERIALS}")
         chardev = parse_chardev_short(value, option, f"serial{number}")
         self.config.serials.append(chardev)
-        self._add_auto(chardev)
         if chardev is not None and value.startswith("mon:"):
             shared = ChardevConfig("chardev", chardev.id, {}, option)
             self.config.monitors.append(MonitorConfig(shared, "readline"))
@@ -179,7 +178,6 @@ class Options:
         self._given.add("monitor")
         chardev = parse_chardev_short(value, option, f"compat_monitor{len(self.config.monitors)}")
         if chardev is not None:
-            self._add_auto(chardev)
             pretty = option == "-qmp-pretty"
             self.config.monitors.append(MonitorConfig(chardev, mode, pretty))
 
@@ -273,7 +271,7 @@ class Options:
             config.serials.append(None)
         kernel = self._kernel
         if not kernel and (not config.bios or self._append is not None):
-            kernel = "" if config.incoming else builtin.path(builtin.GUEST)
+            kernel = builtin.path(builtin.GUEST)
         config.kernel = KernelConfig(kernel, self._initrd, self._append or "")
         self._check_memory()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
@@ -310,11 +308,6 @@ class Options:
                 f"-m: {config.memory_size} bytes, but -object {config.memory_backend} has {size}; "
                 "make them equal"
             )
-
-    def _add_auto(self, chardev: ChardevConfig | None) -> None:
-        # Made when its front end claims it; listed so that two users of stdio are found.
-        if chardev is not None:
-            self._auto_chardevs.append(chardev)
 
 
 #: Options that may be given more than once.

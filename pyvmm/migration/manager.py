@@ -266,8 +266,7 @@ class Migration:
             machine.runstate.set(state)
         progress.mark("resume")
         # From here the guest runs; the rest is not part of the pause.
-        for device in machine.devices:
-            device.resume()
+        machine.attach_devices()
         self._set_status("completed")
         self._release_memory()
 
