@@ -116,7 +116,7 @@ static inline bool last_round(u64 round) { return passes && round >= passes; }
 void fail(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));
 void poweroff(void) __attribute__((noreturn));
 void reset(void) __attribute__((noreturn));
-void debug_exit(u8 code);
+void debug_exit(u8 code), triple_fault(void);
 extern const char *program_name;
 
 void shell(void), counter(void), ticker(void), halt(void), memhash(void), timers(void);

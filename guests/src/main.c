@@ -33,15 +33,31 @@ void poweroff(void)
     stop();
 }
 
+static u64 triple_fault_0(u64 a, u64 b)
+{
+    static const struct { u16 limit; u64 base; } __attribute__((packed)) none;
+    (void)a, (void)b;
+    asm volatile("lidt %0; ud2" ::"m"(none));
+    __builtin_unreachable();
+}
+
+void triple_fault(void) { ring0(triple_fault_0, 0, 0); }
+
 void reset(void)
 {
     outb(0x64, 0xfe);     /* keyboard controller: pulse the reset line */
+    for (u64 start = rdtsc(); rdtsc() - start < 1000000000ul;)
+        cpu_relax();
+    triple_fault();       /* a machine without one */
     stop();
 }
 
 void fail(const char *format, ...)
 {
+    static u32 failed;
     __builtin_va_list args;
+    if (__atomic_exchange_n(&failed, 1, __ATOMIC_SEQ_CST))
+        stop();           /* another CPU is reporting */
     __builtin_va_start(args, format);
     print("%s FAIL ", program_name);
     vprint(format, args);

@@ -22,6 +22,15 @@ static void do_panic(const char *a)
     stop();
 }
 
+static void do_triple(const char *a) { (void)a; print("triplefault\n"); triple_fault(); }
+
+/* An address that no table maps. */
+static void do_fault(const char *a)
+{
+    (void)a;
+    *(volatile u64 *)0x7000deadbee8 = 1;
+}
+
 static void do_exit(const char *a)
 {
     debug_exit((u8)parse_num(a));
@@ -134,6 +143,8 @@ static const struct command { const char *name, *help; void (*run)(const char *a
     {"cmdline", "the command line", do_cmdline},
     {"exit", "CODE: write CODE to isa-debug-exit", do_exit},
     {"reset", "reset the machine", do_reset},
+    {"triplefault", "reset it that way", do_triple},
+    {"fault", "touch an unmapped address: register dump and panic", do_fault},
     {"poweroff", "power the machine off", do_poweroff},
     {"panic", "report a guest panic", do_panic},
 };
