@@ -7,10 +7,12 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from harness import Vm
 
 KVM_FOLDERS = {"kvm", "update"}
 #: Set for the tests and inherited by whatever they start, also through execve.
 SESSION_VARIABLE = "PYVMM_TEST_SESSION"
+MACHINES = pytest.StashKey()
 
 # How long an example takes says more about the host's load than about the code.
 hypothesis.settings.register_profile("pyvmm", deadline=None)
@@ -34,6 +36,35 @@ def pytest_runtest_setup(item):
         if os.environ.get("PYVMM_REQUIRE_KVM") == "1":
             pytest.fail(f"{reason}, and PYVMM_REQUIRE_KVM=1 demands it", pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.fixture
+def vm(request, tmp_path):
+    """Makes and starts a :class:`harness.Vm` of the given arguments; ends it after the test.
+
+    A second one gets a folder of its own.
+    """
+    machines = request.node.stash[MACHINES] = []
+
+    def start(*options, **arguments):
+        folder = tmp_path / f"vm{len(machines)}"
+        folder.mkdir()
+        machine = Vm(folder, *options, **arguments)
+        machines.append(machine)
+        return machine.start()
+
+    yield start
+    for machine in machines:
+        machine.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "call" and report.failed:
+        for machine in item.stash.get(MACHINES, ()):
+            report.sections += machine.sections()
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,105 @@
+"""The command under test, deadlines, and what /proc tells about a process."""
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+#: How long anything may take on a loaded host; nothing here measures speed.
+DEADLINE_S = 30.0
+POLL_S = 0.005
+
+
+def pyvmm():
+    """Path of the command that was installed beside the running interpreter."""
+    beside = Path(sys.executable).parent / "pyvmm"
+    found = str(beside) if beside.exists() else shutil.which("pyvmm")
+    assert found, "pyvmm is not installed; make build"
+    return found
+
+
+def environment(**changes):
+    """The environment for the command: byte code is cached whatever the caller's says."""
+    return os.environ | {"PYTHONDONTWRITEBYTECODE": ""} | changes
+
+
+def run_cli(*arguments, timeout=DEADLINE_S, cwd=None, stdin=subprocess.DEVNULL, **changes):
+    """Run ``pyvmm ARGUMENTS`` to its end; a CompletedProcess with text."""
+    return subprocess.run(
+        [pyvmm(), *arguments],
+        cwd=cwd,
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**changes),
+    )
+
+
+class Deadline:
+    """A point in time that everything on the way to it counts against."""
+
+    def __init__(self, seconds=DEADLINE_S):
+        self._end = time.monotonic() + seconds
+
+    @property
+    def left(self):
+        """Seconds that are left, never negative."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def over(self):
+        return time.monotonic() >= self._end
+
+
+def wait_until(condition, what, timeout=DEADLINE_S):
+    """Poll until ``condition()`` is true, for what has no descriptor to wait on; its value."""
+    deadline = Deadline(timeout)
+    while not (value := condition()):
+        assert not deadline.over, f"not within {timeout} s: {what}"
+        select.select([], [], [], POLL_S)
+    return value
+
+
+def fds(pid):
+    """Sorted link targets of the open descriptors, numbers that change at will masked."""
+    targets = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(entry)
+        target = re.sub(r"^(socket|pipe):\[\d+\]$", r"\1", target)
+        targets.append(re.sub(r"^/dev/pts/\d+$", "/dev/pts/N", target))
+    return sorted(targets)
+
+
+def threads(pid):
+    """Sorted names of the threads."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sorted((task / "comm").read_text().strip() for task in tasks)
+
+
+def children(pid):
+    """Ids of the child processes, those not waited for yet among them."""
+    return [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def pss_kib(pid, ram_names=("/memfd:",)):
+    """Proportional set size beside guest RAM, in KiB.
+
+    :param ram_names: what the paths of the mappings of guest RAM begin with
+    """
+    total, is_ram = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            is_ram = len(words) > 5 and words[5].startswith(tuple(ram_names))
+        elif words[0] == "Pss:" and not is_ram:
+            total += int(words[1])
+    return total
