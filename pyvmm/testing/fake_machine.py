@@ -12,10 +12,11 @@ from pyvmm.core.bus import Bus, BusDevice
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.runstate import PAUSED, RUNNING, RunState
 from pyvmm.core.threads import Lock
-from pyvmm.errors import CommandError, MigrationError, StateError
+from pyvmm.errors import MigrationError, StateError
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemory
+from pyvmm.migration import params
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -184,47 +185,14 @@ class FakeMachine:
         self.loop.close()
 
 
-class FakeSettings:
-    """Named values that keep their type: migration parameters or capabilities."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
-
-    def names(self) -> list[str]:
-        """All names, in the order of ``info``."""
-        return list(self.values)
-
-    def get(self, name: str) -> Any:
-        """One value."""
-        return self.values[name]
-
-    def text(self, name: str) -> str:
-        """One value as ``info`` shows it."""
-        value = self.values[name]
-        return " ".join(value) if isinstance(value, list) else str(value)
-
-    def set_text(self, name: str, text: str) -> None:
-        """Set one value from what was typed."""
-        if name not in self.values:
-            raise CommandError(f"invalid parameter value: {name}")
-        if name == "mode" and text not in ("normal", "cpr-exec"):
-            raise CommandError(f"Parameter 'mode' does not accept value '{text}'")
-        self.values[name] = text.split() if isinstance(self.values[name], list) else text
-
-    def update(self, values: dict[str, Any]) -> None:
-        """Set several, or none."""
-        for name in values:
-            if name not in self.values:
-                raise CommandError(f"Parameter '{name}' is unexpected")
-        self.values.update(values)
-
-
 class FakeMigration:
     """A migration that ends when the test says so."""
 
     def __init__(self) -> None:
-        self.parameters = FakeSettings({"mode": "normal", "cpr-exec-command": []})
-        self.capabilities = FakeSettings({"events": False, "xbzrle": False})
+        self.parameters = params.parameters()
+        self.capabilities = params.capabilities()
+        self.passengers: dict[str, Any] = {}
+        self.carried: dict[str, bytes] = {}
         self.refuse: str | None = None
         self.started: list[tuple[str, bool]] = []
         self.acts: list[str] = []

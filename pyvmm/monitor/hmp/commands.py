@@ -208,8 +208,8 @@ def _set_parameter(monitor: Interpreter, _reply: Reply, arguments: Arguments) ->
 
 
 def _set_capability(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
-    entry = {"capability": arguments["capability"], "state": arguments["state"]}
-    monitor.context.execute("migrate-set-capabilities", {"capabilities": [entry]})
+    state = render.switch(arguments["state"])
+    monitor.context.migration.capabilities.set_text(arguments["capability"], state)
 
 
 def _info_migrate(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:

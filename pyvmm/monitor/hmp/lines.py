@@ -1,9 +1,11 @@
-"""The human monitor on a chardev that is no terminal: lines in, text out, no echo.
+"""The human monitor in line mode: on a chardev that is no terminal, or too simple a one.
 
-A line ends with CR, LF or both; output lines end with CR LF, as QEMU's. While a command is
-under way that replies later, no input is taken: what the client sends meanwhile stays in the
-kernel, and so does not get lost in a live update. A client that goes away leaves nothing to
-the next one. Main loop thread only.
+A line ends with CR, LF or both; output lines end with CR LF, as QEMU's. There is no echo,
+but for a person at a simple terminal, who can also rub out (DEL, BS) and start over (Ctrl-U).
+
+While a command is under way that replies later, no input is taken: what the client sends
+meanwhile stays in the kernel, and so does not get lost in a live update. A client that goes
+away leaves nothing to the next one. Main loop thread only.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import struct
 
 from pyvmm import __version__
-from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, Frontend, Outbox
+from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, Outbox
 from pyvmm.errors import VmStateError
+from pyvmm.monitor.frontend import MonitorFrontend
 from pyvmm.monitor.hmp.interpreter import Interpreter
 
 TYPE_CHECKING = False
@@ -28,7 +31,7 @@ MAX_LINE = 4096
 # behind its length.
 _HEAD = struct.Struct(">BBH3I")
 _VERSION = 1
-_OWES_PROMPT, _OVERLONG, _AFTER_CR, _GREETED = 1, 2, 4, 8
+_OWES_PROMPT, _OVERLONG, _AFTER_CR, GREETED = 1, 2, 4, 8
 _ALL_FLAGS = 15
 _MAX_OUTPUT = 1 << 20
 
@@ -93,16 +96,18 @@ class MonitorState:
         return cls(line, input, output, flags, cpu_index)
 
 
-class LineMonitor(Frontend):
+class LineMonitor(MonitorFrontend):
     """A human monitor in line mode.
 
     :param chardev: it is attached to this front end by the caller
     :param context: whose commands it runs
+    :param echo: show what is typed
     """
 
-    def __init__(self, chardev: Chardev, context: Context) -> None:
+    def __init__(self, chardev: Chardev, context: Context, *, echo: bool = False) -> None:
         self.chardev = chardev
         self.context = context
+        self._echo = echo
         self.interpreter = Interpreter(context)
         self._outbox = Outbox(chardev, _MAX_OUTPUT)
         self._line = bytearray()
@@ -142,19 +147,12 @@ class LineMonitor(Frontend):
     def handle_writable(self) -> None:
         self._outbox.flush()
 
-    def quiesce(self) -> None:
-        """An execve may come: there is nothing to tidy up, state is saved as it is."""
-
-    def restart(self) -> None:
-        """No execve came after all."""
-
     def save_state(self) -> bytes:
-        """What a live update carries over; see :meth:`load_state`."""
         flags = (
             _OWES_PROMPT * (self._busy or self._owes_prompt)
             | _OVERLONG * self._overlong
             | _AFTER_CR * self._after_cr
-            | _GREETED * self._greeted
+            | GREETED * self._greeted
         )
         return MonitorState(
             bytes(self._line),
@@ -165,10 +163,6 @@ class LineMonitor(Frontend):
         ).pack()
 
     def load_state(self, state: bytes) -> None:
-        """Go on where the old image was; before the chardev is attached.
-
-        :raises VmStateError: impossible state
-        """
         old = MonitorState.unpack(state)
         if old.cpu_index >= len(self.context.machine.cpus):
             raise VmStateError("monitor", f"there is no CPU #{old.cpu_index}")
@@ -178,7 +172,7 @@ class LineMonitor(Frontend):
         self._overlong = bool(old.flags & _OVERLONG)
         self._after_cr = bool(old.flags & _AFTER_CR)
         self._owes_prompt = bool(old.flags & _OWES_PROMPT)
-        self._greeted = bool(old.flags & _GREETED)
+        self._greeted = bool(old.flags & GREETED)
         if old.output:
             self._outbox.send(old.output)
 
@@ -225,15 +219,36 @@ class LineMonitor(Frontend):
                         self._after_cr = False
                         continue
                     self._after_cr = byte == 0x0D
+                    if self._echo:
+                        self._send("\n")
                     self._enter()
                 else:
                     self._after_cr = False
-                    if len(self._line) < MAX_LINE:
-                        self._line.append(byte)
-                    else:
-                        self._overlong = True
+                    self._type(byte)
         finally:
             self._running = False
+
+    def _type(self, byte: int) -> None:
+        if self._echo and (byte < 0x20 or byte == 0x7F):
+            self._edit(byte)
+        elif len(self._line) < MAX_LINE:
+            self._line.append(byte)
+            if self._echo:
+                self._outbox.send(bytes((byte,)))
+        else:
+            self._overlong = True
+
+    def _edit(self, byte: int) -> None:
+        if byte in (0x08, 0x7F) and self._line:
+            # The last character: its first byte is no continuation byte of UTF-8.
+            while self._line.pop() & 0xC0 == 0x80 and self._line:
+                pass
+            self._outbox.send(b"\b \b")
+        elif byte in (0x03, 0x15):  # Ctrl-C, Ctrl-U
+            self._line.clear()
+            self._overlong = False
+            self._send("\n")
+            self._show_prompt()
 
     def _enter(self) -> None:
         line = self._line.decode("utf-8", "surrogateescape")

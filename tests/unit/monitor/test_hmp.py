@@ -250,15 +250,24 @@ def test_migrate_refused(run, context, line):
 def test_migrate_settings(run, context):
     assert run("migrate_set_parameter mode cpr-exec") == ""
     assert run("migrate_set_parameter cpr-exec-command pyvmm run  -incoming file:a") == ""
-    assert run("info migrate_parameters") == (
-        "mode: cpr-exec\ncpr-exec-command: pyvmm run -incoming file:a\n"
-    )
+    shown = run("info migrate_parameters").splitlines()
+    assert shown[:2] == ["announce-initial: 50 ms", "announce-max: 550 ms"]
+    assert "tls-creds: ''" in shown
+    assert "cpu-throttle-tailslow: off" in shown
+    assert "mode: cpr-exec" in shown
+    assert shown[-1] == "cpr-exec-command: pyvmm run -incoming file:a"
     assert run("migrate_set_parameter mode foo") == (
         "Error: Parameter 'mode' does not accept value 'foo'\n"
     )
     assert run("migrate_set_parameter bogus 1") == "Error: invalid parameter value: bogus\n"
     assert run("migrate_set_capability events on") == ""
-    assert run("info migrate_capabilities") == "events: on\nxbzrle: off\n"
+    assert run("migrate_set_capability bogus on") == "Error: invalid parameter value: bogus\n"
+    assert run("info migrate_capabilities").splitlines()[:4] == [
+        "xbzrle: off",
+        "rdma-pin-all: off",
+        "auto-converge: off",
+        "events: on",
+    ]
     assert run("migrate_cancel") == run("migrate_incoming file:a") == ""
     assert context.migration.acts == ["cancel", "incoming file:a"]
 

@@ -244,3 +244,19 @@ def test_behind_a_mux_it_greets_when_it_first_has_the_input(context):
     assert base.take_output() == b""
     base.feed(b"info kvm\n")
     assert base.take_output().decode() == f"kvm support: enabled\r\n{PROMPT}"
+
+
+def test_a_simple_terminal_shows_what_is_typed(context):
+    chardev = MemoryChardev(loop=context.machine.loop)
+    chardev.attach(LineMonitor(chardev, context, echo=True))
+    chardev.take_output()
+    chardev.feed("info käx".encode())
+    assert chardev.take_output().decode() == "info käx"
+    chardev.feed(b"\x7f\x7f\x08\x7f")
+    assert chardev.take_output() == b"\b \b" * 4
+    chardev.feed(b"\x7f" * 20)
+    assert chardev.take_output() == b"\b \b" * 4
+    chardev.feed(b"bogus\x15info kvm\r")
+    assert chardev.take_output().decode() == (
+        f"bogus\r\n{PROMPT}info kvm\r\nkvm support: enabled\r\n{PROMPT}"
+    )

@@ -1,0 +1,68 @@
+"""Puts monitors on their chardevs, once the guest runs.
+
+Which kind a monitor is, is known from its mode and from whether a person sits there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pyvmm.errors import ConfigError, VmStateError
+from pyvmm.monitor.commands import build_registry
+from pyvmm.monitor.registry import Context
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.chardev.base import Chardev
+    from pyvmm.machine.config import MonitorConfig
+    from pyvmm.machine.machine import Machine
+    from pyvmm.migration.manager import Migration, Passenger
+    from pyvmm.monitor.frontend import MonitorFrontend
+
+
+def open_monitors(
+    machine: Machine, migration: Migration, specs: list[tuple[MonitorConfig, Chardev]]
+) -> list[MonitorFrontend]:
+    """Attach a monitor to each chardev; main loop thread.
+
+    What the image before left for one in ``migration.carried`` it takes over, and it is put
+    among ``migration.passengers`` for the next exec. The caller closes them at the end.
+    """
+    registry = build_registry()
+    monitors: list[MonitorFrontend] = []
+    for config, chardev in specs:
+        context = Context(machine, migration, registry)
+        monitor = _make(config, chardev, context)
+        name = _unused(chardev.id, migration.passengers)
+        state = migration.carried.pop(f"monitor/{name}", b"")
+        if state:
+            try:
+                monitor.load_state(state)
+            except VmStateError as error:
+                # The guest runs; that somebody has to type a line again must not end it.
+                sys.stderr.write(f"pyvmm: monitor {name}: {error}\n")
+        migration.passengers[name] = monitor
+        monitors.append(monitor)
+        chardev.attach(monitor)
+    return monitors
+
+
+def _make(config: MonitorConfig, chardev: Chardev, context: Context) -> MonitorFrontend:
+    if config.mode == "control":
+        raise ConfigError("-qmp: this build has no machine monitor; use -monitor")
+    if chardev.is_terminal and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown"):
+        from pyvmm.monitor.hmp.console import Console
+
+        return Console(chardev, context)
+    from pyvmm.monitor.hmp.lines import LineMonitor
+
+    return LineMonitor(chardev, context, echo=chardev.is_terminal)
+
+
+def _unused(id: str, taken: dict[str, Passenger]) -> str:
+    name, number = id, 1
+    while name in taken:
+        number += 1
+        name = f"{id}.{number}"
+    return name

@@ -1,0 +1,28 @@
+"""What monitors of every kind do beside being front ends of a chardev."""
+
+from __future__ import annotations
+
+from pyvmm.chardev.base import Frontend
+
+
+class MonitorFrontend(Frontend):
+    """A monitor. Main loop thread only."""
+
+    def load_state(self, state: bytes) -> None:
+        """Go on where the image before a live update was; before the chardev is attached.
+
+        :raises VmStateError: impossible state
+        """
+
+    def save_state(self) -> bytes:
+        """What the next image has to know."""
+        return b""
+
+    def quiesce(self) -> None:
+        """An execve is about to come. The guest stands still: 2 ms at the most."""
+
+    def restart(self) -> None:
+        """It did not come."""
+
+    def close(self) -> None:
+        """The machine ends."""
