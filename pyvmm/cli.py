@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.manager import Migration
+    from pyvmm.monitor.attach import Monitor
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
@@ -70,6 +71,7 @@ def run(argv: list[str], started: int) -> int:
 
     values: dict[str, bytes] = {}
     machine: Machine | None = None
+    monitors: list[Monitor] = []
     try:
         carried = cpr_state.inherit()
         values = carried.values if carried else {}
@@ -93,7 +95,7 @@ def run(argv: list[str], started: int) -> int:
         for name, index in fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
-        open_monitors(machine, migration, _strip(values, "monitor/"))
+        monitors = open_monitors(machine, migration)
         loop.run()
         return machine.exit_code
     except options.HelpRequested as request:
@@ -105,6 +107,8 @@ def run(argv: list[str], started: int) -> int:
     except KeyboardInterrupt:
         return 128 + _signal.SIGINT
     finally:
+        for monitor in monitors:
+            monitor.close()
         if machine is not None:
             machine.close()
 
@@ -125,12 +129,13 @@ def handle_signals(machine: Machine) -> None:
         _handle(machine, _signal.SIGWINCH, on_resize)
 
 
-def open_monitors(machine: Machine, migration: Migration, states: dict[str, bytes]) -> None:
+def open_monitors(machine: Machine, migration: Migration) -> list[Monitor]:
     """Put a monitor on each chardev that is to have one."""
-    if machine.monitors:
-        from pyvmm.monitor import attach
+    if not machine.monitors:
+        return []
+    from pyvmm.monitor import attach
 
-        attach.open_monitors(machine, migration, states)
+    return attach.open_monitors(machine, migration, machine.monitors)
 
 
 def usage(option: str) -> str:
