@@ -46,13 +46,15 @@ puthex:
 newline:
     .asciz "\r\n"
 
-/* The string at cs:si, then isa-debug-exit with 0x21, pvpanic, and halt. */
+/* The string at cs:si, then isa-debug-exit (at 0xf4 or 0x501) with 0x21, pvpanic, and halt. */
 fail:
     call puts
     movw $newline, %si
     call puts
     movb $0x21, %al
     outb %al, $0xf4
+    movw $0x501, %dx
+    outb %al, %dx
     movw $0x505, %dx
     movb $1, %al
     outb %al, %dx
