@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from pyvmm.errors import ConfigError, VmStateError
+from pyvmm.errors import VmStateError
 from pyvmm.monitor.commands import build_registry
 from pyvmm.monitor.registry import Context
 
@@ -50,7 +50,9 @@ def open_monitors(
 
 def _make(config: MonitorConfig, chardev: Chardev, context: Context) -> MonitorFrontend:
     if config.mode == "control":
-        raise ConfigError("-qmp: this build has no machine monitor; use -monitor")
+        from pyvmm.monitor.qmp.session import QmpSession
+
+        return QmpSession(chardev, context, pretty=config.pretty)
     if chardev.is_terminal and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown"):
         from pyvmm.monitor.hmp.console import Console
 

@@ -80,3 +80,9 @@ def test_each_has_its_own_current_cpu(machine):
         port.feed(b"info cpus\n")
     assert ports[0].take_output().startswith(b"  CPU #0")
     assert ports[1].take_output().startswith(b"* CPU #0")
+
+
+def test_control_mode_is_qmp(machine):
+    one = chardev(machine, "qmp0")
+    open_monitors(machine, FakeMigration(), [(Config("control", pretty=True), one)])
+    assert one.take_output().startswith(b'{\r\n    "QMP": ')

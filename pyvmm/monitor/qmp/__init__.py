@@ -1,0 +1,1 @@
+"""QMP, the machine monitor: JSON in, JSON out, over the command registry."""
