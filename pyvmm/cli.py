@@ -10,6 +10,7 @@ usage; isa-debug-exit gives (value << 1) | 1.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 
@@ -18,14 +19,19 @@ if TYPE_CHECKING:
     import signal as _signal
     from collections.abc import Callable
 
+    from pyvmm.cpr.state import CprState
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.manager import Migration
-    from pyvmm.monitor.attach import Monitor
+    from pyvmm.migration.rollback import WayBack
+    from pyvmm.monitor.frontend import MonitorFrontend
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+
+# Set in the environment of a preflight (migration/preflight.py).
+PROBE = "PYVMM_CPR_PROBE"
 
 # A vCPU thread that comes back from KVM_RUN waits this long at most for the interpreter.
 SWITCH_INTERVAL_S = 0.0005
@@ -65,39 +71,18 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str], started: int) -> int:
     """``pyvmm run``: build the machine, start or load the guest, serve until its end."""
     from pyvmm.cpr import state as cpr_state
-    from pyvmm.cpr.fdstore import FdStore
     from pyvmm.errors import ConfigError, PyvmmError
     from pyvmm.machine import options
 
-    values: dict[str, bytes] = {}
-    machine: Machine | None = None
-    monitors: list[Monitor] = []
     try:
+        if PROBE in os.environ:
+            from pyvmm.migration import preflight
+
+            return preflight.answer(argv)
         carried = cpr_state.inherit()
-        values = carried.values if carried else {}
-        fds = FdStore(carried.fds if carried else None)
-        config = options.parse(argv)
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-
-        from pyvmm.core.eventloop import EventLoop
-        from pyvmm.machine import builder
-        from pyvmm.migration.manager import Migration
-
-        loop = EventLoop()
-        chardevs = _strip(values, "chardev/")
-        machine = builder.build(config, loop, fds, chardevs)
-        handle_signals(machine)
-        migration = Migration(machine, values)
-        migration.progress.mark("start", started)
-        migration.progress.mark("build")
-        machine.start()
-        migration.begin()
-        for name, index in fds.close_unclaimed():
-            machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
-        gc.enable()
-        monitors = open_monitors(machine, migration)
-        loop.run()
-        return machine.exit_code
+        if carried is None:
+            return serve(argv, started)
+        return take_over(argv, carried, started)
     except options.HelpRequested as request:
         print(usage(str(request)), end="")
         return 0
@@ -106,11 +91,66 @@ def run(argv: list[str], started: int) -> int:
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return 128 + _signal.SIGINT
+
+
+def take_over(argv: list[str], carried: CprState, started: int) -> int:
+    """Go on for the image before; until the guest runs, any error leads back to it."""
+    from pyvmm.migration.rollback import WayBack
+
+    way_back = WayBack(carried)
+    try:
+        return serve(argv, started, carried, way_back)
+    except Exception as error:
+        way_back.attempt(error)
+        # Nobody else knows by now that the terminal was raw.
+        for name, value in carried.values.items():
+            if name.startswith("chardev/"):
+                from pyvmm.chardev.stdio import restore_terminal
+
+                restore_terminal(value)
+        raise
+
+
+def serve(
+    argv: list[str],
+    started: int,
+    carried: CprState | None = None,
+    way_back: WayBack | None = None,
+) -> int:
+    """Build the machine, start or load the guest, and run the main loop; the exit code."""
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.machine import builder, options
+    from pyvmm.migration.manager import Migration
+
+    config = options.parse(argv)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    values = dict(carried.values) if carried else {}
+    fds = FdStore(carried.fds if carried else None)
+    machine = builder.build(config, EventLoop(), fds, _strip(values, "chardev/"))
+    monitors: list[MonitorFrontend] = []
+    try:
+        handle_signals(machine)
+        migration = Migration(machine, values, way_back)
+        migration.progress.mark("start", started)
+        migration.progress.mark("build")
+        machine.start()
+        migration.begin()
+    except BaseException:
+        if not fds.is_incoming:
+            machine.close()
+        raise
+    try:
+        for name, index in fds.close_unclaimed():
+            machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
+        gc.enable()
+        monitors = open_monitors(machine, migration)
+        machine.loop.run()
+        return machine.exit_code
     finally:
         for monitor in monitors:
             monitor.close()
-        if machine is not None:
-            machine.close()
+        machine.close()
 
 
 def handle_signals(machine: Machine) -> None:
@@ -129,13 +169,18 @@ def handle_signals(machine: Machine) -> None:
         _handle(machine, _signal.SIGWINCH, on_resize)
 
 
-def open_monitors(machine: Machine, migration: Migration) -> list[Monitor]:
+def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFrontend]:
     """Put a monitor on each chardev that is to have one."""
     if not machine.monitors:
         return []
-    from pyvmm.monitor import attach
+    try:
+        from pyvmm.monitor import attach
 
-    return attach.open_monitors(machine, migration, machine.monitors)
+        return attach.open_monitors(machine, migration, machine.monitors)
+    except Exception as error:
+        # The guest runs already, perhaps for months: it does not end for want of a monitor.
+        machine.warn(f"there is no monitor: {type(error).__name__}: {error}")
+        return []
 
 
 def usage(option: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import struct
 
-from pyvmm.cpr.fdstore import FdStore
 from pyvmm.errors import VmStateError
 from pyvmm.vmstate.fields import SUBSECTION, Cursor
 
@@ -118,12 +117,12 @@ def inherit() -> CprState | None:
     return state
 
 
-def publish(fds: FdStore, values: dict[str, bytes]) -> int:
+def publish(fds: dict[tuple[str, int], int], values: dict[str, bytes]) -> int:
     """Write the state for the next image into a memfd; its descriptor, which exec closes
     unless the caller makes it inheritable."""
     fd = os.memfd_create("cpr-state", os.MFD_CLOEXEC)
     try:
-        data = encode(CprState(fds.kept(), values))
+        data = encode(CprState(fds, values))
         while data:
             data = data[os.write(fd, data) :]
     except BaseException:

@@ -87,9 +87,7 @@ class InternalError:
         self.data = list(internal.data[0 : min(internal.ndata, 16)])
 
     def __str__(self) -> str:
-        kind = (
-            "emulation failure" if self.suberror == lib.KVM_INTERNAL_ERROR_EMULATION else "error"
-        )
+        kind = "emulation failure" if self.suberror == lib.KVM_INTERNAL_ERROR_EMULATION else "error"
         words = " ".join(f"{word:#x}" for word in self.data)
         return f"KVM internal error, suberror {self.suberror} ({kind}) {words}".rstrip()
 

@@ -24,7 +24,7 @@ from pyvmm.machine.machine import Machine
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemory
-from pyvmm.x86 import layout
+from pyvmm.x86 import irqchip, layout, vcpu_state
 from pyvmm.x86.platform import Platform
 
 TYPE_CHECKING = False
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyvmm.cpr.fdstore import FdStore
     from pyvmm.devices.base import Device
     from pyvmm.machine.config import DeviceConfig, MachineConfig
+    from pyvmm.vmstate.fields import Description
 
 KVM_FD = "kvm"
 ROM_BLOCK = "pc.bios"
@@ -65,7 +66,9 @@ def build(
         machine.monitors = [
             (monitor, machine.chardevs.claim(monitor.chardev)) for monitor in config.monitors
         ]
-        machine.chardevs.wait_connected()
+        # An update's guest stands still: it waits for nobody.
+        if not config.incoming:
+            machine.chardevs.wait_connected()
         machine.cpus = [
             Cpu(vcpu, machine.ports, machine.mmio, machine) for vcpu in machine.platform.vcpus
         ]
@@ -73,9 +76,25 @@ def build(
         if not config.incoming:
             loader.load(machine.memory, config.kernel)
     except BaseException:
-        machine.close()
+        # What was inherited stays open: the old image needs it for its return.
+        if not fds.is_incoming:
+            machine.close()
         raise
     return machine
+
+
+def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
+    """What a machine of this configuration writes into a state, by section and instance;
+    without building it."""
+    found = {(Serial.name, number): Serial.vmstate for number in range(len(config.serials))}
+    for device in (Rtc, i8042.I8042, i8042.Port92, acpi_pm.AcpiPm):
+        found[(device.name, 0)] = device.vmstate
+    for index in range(config.smp):
+        found[(vcpu_state.VCPU.name, index)] = vcpu_state.VCPU
+    for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
+        found[(chip.name, 0)] = chip
+    found[(irqchip.I8259.name, 1)] = irqchip.I8259
+    return found
 
 
 def open_system(fds: FdStore) -> System:

@@ -2,8 +2,9 @@
 
 cpr-exec, the plain order: the vCPUs stop, the state is written, execve replaces the program,
 and the new image, with the same process id, memory and connections, loads the state and goes
-on. Until execve has succeeded every failure leaves the guest as it was: what is checked
-beforehand is refused while it runs, and whatever fails later is undone.
+on. Before the stop the new command is tried out (``preflight``); until execve has succeeded
+every failure is undone; after it an image that cannot take over executes the old one
+(``rollback``).
 
 Everything here runs on the main loop thread. All that the steps between stop and exec, and
 their undoing, call is imported with this module: the package on disk may be another version
@@ -18,9 +19,9 @@ from pyvmm import _native
 from pyvmm.core import runstate
 from pyvmm.cpr import state as cpr_state
 from pyvmm.errors import CommandError, MigrationError, PyvmmError
-from pyvmm.migration import command, params, savevm
+from pyvmm.migration import params, program, rollback, savevm
 from pyvmm.migration.progress import Progress
-from pyvmm.migration.uri import FileUri
+from pyvmm.migration.target import MemoryTarget, Target, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pyvmm.machine.machine import Machine
+    from pyvmm.migration.preflight import Probe
 
     class Passenger(Protocol):
         """What has host-side state to carry over an exec beside the chardevs: a monitor."""
@@ -53,18 +55,25 @@ class Migration:
 
     :param machine: the machine
     :param carried: host-side values from the image before; empty if there was none
+    :param way_back: to that image, until the guest runs here
     """
 
-    def __init__(self, machine: Machine, carried: dict[str, bytes]) -> None:
+    def __init__(
+        self, machine: Machine, carried: dict[str, bytes], way_back: rollback.WayBack | None = None
+    ) -> None:
         self.machine = machine
         self.carried = carried
+        self._way_back = way_back
         self.parameters = params.parameters()
         self.capabilities = params.capabilities()
         self.progress = Progress()
         self.passengers: dict[str, Passenger] = {}
         self._done: Done | None = None
+        self._probe: Probe | None = None
         # Whether an -incoming defer still waits for its URI.
         self._deferred = machine.config.incoming == "defer"
+        self._holders = machine.fds.take_all(HOLDER_FD)
+        self._exe = machine.fds.take(rollback.EXE_FD)
 
     @property
     def status(self) -> str | None:
@@ -78,36 +87,33 @@ class Migration:
 
     def info(self) -> dict[str, Any]:
         """What query-migrate returns."""
-        return self.progress.info()
+        result = self.progress.info()
+        reasons = self.blockers()
+        if reasons:
+            result["blocked-reasons"] = reasons
+        return result
+
+    def blockers(self) -> list[str]:
+        """What keeps this machine from being updated, whatever the command."""
+        return [
+            f"Memory region {backend.id} is not compatible with CPR: it is private to this "
+            "process; share=on is required for -object, and -machine anon-alloc=memfd"
+            for backend in self.machine.backends
+            if not backend.is_shared or backend.fd is None
+        ]
 
     # ---- outgoing --------------------------------------------------------------------------
 
     def start(self, uri: str, detach: bool, done: Done) -> None:
-        """Check everything and let the main loop begin the update.
+        """``migrate``: begin an update with the command that the parameters name.
 
         :param detach: whether the caller waits for ``done``; it makes no difference here
-        :param done: called with an error text if the update fails after this returned; after
-            a success there is nobody left to call
-        :raises MigrationError: refused, the guest has not been stopped
+        :param done: called with an error text if the update fails after this returned, None
+            if it was cancelled; after a success there is nobody left to call
+        :raises MigrationError: refused
         """
-        if self.progress.active:
-            raise MigrationError("There's a migration process in progress")
-        if self.machine.runstate.state == runstate.INMIGRATE:
-            raise MigrationError("Guest is waiting for an incoming migration")
-        target = FileUri(uri)
-        argv, program = self._check(target)
-        self.progress.begin()
-        state_fd = target.open_write()
-        self._done = done
-        self._set_status("setup")
-        self.machine.loop.call_soon(lambda: self._update(argv, program, target, state_fd))
-
-    def cancel(self) -> None:
-        """Give up an update that has not stopped the guest yet."""
-        if self.progress.status == "setup":
-            self._set_status("cancelled")
-
-    def _check(self, uri: FileUri) -> tuple[list[str], str]:
+        target = parse(uri)
+        self._refuse_if_busy()
         mode = self.parameters.get("mode")
         if mode != "cpr-exec":
             raise MigrationError(
@@ -116,69 +122,123 @@ class Migration:
         argv = self.parameters.get("cpr-exec-command")
         if not argv:
             raise MigrationError("cpr-exec mode requires setting cpr-exec-command")
-        for backend in self.machine.backends:
-            if not backend.is_shared or backend.fd is None:
-                raise MigrationError(
-                    f"Memory region {backend.id} is not compatible with CPR: it is private to "
-                    "this process; share=on is required for -object, and -machine "
-                    "anon-alloc=memfd"
-                )
-        program = command.find_program(argv[0])
-        command.check(argv, self.machine.config, uri)
-        return argv, program
+        self._begin(argv, target, done)
 
-    def _update(self, argv: list[str], program: str, uri: FileUri, state_fd: int) -> None:
+    def update(self, command: list[str] | None, done: Done) -> None:
+        """``update``: begin an update with this process's own command line, or another one,
+        and the state in memory.
+
+        :param command: a ``pyvmm run`` command; -incoming is added
+        :param done: as for :meth:`start`
+        :raises MigrationError: refused
+        """
+        self._refuse_if_busy()
+        target = MemoryTarget()
+        argv = rollback.own_command(target.text)
+        if command:
+            argv = [*command, "-incoming", target.text]
+        self._begin(argv, target, done)
+
+    def cancel(self) -> None:
+        """Give up an update that has not stopped the guest yet."""
+        if self.progress.status == "setup":
+            self._set_status("cancelling")
+            if self._probe is not None:
+                self._probe.cancel()
+
+    def _refuse_if_busy(self) -> None:
+        if self.progress.active:
+            raise MigrationError("There's a migration process in progress")
+        if self.machine.runstate.state == runstate.INMIGRATE:
+            raise MigrationError("Guest is waiting for an incoming migration")
+
+    def _begin(self, argv: list[str], target: Target, done: Done) -> None:
+        for reason in self.blockers():
+            raise MigrationError(reason)
+        path = program.find(argv[0])
+        target.prepare()
+        from pyvmm.migration import preflight
+
+        self.progress.begin()
+        own = preflight.describe(self.machine.config)
+
+        def probed(result: dict[str, Any] | MigrationError) -> None:
+            self._probe = None
+            try:
+                if self.progress.status == "cancelling":
+                    target.discard(self.machine.fds)
+                    self._set_status("cancelled")
+                    self._tell(None)
+                    return
+                if isinstance(result, MigrationError):
+                    raise result
+                preflight.compare(own, result, target)
+            except MigrationError as error:
+                target.discard(self.machine.fds)
+                self._fail(str(error))
+                return
+            self._update(argv, path, target)
+
+        try:
+            self._probe = preflight.Probe(self.machine.loop, path, argv, probed)
+        except MigrationError:
+            target.discard(self.machine.fds)
+            raise
+        self._done = done
+        self._set_status("setup")
+
+    def _update(self, argv: list[str], path: str, target: Target) -> None:
         """The recipe, from the running guest to the exec."""
-        machine, progress = self.machine, self.progress
-        if progress.status == "cancelled":
-            os.close(state_fd)
-            self._finish(None)
-            return
+        machine, progress, fds = self.machine, self.progress, self.machine.fds
         before = machine.runstate.state
-        undo: list[Callable[[], None]] = [lambda: os.close(state_fd)]
+        undo: list[Callable[[], None]] = []
         try:
             progress.mark("stop")
-            if not self._stop_guest(before):
-                raise MigrationError(f"The guest ended ({machine.runstate.state}) meanwhile")
             undo.append(lambda: self._restart_guest(before))
+            self._stop_guest(before)
             self._set_status("device")
-            data = savevm.save(machine, before)
-            uri.write(state_fd, data)
             progress.mark("save")
+            undo.append(lambda: target.discard(fds))
+            target.write(savevm.save(machine, before), fds)
             for passenger in self.passengers.values():
-                passenger.quiesce()
                 undo.append(passenger.restart)
+                passenger.quiesce()
             undo.append(self._hold_memory())
             progress.mark("exec")
-            cpr_fd = cpr_state.publish(machine.fds, self._values())
+            values = rollback.arm(fds, target.text)
+            undo.append(lambda: rollback.disarm(fds))
+            cpr_fd = cpr_state.publish(fds.kept(), values | self._values())
             undo.append(lambda: os.close(cpr_fd))
             os.set_inheritable(cpr_fd, True)
             # The very last act: a helper forked earlier must not inherit guest memory.
-            machine.fds.set_inheritable(True)
-            undo.append(lambda: machine.fds.set_inheritable(False))
-            os.execve(program, argv, os.environ | {cpr_state.ENVIRONMENT: str(cpr_fd)})
+            undo.append(lambda: fds.set_inheritable(False))
+            fds.set_inheritable(True)
+            os.execve(path, argv, os.environ | {cpr_state.ENVIRONMENT: str(cpr_fd)})
         except Exception as error:
             while undo:
                 undo.pop()()
-            self._finish(_explain(error, program))
+            self._fail(_explain(error, path))
 
-    def _stop_guest(self, before: str) -> bool:
+    def _stop_guest(self, before: str) -> None:
         # What the guest asked for in its last moments (a reset, its end) is acted on first.
         machine = self.machine
         machine.pause_cpus()
-        while machine.has_requests:
+        while machine.has_requests and not machine.loop.stopping:
             machine.serve_requests()
             machine.pause_cpus()
         if machine.runstate.state != before or machine.loop.stopping:
-            return False
+            raise MigrationError(f"The guest ended in the meantime ({machine.runstate.state})")
         machine.runstate.set(runstate.FINISH_MIGRATE)
         if before == runstate.RUNNING:
             machine.emit("STOP", None)
-        return True
 
     def _restart_guest(self, before: str) -> None:
         machine = self.machine
-        if before == runstate.RUNNING:
+        if machine.runstate.state != runstate.FINISH_MIGRATE:
+            # It did not get as far, or the guest ended by itself.
+            if machine.runstate.running:
+                machine.resume_cpus()
+        elif before == runstate.RUNNING:
             machine.resume(before)
         else:
             machine.runstate.set(before)
@@ -208,19 +268,19 @@ class Migration:
 
     def _values(self) -> dict[str, bytes]:
         chardevs = self.machine.chardevs.save_state()
+        monitors = {id: passenger.save_state() for id, passenger in self.passengers.items()}
         return {
             "progress": self.progress.pack(),
             **{f"chardev/{id}": value for id, value in chardevs.items()},
-            **{
-                f"monitor/{id}": passenger.save_state() for id, passenger in self.passengers.items()
-            },
+            **{f"monitor/{id}": value for id, value in monitors.items()},
         }
 
-    def _finish(self, error: str | None) -> None:
-        if error is not None:
-            self.progress.error = error
-            self._set_status("failed")
-            self.machine.warn(error)
+    def _fail(self, error: str) -> None:
+        self.progress.error = error
+        self._set_status("failed")
+        self._tell(error)
+
+    def _tell(self, error: str | None) -> None:
         done, self._done = self._done, None
         if done is not None:
             done(error)
@@ -232,9 +292,11 @@ class Migration:
 
         :raises PyvmmError: the state cannot be loaded; nothing runs
         """
-        incoming = self.machine.config.incoming
-        if incoming and not self._deferred:
-            self._load(FileUri(incoming))
+        if self._deferred:
+            if self._way_back is not None:
+                self._way_back.stop_timer()
+        elif self.machine.config.incoming:
+            self._load(parse(self.machine.config.incoming))
 
     def incoming(self, uri: str) -> None:
         """Load the state that ``-incoming defer`` waits for. After a failure that changed
@@ -247,33 +309,44 @@ class Migration:
             raise CommandError("'-incoming' was not specified on the command line")
         if not self._deferred:
             raise CommandError("The incoming migration has already been started")
-        self._load(FileUri(uri))
+        self._load(parse(uri))
         self._deferred = False
 
-    def _load(self, uri: FileUri) -> None:
+    def _load(self, source: Target) -> None:
         """The recipe of the new image, from the state to the running guest."""
         machine, progress = self.machine, self.progress
         progress.unpack(self.carried.pop("progress", b""))
         self._set_status("active")
-        loaded = savevm.read(machine, uri.read())
+        loaded = savevm.read(machine, source.read(machine.fds))
         progress.mark("load")
         state = savevm.apply(machine, loaded)
         if state == runstate.RUNNING and not machine.autostart:
             state = runstate.PAUSED
+        if self._way_back is not None:
+            self._way_back.close()
         if state == runstate.RUNNING:
             machine.resume(state)
         else:
             machine.runstate.set(state)
         progress.mark("resume")
-        # From here the guest runs; the rest is not part of the pause.
+        # From here the guest runs, and the rest is not in the pause.
         machine.attach_devices()
-        self._set_status("completed")
+        failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
+        if failure:
+            self._fail(f"{failure} (the guest is back in the image before)")
+            machine.warn(f"update failed: {failure}")
+        else:
+            self._set_status("completed")
         self._release_memory()
 
     def _release_memory(self) -> None:
-        for pid, fd in self.machine.fds.take_all(HOLDER_FD).items():
+        if self._exe is not None:
+            os.close(self._exe)
+            self._exe = None
+        for pid, fd in self._holders.items():
             os.close(fd)
             self._reap(pid)
+        self._holders.clear()
 
     def _reap(self, pid: int) -> None:
         try:
@@ -289,9 +362,9 @@ class Migration:
             self.machine.emit("MIGRATION", {"status": status})
 
 
-def _explain(error: Exception, program: str) -> str:
+def _explain(error: Exception, path: str) -> str:
     if isinstance(error, PyvmmError):
         return str(error)
     if isinstance(error, OSError):
-        return f"execve {program} failed: {error.strerror}"
+        return f"execve {path} failed: {error.strerror}"
     return f"{type(error).__name__}: {error}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import time
+from itertools import pairwise
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Progress:
         """Length of each step that ended, in ms."""
         marks = self._marks
         found = {}
-        for step, following in zip(STEPS, STEPS[1:]):
+        for step, following in pairwise(STEPS):
             if marks[step] and marks[following]:
                 found[step] = (marks[following] - marks[step]) / 1e6
         return found

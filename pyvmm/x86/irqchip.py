@@ -63,7 +63,8 @@ def _check_pit(state: Record) -> None:
         # A count of 0 means 0x10000 to the counter, and KVM would divide by it.
         if not 0 <= channel.count <= 0x10000:
             raise ValueError(f"channel {number} cannot count {channel.count}")
-        if channel.mode > 7 or channel.rw_mode > 4:
+        # KVM's power-on mode is 0xff: none was chosen yet.
+        if (channel.mode > 7 and channel.mode != 0xFF) or channel.rw_mode > 4:
             raise ValueError(f"channel {number} has no mode {channel.mode}/{channel.rw_mode}")
 
 

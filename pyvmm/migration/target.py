@@ -1,0 +1,115 @@
+"""Where the state of an update waits for the next image: a file, or memory that no user sees."""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm.errors import MigrationError
+from pyvmm.migration.uri import FileUri
+from pyvmm.vmstate.stream import MAX_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.cpr.fdstore import FdStore
+
+STATE_FD = "cpr/vmstate"
+
+
+class FileTarget:
+    """``file:PATH[,offset=N]``."""
+
+    def __init__(self, uri: FileUri) -> None:
+        self.text = uri.text
+        self._uri = uri
+        self._fd = -1
+
+    def prepare(self) -> None:
+        """Open for writing, while the guest runs.
+
+        :raises MigrationError: if that cannot be
+        """
+        self._fd = self._uri.open_write()
+
+    def write(self, data: bytes, fds: FdStore) -> None:
+        """Write the state; whole or not at all.
+
+        :raises MigrationError: e.g. when the disk is full
+        """
+        fd, self._fd = self._fd, -1
+        try:
+            self._uri.write(fd, data)
+        finally:
+            os.close(fd)
+
+    def discard(self, fds: FdStore) -> None:
+        """The update does not take place."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, fds: FdStore) -> bytes:
+        """The whole state.
+
+        :raises MigrationError: if it cannot be read
+        """
+        return self._uri.read()
+
+    def matches(self, incoming: str) -> bool:
+        """Whether ``-incoming`` names the same place."""
+        try:
+            return FileUri(incoming) == self._uri
+        except MigrationError:
+            return False
+
+
+class MemoryTarget:
+    """``memfd:``: a memfd that is handed over like guest memory."""
+
+    text = "memfd:"
+
+    def prepare(self) -> None:
+        """Nothing can go wrong yet."""
+
+    def write(self, data: bytes, fds: FdStore) -> None:
+        """Write the state and preserve it."""
+        fd = os.memfd_create("vmstate", os.MFD_CLOEXEC)
+        fds.keep(STATE_FD, fd)
+        while data:
+            data = data[os.write(fd, data) :]
+
+    def discard(self, fds: FdStore) -> None:
+        """The update does not take place."""
+        fd = fds.kept().get((STATE_FD, 0))
+        if fd is not None:
+            fds.forget(STATE_FD)
+            os.close(fd)
+
+    def read(self, fds: FdStore) -> bytes:
+        """The whole state, once.
+
+        :raises MigrationError: if there is none
+        """
+        fd = fds.take(STATE_FD)
+        if fd is None:
+            raise MigrationError(
+                "-incoming memfd: is what an update adds; no state was handed over"
+            )
+        try:
+            return os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)
+        finally:
+            os.close(fd)
+
+    def matches(self, incoming: str) -> bool:
+        """Whether ``-incoming`` names the same place."""
+        return incoming == self.text
+
+
+Target = FileTarget | MemoryTarget
+
+
+def parse(uri: str) -> Target:
+    """The target that a URI names.
+
+    :raises MigrationError: with QEMU's texts
+    """
+    return MemoryTarget() if uri == MemoryTarget.text else FileTarget(FileUri(uri))
