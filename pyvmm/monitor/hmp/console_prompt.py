@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 
 _HINT = "Type quit to end pyvmm; the guest ends with it.\n"
 _TOO_LONG = f"Error: a line has at most {MAX_LINE} bytes\n"
-_STYLE = Style.from_dict({"prompt": "bold"})
+# Of a colour, so that the blank at its end is sent as one, which scripts wait for; a plain one
+# would become a movement of the cursor.
+_STYLE = Style.from_dict({"prompt": "ansigreen"})
 _HIDDEN = object()
 _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 

@@ -125,6 +125,19 @@ def test_keys_typed_before_the_editor_is_ready_are_kept(terminal):
     terminal.expect(f"{PROMPT}info name", PROMPT.rstrip())
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_scripts_can_wait_for_the_prompt(terminal, monkeypatch, plain):
+    if plain:
+        monkeypatch.setenv("NO_COLOR", "1")
+    terminal.open()
+    terminal.ready()
+    terminal.raw = b""
+    terminal.type("info kvm\r")
+    terminal.wait(lambda: b"enabled\r" in terminal.raw)
+    terminal.wait(lambda: b"(pyvmm) " in terminal.raw.partition(b"enabled\r")[2])
+    assert (b"\x1b[0;32m" in terminal.raw) is not plain
+
+
 def test_editing_and_history(opened):
     opened.type("info stotus\x1b[D\x1b[D\x1b[D\x7fa\r")  # three to the left, rub out, a
     opened.expect("VM status: running", PROMPT.rstrip())
