@@ -60,12 +60,16 @@ def build(
         machine.platform = Platform(machine.system, config.smp)
         machine.platform.map_memory(machine.memory)
         # Chardevs before devices: each device is given its own.
-        add_chardevs(machine, chardev_states)
+        for chardev in config.chardevs:
+            machine.chardevs.create(chardev)
         add_devices(machine)
         # The serial ports come first on a mux: the console begins with the focus.
         machine.monitors = [
             (monitor, machine.chardevs.claim(monitor.chardev)) for monitor in config.monitors
         ]
+        # All chardevs are there, and nobody reads them yet: what they did in the image before
+        # goes on.
+        machine.chardevs.load_state(chardev_states)
         # An update's guest stands still: it waits for nobody.
         if not config.incoming:
             machine.chardevs.wait_connected()
@@ -124,13 +128,6 @@ def add_memory(machine: Machine) -> GuestMemory:
     memory.add_ram(ram, layout.ram_ranges(ram.size))
     rom.add(memory, _add_rom(machine))
     return memory
-
-
-def add_chardevs(machine: Machine, states: dict[str, bytes]) -> None:
-    """Open what ``-chardev`` asks for; what it was doing in the image before goes on."""
-    for config in machine.config.chardevs:
-        machine.chardevs.create(config)
-    machine.chardevs.load_state(states)
 
 
 def add_devices(machine: Machine) -> None:
