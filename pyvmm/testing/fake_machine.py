@@ -210,6 +210,10 @@ class FakeMigration:
         self.started.append((uri, detach))
         self.finish = done
 
+    def update(self, command: list[str] | None, done: Callable[[str | None], None]) -> None:
+        """Record the start, or refuse it."""
+        self.start("update", command is None, done)
+
     def cancel(self) -> None:
         """Record it."""
         self.acts.append("cancel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import CommandError
+from pyvmm.migration.params import parameters
 from pyvmm.monitor.registry import Argument, Command, Context
 
 TYPE_CHECKING = False
@@ -29,6 +30,14 @@ def _ignore(error: str | None) -> None:
     del error
 
 
+def update(context: Context, command: list[str] | None = None) -> None:
+    """Update pyvmm in place, with its own command line or another; returns as soon as it is
+    under way."""
+    if command is not None and not all(isinstance(word, str) for word in command):
+        raise CommandError("Invalid parameter type for 'command', expected: array of strings")
+    context.migration.update(command, _ignore)
+
+
 def migrate_incoming(context: Context, uri: str) -> None:
     """Load the state that -incoming defer waits for."""
     context.migration.incoming(uri)
@@ -47,8 +56,8 @@ def query_migrate(context: Context) -> dict[str, Any]:
 
 def query_migrate_parameters(context: Context) -> dict[str, Any]:
     """All migration parameters."""
-    parameters = context.migration.parameters
-    return {name: parameters.get(name) for name in parameters.names()}
+    settings = context.migration.parameters
+    return {name: settings.get(name) for name in settings.names()}
 
 
 def migrate_set_parameters(context: Context, **values: Any) -> None:
@@ -84,11 +93,23 @@ COMMANDS = (
         Argument("detach", "boolean", "has no meaning any more", optional=True),
         Argument("resume", "boolean", "resume a paused postcopy migration", optional=True),
     ),
+    Command(
+        "update",
+        update,
+        Argument("command", "array", "another pyvmm run command, word by word", optional=True),
+    ),
     Command("migrate-incoming", migrate_incoming, Argument("uri", "string", "where it comes from")),
     Command("migrate_cancel", migrate_cancel),
     Command("query-migrate", query_migrate),
     Command("query-migrate-parameters", query_migrate_parameters),
-    Command("migrate-set-parameters", migrate_set_parameters),
+    Command(
+        "migrate-set-parameters",
+        migrate_set_parameters,
+        *(
+            Argument(name, "value", "see info migrate_parameters", optional=True)
+            for name in parameters().names()
+        ),
+    ),
     Command("query-migrate-capabilities", query_migrate_capabilities),
     Command(
         "migrate-set-capabilities",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pyvmm import __version__
 from pyvmm.errors import CommandError
+from pyvmm.migration.params import split_command
 from pyvmm.monitor.hmp import render
 from pyvmm.monitor.hmp.parser import ParseError
 
@@ -189,14 +190,23 @@ def _migrate(monitor: Interpreter, reply: Reply, arguments: Arguments) -> None:
     if arguments["detach"] or not monitor.can_wait:
         options = {"uri": arguments["uri"], "resume": arguments["resume"]}
         monitor.context.execute("migrate", options)
-        return
+    else:
+        monitor.context.migration.start(arguments["uri"], False, _wait(reply))
 
-    def finished(error: str | None) -> None:
-        reply.finish(f"Error: {error}\n" if error else "")
 
+def _update(monitor: Interpreter, reply: Reply, arguments: Arguments) -> None:
+    text = arguments["command"]
+    command = split_command(text) if text else None
+    if arguments["detach"] or not monitor.can_wait:
+        monitor.context.execute("update", {"command": command} if command else {})
+    else:
+        monitor.context.migration.update(command, _wait(reply))
+
+
+def _wait(reply: Reply) -> Callable[[str | None], None]:
     # The prompt comes back when the migration ends; after an exec the new image shows it.
     reply.deferred = True
-    monitor.context.migration.start(arguments["uri"], False, finished)
+    return lambda error: reply.finish(f"Error: {error}\n" if error else "")
 
 
 def _migrate_incoming(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
@@ -365,6 +375,13 @@ _COMMANDS = (
         _simple("system_powerdown"),
     ),
     HumanCommand("system_reset", "", "", "press the reset button", _simple("system_reset")),
+    HumanCommand(
+        "update",
+        "detach:-d,command:S?",
+        "[-d] [command]",
+        "update pyvmm in place, with its own command line or another (-d: do not wait)",
+        _update,
+    ),
     HumanCommand(
         "x",
         "fmt:/,addr:l",
