@@ -25,10 +25,10 @@ REST_S = 0.2  # between updates, in which the jitter floor is taken
 def bench_pause(runs, quick):
     """Chained updates of one VM after the other; all RAM touched by the guest."""
     for backend in ("memfd", "file"):
-        small, floor = _pause(f"pause {backend} 256M", SMALL, backend, runs)
+        small, *others = _pause(f"pause {backend} 256M", SMALL, backend, runs)
         small.limit = PAUSE_LIMIT_MS
         yield small
-        yield floor
+        yield from others
         yield _large(backend, runs, quick, small)
 
 
@@ -43,7 +43,9 @@ def bench_phases(runs, quick):
             updates.append(vm.query("query-migrate")["phases"])
     for step in updates[0]:
         yield Result(f"phase {step}", [update[step] for update in updates], "ms")
-    yield Result("phases together", [sum(update.values()) for update in updates], "ms")
+    pause = list(updates[0])[list(updates[0]).index("stop") :]
+    together = [sum(update[step] for step in pause) for update in updates]
+    yield Result("phases from stop on", together, "ms", note="the pause by pyvmm's own marks")
 
 
 def bench_qemu(runs, quick):
@@ -52,8 +54,8 @@ def bench_qemu(runs, quick):
     if not path or qemu_version(path) < QEMU_NEEDED:
         return [Result("qemu", [], "ms", note=QEMU_ABSENT)]
     version = ".".join(map(str, qemu_version(path)))
-    own, _ = _pause("pause pyvmm 256M, beside qemu", SMALL, "memfd", runs)
-    other, _ = _pause(f"pause qemu {version} microvm 256M", SMALL, "memfd", runs, Qemu)
+    own, *_ = _pause("pause pyvmm 256M, beside qemu", SMALL, "memfd", runs)
+    other, *_ = _pause(f"pause qemu {version} microvm 256M", SMALL, "memfd", runs, Qemu)
     other.note = f"qemu / pyvmm = {other.median / own.median:.2f}"
     return [own, other]
 
@@ -75,13 +77,14 @@ def _large(backend, runs, quick, small):
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if available < LARGE * 9 // 8:
         return Result(name, [], "ms", note=f"left out: {available // MIB} MiB of memory are free")
-    large, _ = _pause(name, LARGE, backend, runs)
+    large, *_ = _pause(name, LARGE, backend, runs)
     large.limit = small.median + LARGE_EXTRA_MS
     return large
 
 
 def _pause(name, size, backend, runs, kind=Vmm):
-    """Measure; (the pauses, the longest gaps in as long a time without an update)."""
+    """Measure; (the pauses, the longest gaps in as long a time without an update, the times
+    from the command to the prompt of the new image)."""
     progress(f"{name}: the guest touches its memory")
     options = ["-serial", "stdio", "-append", "counter touch=all"]
     path = Path(f"/dev/shm/pyvmm-bench-{os.getpid()}")
@@ -109,7 +112,10 @@ def _pause(name, size, backend, runs, kind=Vmm):
         longest(gaps, update.start - min(update.end - update.start, REST_S * 1e9), update.start)
         for update in updates
     ]
-    floor = Result(
-        f"  jitter floor {backend}", quiet, "ms", note="the longest gap in as long a time"
+    floor_note = "the longest gap in as long a time without an update"
+    took = [(update.end - update.start) / 1e6 for update in updates]
+    return (
+        Result(name, pauses, "ms"),
+        Result(f"  jitter floor {backend}", quiet, "ms", note=floor_note),
+        Result(f"  command to prompt {backend}", took, "ms", note="most of it the guest runs on"),
     )
-    return Result(name, pauses, "ms"), floor
