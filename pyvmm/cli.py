@@ -76,7 +76,9 @@ def run(argv: list[str], started: int) -> int:
 
     try:
         if PROBE in os.environ:
-            from pyvmm.migration import preflight
+            # What an update imports only after the exec must be sound, too.
+            from pyvmm.migration import manager, preflight  # noqa: F401
+            from pyvmm.monitor import attach  # noqa: F401
 
             return preflight.answer(argv)
         carried = cpr_state.inherit()
@@ -127,9 +129,13 @@ def serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
     fds = FdStore(carried.fds if carried else None)
-    machine = builder.build(config, EventLoop(), fds, _strip(values, "chardev/"))
+    # Before anything is opened that a running VM of the same name may be using.
+    entry = reserve(config.name) if config.name and carried is None else None
+    machine: Machine | None = None
     monitors: list[MonitorFrontend] = []
+    publication: Publication | None = None
     try:
+        machine = builder.build(config, EventLoop(), fds, _strip(values, "chardev/"))
         handle_signals(machine)
         migration = Migration(machine, values, way_back)
         migration.progress.mark("start", started)
@@ -137,17 +143,22 @@ def serve(
         machine.start()
         migration.begin()
     except BaseException:
-        if not fds.is_incoming:
+        if machine is not None and not fds.is_incoming:
             machine.close()
+        if entry is not None:
+            entry.remove()
         raise
     try:
+        monitors = open_monitors(machine, migration)
+        publication = publish(machine, migration, entry)
         for name, index in fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
-        monitors = open_monitors(machine, migration)
         machine.loop.run()
         return machine.exit_code
     finally:
+        if publication is not None:
+            publication.close()
         for monitor in monitors:
             monitor.close()
         machine.close()
@@ -181,6 +192,25 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         # The guest runs already, perhaps for months: it does not end for want of a monitor.
         machine.warn(f"there is no monitor: {type(error).__name__}: {error}")
         return []
+
+
+def reserve(name: str) -> Entry:
+    """Take the name for this process, or refuse to start."""
+    from pyvmm import rundir
+
+    return rundir.reserve(name)
+
+
+def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publication | None:
+    """Make the VM known in the run directory, or go on there for the image before."""
+    try:
+        from pyvmm.monitor.server import Publication
+
+        return Publication(machine, migration, entry)
+    except Exception as error:
+        text = str(error) if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
+        machine.warn(f"pyvmm list does not show this VM: {text}")
+        return None
 
 
 def usage(option: str) -> str:

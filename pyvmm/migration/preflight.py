@@ -52,10 +52,6 @@ def describe(config: MachineConfig) -> dict[str, Any]:
 def answer(argv: list[str]) -> int:
     """In the probe: describe the machine of ``argv`` on :data:`ANSWER_FD`; the exit code."""
     try:
-        # What an update imports only later must be sound too.
-        from pyvmm.migration import manager  # noqa: F401
-        from pyvmm.monitor import attach  # noqa: F401
-
         result = describe(options.parse(argv))
     except PyvmmError as error:
         result = {"error": str(error)}

@@ -52,8 +52,7 @@ def read(machine: Machine, data: bytes) -> stream.Loaded:
 
     :raises VmStateError: naming what does not fit this machine
     """
-    known = {section.key: section.description for section in machine.sections_to_load()}
-    known[(GLOBALSTATE.name, 0)] = GLOBALSTATE
+    known = _descriptions(machine)
     loaded = stream.read(data, lambda name, instance: known.get((name, instance)), MACHINE_TYPE)
     if (GLOBALSTATE.name, 0) not in loaded.records:
         raise VmStateError("", "the stream has no section globalstate[0]")
@@ -79,9 +78,20 @@ def apply(machine: Machine, loaded: stream.Loaded) -> str:
     return bytes(record.runstate).rstrip(b"\0").decode("ascii")
 
 
+def describe(machine: Machine, loaded: stream.Loaded) -> bytes:
+    """What to append to the state that was loaded, so that tools can read it; empty if it
+    has that already. Takes milliseconds: the guest runs meanwhile."""
+    return b"" if loaded.is_described else stream.describe(loaded, _descriptions(machine))
+
+
 def blocks(machine: Machine) -> stream.Blocks:
     """Name and size of each RAM block."""
     return [(backend.id, backend.size) for backend in machine.backends]
+
+
+def _descriptions(machine: Machine) -> dict[tuple[str, int], Description]:
+    known = {section.key: section.description for section in machine.sections_to_load()}
+    return known | {(GLOBALSTATE.name, 0): GLOBALSTATE}
 
 
 def _globalstate(state: str) -> Section:

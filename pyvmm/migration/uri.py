@@ -1,12 +1,21 @@
-"""Where a state goes to and comes from: ``file:PATH[,offset=N]``."""
+"""Where a state goes to and comes from: ``file:PATH[,offset=N]``.
+
+A file is written aside and renamed when it is whole, so that under its name there is always
+the last good state or the new one. It is not synced: the next image reads what this one has
+written, and after a crash of the host there is no guest to go on with.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 
 from pyvmm._util.sizes import parse_size
 from pyvmm.errors import ConfigError, MigrationError
 from pyvmm.vmstate.stream import MAX_SIZE
+
+CHUNK = 1 << 20
 
 
 class FileUri:
@@ -15,7 +24,7 @@ class FileUri:
     :raises MigrationError: with QEMU's texts, if ``uri`` is of another kind
     """
 
-    __slots__ = ("offset", "path", "text")
+    __slots__ = ("_aside", "_seen", "offset", "path", "text")
 
     def __init__(self, uri: str) -> None:
         self.text = uri
@@ -29,6 +38,12 @@ class FileUri:
                 self.offset = parse_size(option, "file URI: offset", maximum=1 << 62)
             except ConfigError as error:
                 raise MigrationError(str(error)) from None
+        if "\0" in self.path:
+            raise MigrationError(f"file URI: a path cannot contain NUL: {self.path!r}")
+        # The name to be given to the file once it is whole; none if it is written in place.
+        self._aside = ""
+        # Device, inode and size of the file that was read.
+        self._seen = (0, 0, -1)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, FileUri):
@@ -42,27 +57,36 @@ class FileUri:
         return hash((os.path.abspath(self.path), self.offset))
 
     def open_write(self) -> int:
-        """Open for :meth:`write`; what is in the file already stays until then.
+        """See whether :meth:`write` can succeed, and open what it needs. Nothing changes yet.
 
         :raises MigrationError: with QEMU's text
         """
         try:
-            return os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            self._aside = self._find_aside()
+            if self._aside:
+                return _open_folder(os.path.dirname(self._aside))
+            # Without O_NONBLOCK opening a FIFO would wait for a reader.
+            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                os.lseek(fd, self.offset, os.SEEK_SET)
+            except OSError:
+                os.close(fd)
+                raise
+            return fd
         except OSError as error:
             raise MigrationError(f"Could not create '{self.path}': {error.strerror}") from None
 
     def write(self, fd: int, data: bytes) -> None:
-        """Write the state at the offset and end the file behind it.
+        """Write the state at the offset, with nothing behind it; whole, or not at all unless
+        it is written in place. The caller closes ``fd``, which :meth:`open_write` returned.
 
         :raises MigrationError: naming the file, e.g. when the disk is full
         """
         try:
-            os.ftruncate(fd, self.offset)
-            at = self.offset
-            while data:
-                written = os.pwrite(fd, data, at)
-                at += written
-                data = data[written:]
+            if self._aside:
+                self._write_aside(fd, data)
+            else:
+                self._write_in_place(fd, data)
         except OSError as error:
             raise MigrationError(f"Could not write '{self.path}': {error.strerror}") from None
 
@@ -76,13 +100,100 @@ class FileUri:
             try:
                 chunks = []
                 at = self.offset
-                while chunk := os.pread(fd, 1 << 20, at):
+                while chunk := os.pread(fd, CHUNK, at):
                     chunks.append(chunk)
                     at += len(chunk)
                     if at - self.offset > MAX_SIZE:
                         raise MigrationError(f"'{self.path}' is too large for a state")
+                status = os.fstat(fd)
+                self._seen = (status.st_dev, status.st_ino, at)
             finally:
                 os.close(fd)
         except OSError as error:
             raise MigrationError(f"Could not open '{self.path}': {error.strerror}") from None
         return b"".join(chunks)
+
+    def append(self, data: bytes) -> bool:
+        """Add to the file that :meth:`read` has read, if it is still the same and can be
+        written to; whether it was.
+
+        What is added is of use to tools only, so nothing is said if it cannot be.
+        """
+        try:
+            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(fd)
+            if self._seen != (status.st_dev, status.st_ino, status.st_size):
+                return False
+            _pwrite(fd, data, status.st_size)
+            return True
+        except OSError:
+            _cut(fd, self._seen[2])
+            return False
+        finally:
+            os.close(fd)
+
+    def _find_aside(self) -> str:
+        # Behind symbolic links, so that they stay.
+        path = os.path.realpath(self.path)
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return path
+        if self.offset or not stat.S_ISREG(status.st_mode):
+            return ""
+        # The links under /proc/self/fd may lead to a file that has no name.
+        same = os.path.exists(path) and os.path.samestat(status, os.stat(path))
+        return path if same else ""
+
+    def _write_aside(self, folder_fd: int, data: bytes) -> None:
+        name = os.path.basename(self._aside)
+        temporary = f".pyvmm-{os.urandom(8).hex()}"
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        # An O_PATH descriptor keeps the folder, whatever it is renamed to meanwhile.
+        fd = os.open(temporary, flags, 0o600, dir_fd=folder_fd)
+        try:
+            try:
+                _pwrite(fd, data, self.offset)
+            finally:
+                os.close(fd)
+            os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+        except BaseException:
+            os.unlink(temporary, dir_fd=folder_fd)
+            raise
+
+    def _write_in_place(self, fd: int, data: bytes) -> None:
+        try:
+            _pwrite(fd, data, self.offset)
+        except OSError:
+            # Half a state must not be taken for one.
+            _cut(fd, self.offset)
+            raise
+        _cut(fd, self.offset + len(data))
+
+
+def _open_folder(path: str) -> int:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+        os.close(fd)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return fd
+
+
+def _cut(fd: int, size: int) -> None:
+    # Devices have no size.
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            os.ftruncate(fd, size)
+        except OSError:
+            pass
+
+
+def _pwrite(fd: int, data: bytes, at: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(fd, left, at)
+        at += written
+        left = left[written:]

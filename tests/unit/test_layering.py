@@ -123,7 +123,13 @@ SLOW = {
     "typing",
 }
 #: Not on the path of ``pyvmm run``: the build, the interactive console, the tests' helpers.
-OFF_PATH = ("pyvmm.__main__", "pyvmm._native.build", "pyvmm.monitor.hmp.console", "pyvmm.testing")
+OFF_PATH = (
+    "pyvmm.__main__",
+    "pyvmm._native.build",
+    "pyvmm.migration.preflight",  # runs while the guest does
+    "pyvmm.monitor.hmp.console",
+    "pyvmm.testing",
+)
 
 # Runs in a bare interpreter and names the line that imports a slow module first.
 PROBE = """
