@@ -72,3 +72,16 @@ def test_several_capabilities_or_none(context):
         with pytest.raises(CommandError):
             switch({"capability": "events", "state": False}, bad)
     assert context.migration.capabilities.get("events") is True
+
+
+def test_several_parameters_or_none(context):
+    command = ["pyvmm", "run", "-incoming", "file:a"]
+    wanted = {"mode": "cpr-exec", "cpr-exec-command": command, "downtime-limit": 20}
+    context.execute("migrate-set-parameters", wanted)
+    found = context.execute("query-migrate-parameters")
+    assert {name: found[name] for name in wanted} == wanted
+    assert found["max-bandwidth"] == 134217728
+    for bad in ({"bogus": 1}, {"mode": "x"}, {"mode": 1}, {"cpr-exec-command": [1]}):
+        with pytest.raises(CommandError):
+            context.execute("migrate-set-parameters", {"downtime-limit": 30, **bad})
+    assert context.migration.parameters.get("downtime-limit") == 20
