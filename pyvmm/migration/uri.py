@@ -35,7 +35,7 @@ class FileUri:
         self.offset = 0
         if comma:
             try:
-                self.offset = parse_size(option, "file URI: offset", maximum=1 << 62)
+                self.offset = parse_size(option, "file URI: offset", minimum=0, maximum=1 << 62)
             except ConfigError as error:
                 raise MigrationError(str(error)) from None
         if "\0" in self.path:

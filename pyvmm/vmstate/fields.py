@@ -26,10 +26,6 @@ class Record:
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
 
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...
-
     if TYPE_CHECKING:  # the attributes are as the description says
 
         def __getattr__(self, name: str) -> Any: ...
@@ -110,8 +106,13 @@ class Field:
         raise NotImplementedError
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
-        """The field's entries in the stream's JSON description."""
+        """The field's entries in the stream's JSON description; ``state`` was loaded."""
         raise NotImplementedError
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether these entries are always the same."""
+        return True
 
 
 class Scalar(Field):
@@ -195,6 +196,10 @@ class Buffer(Field):
     def describe(self, state: Any) -> list[dict[str, Any]]:
         return [{"name": self.name, "type": "buffer", "size": _count(self.size, state)}]
 
+    @property
+    def is_fixed(self) -> bool:
+        return isinstance(self.size, int)
+
 
 class Struct(Field):
     """An attribute that is itself a described record."""
@@ -213,6 +218,10 @@ class Struct(Field):
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
         return [_describe_struct(self.name, self.inner, getattr(state, self.name))]
+
+    @property
+    def is_fixed(self) -> bool:
+        return self.inner.is_fixed
 
 
 class StructArray(Field):
@@ -245,10 +254,18 @@ class StructArray(Field):
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
         items = getattr(state, self.name)
+        if items and self.inner.is_fixed:
+            # One entry for all of them: hundreds of MSRs and CPUID leaves are described so.
+            entry = _describe_struct(self.name, self.inner, items[0])
+            return [entry | {"array_len": len(items)}]
         return [
-            _describe_struct(self.name, self.inner, items[index]) | {"index": index}
-            for index in range(_count(self.size, state))
+            _describe_struct(self.name, self.inner, item) | {"index": index}
+            for index, item in enumerate(items)
         ]
+
+    @property
+    def is_fixed(self) -> bool:
+        return isinstance(self.size, int) and self.inner.is_fixed
 
 
 class Description:
@@ -307,17 +324,31 @@ class Description:
         self._load_parts(source, record)
         return record
 
-    def describe(self, state: Any) -> dict[str, Any]:
-        """The JSON description that QEMU's stream carries (``vmsd_name``, fields, ...)."""
+    def describe(self, state: Record) -> dict[str, Any]:
+        """The JSON description that QEMU's stream carries (``vmsd_name``, fields, ...).
+
+        :param state: a record that was loaded: what it holds is what the stream held
+        """
         result: dict[str, Any] = {
             "vmsd_name": self.name,
             "version": self.version,
             "fields": [entry for field in self.fields for entry in field.describe(state)],
         }
-        parts = [part.describe(state) for part in self._needed_parts(state)]
+        # An absent subsection has left its attributes out.
+        names = state.__dict__
+        parts = [
+            part.describe(state)
+            for part in self.subsections
+            if all(field.name in names for field in part.fields)
+        ]
         if parts:
             result["subsections"] = parts
         return result
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all records of it have the same description."""
+        return not self.subsections and all(field.is_fixed for field in self.fields)
 
     def _needed_parts(self, state: Any) -> list[Description]:
         return [part for part in self.subsections if part.needed is None or part.needed(state)]
@@ -334,15 +365,17 @@ class Description:
                 raise source.error(str(problem)) from None
 
     def _load_parts(self, source: Cursor, record: Record) -> None:
-        seen: set[str] = set()
+        following = list(self.subsections)
         # A subsection's name begins with its owner's, which is how an inner record knows
         # that the subsection that follows belongs to an outer one.
         while (name := _peek_subsection(source)).startswith(self.name + "/"):
             source.at += 2 + len(name)
-            known = next((part for part in self.subsections if part.name == name), None)
-            if known is None or name in seen:
-                raise source.error(f"subsection {name!r} is unknown or repeated")
-            seen.add(name)
+            # In the order of the declaration, which is the only one that a description tells.
+            while following and following[0].name != name:
+                del following[0]
+            if not following:
+                raise source.error(f"subsection {name!r} is unknown, repeated or out of order")
+            known = following.pop(0)
             version = source.u32()
             if not known.minimum_version <= version <= known.version:
                 raise source.error(f"version {version} of {name} is not supported")
@@ -375,10 +408,17 @@ def _peek_subsection(source: Cursor) -> str:
     return name.decode("ascii") if name.isascii() else ""
 
 
-def _describe_struct(name: str, inner: Description, state: Any) -> dict[str, Any]:
-    data = bytearray()
-    inner.save(data, state)
-    return {"name": name, "type": "struct", "struct": inner.describe(state), "size": len(data)}
+def _describe_struct(name: str, inner: Description, state: Record) -> dict[str, Any]:
+    described = inner.describe(state)
+    return {"name": name, "type": "struct", "struct": described, "size": _size(described)}
+
+
+def _size(described: dict[str, Any]) -> int:
+    # Of the bytes that a description stands for.
+    size: int = sum(entry["size"] * entry.get("array_len", 1) for entry in described["fields"])
+    for part in described.get("subsections", ()):
+        size += 2 + len(part["vmsd_name"]) + 4 + _size(part)
+    return size
 
 
 def u8(name: str) -> Scalar:

@@ -15,8 +15,7 @@ from pyvmm.vmstate.fields import Cursor, Description, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from typing import Any
+    from collections.abc import Callable, Iterable, Mapping
 
     from pyvmm.vmstate.section import Section
 
@@ -39,6 +38,7 @@ RAM_VERSION = 4
 RAM_SECTION_ID = 1
 RAM_FLAG_MEM_SIZE = 0x04
 RAM_FLAG_EOS = 0x10
+PAGE_SIZE = 4096
 MAX_BLOCKS = 256
 
 #: name and size in bytes of each RAM block
@@ -46,19 +46,21 @@ Blocks = list[tuple[str, int]]
 
 
 class Loaded:
-    """A stream that was read: nothing of it is applied yet.
+    """A stream that was read, and of which nothing is applied yet.
 
     :ivar machine: the machine type it was written by
     :ivar blocks: the RAM blocks that the guest has
-    :ivar records: decoded state by (section name, instance)
+    :ivar records: decoded state by (section name, instance), as in the stream
+    :ivar is_described: whether something follows the end mark, which is not looked at
     """
 
-    __slots__ = ("blocks", "machine", "records")
+    __slots__ = ("blocks", "is_described", "machine", "records")
 
     def __init__(self, machine: str) -> None:
         self.machine = machine
         self.blocks: Blocks = []
         self.records: dict[tuple[str, int], Record] = {}
+        self.is_described = False
 
 
 class Writer:
@@ -70,7 +72,6 @@ class Writer:
 
     def __init__(self, machine: str, blocks: Blocks) -> None:
         self._out = bytearray(struct.pack(">II", MAGIC, VERSION))
-        self._devices: list[tuple[str, int, Description, Any]] = []
         self._next_id = RAM_SECTION_ID + 1
         name = machine.encode()
         self._out += struct.pack(">BI", CONFIGURATION, len(name)) + name
@@ -83,28 +84,16 @@ class Writer:
         """
         name = section.name.encode()
         description = section.description
-        state = section.save()
         self._out += struct.pack(">BIB", SECTION_FULL, self._next_id, len(name)) + name
         self._out += struct.pack(">II", section.instance, description.version)
-        description.save(self._out, state)
+        description.save(self._out, section.save())
         self._footer(self._next_id)
         self._next_id += 1
-        self._devices.append((section.name, section.instance, description, state))
 
     def finish(self) -> bytes:
-        """The stream without its description: all that a loader needs."""
+        """The stream, all that a loader needs; :func:`describe` gives what tools want."""
         self._out.append(EOF)
         return bytes(self._out)
-
-    def description(self) -> dict[str, Any]:
-        """The JSON object that explains the sections' bytes, for tools."""
-        return {
-            "page_size": 4096,
-            "devices": [
-                {"name": name, "instance_id": instance} | description.describe(state)
-                for name, instance, description, state in self._devices
-            ],
-        }
 
     def _write_ram(self, blocks: Blocks) -> None:
         total = sum(size for _, size in blocks)
@@ -124,13 +113,31 @@ class Writer:
         self._out += struct.pack(">BI", FOOTER, section_id)
 
 
-def describe(writer: Writer) -> bytes:
-    """What follows the end mark: the description as a VMDESCRIPTION section."""
+def describe(loaded: Loaded, descriptions: Mapping[tuple[str, int], Description]) -> bytes:
+    """What may follow the end mark: JSON that explains the sections' bytes, for tools.
+
+    Whoever has loaded a stream has the time to write this, whoever saves one has not.
+
+    :param descriptions: by section name and instance, of all sections in the stream
+    """
     import json
 
-    text = json.dumps(writer.description()).encode()
+    configuration = [
+        {"name": "len", "type": "uint32", "size": 4},
+        {"name": "name", "type": "buffer", "size": len(loaded.machine)},
+    ]
+    devices = [
+        {"name": key[0], "instance_id": key[1]} | descriptions[key].describe(record)
+        for key, record in loaded.records.items()
+    ]
+    whole = {
+        "configuration": {"vmsd_name": "configuration", "version": 1, "fields": configuration},
+        "page_size": PAGE_SIZE,
+        "devices": devices,
+    }
+    text = json.dumps(whole).encode()
     # Tools look for the text's opening brace from behind, so its length must not contain one.
-    while 0x7B in struct.pack(">I", len(text)):
+    while ord("{") in struct.pack(">I", len(text)):
         text += b" "
     return struct.pack(">BI", VMDESCRIPTION, len(text)) + text
 
@@ -146,14 +153,16 @@ def read(
     """
     source = Cursor(data)
     loaded = _read_header(source, machine)
-    ram_done = False
+    ram_id, ram_done = -1, False
     while (kind := source.u8()) != EOF:
         if kind == SECTION_START:
-            section_id = source.u32()
+            section_id = ram_id = source.u32()
             _expect_ram(source, source.string())
             _read_blocks(source, loaded)
         elif kind == SECTION_END:
             section_id = source.u32()
+            if section_id != ram_id or ram_done:
+                raise source.error(f"section {section_id} ends, but is not open")
             if source.u64() != RAM_FLAG_EOS:
                 raise source.error("RAM pages in the stream are not supported")
             ram_done = True
@@ -171,6 +180,7 @@ def read(
             raise source.error(f"section {section_id} does not end where it should")
     if not ram_done:
         raise VmStateError("", "the stream has no RAM section")
+    loaded.is_described = source.at < len(data)
     return loaded
 
 
@@ -198,7 +208,10 @@ def _read_header(source: Cursor, machine: str | None) -> Loaded:
     size = source.u32()
     if size > 255:
         raise source.error(f"a machine name of {size} bytes")
-    name = source.take(size).decode("ascii", "replace")
+    raw = source.take(size)
+    if not raw.isascii():
+        raise source.error(f"machine name is not ASCII: {raw!r}")
+    name = raw.decode("ascii")
     if machine is not None and name != machine:
         raise source.error(f"Machine type received is '{name}' and local is '{machine}'")
     return Loaded(name)
@@ -215,12 +228,12 @@ def _read_blocks(source: Cursor, loaded: Loaded) -> None:
     if loaded.blocks:
         raise source.error("the RAM section is there twice")
     total = source.u64()
-    if not total & RAM_FLAG_MEM_SIZE:
+    if total % PAGE_SIZE != RAM_FLAG_MEM_SIZE:
         raise source.error("the list of RAM blocks is missing")
-    total &= ~0xFFF
+    total -= RAM_FLAG_MEM_SIZE
     while total > 0:
         name, size = source.string(), source.u64()
-        if not 0 < size <= total or len(loaded.blocks) >= MAX_BLOCKS:
+        if not 0 < size <= total or size % PAGE_SIZE or len(loaded.blocks) >= MAX_BLOCKS:
             raise source.error(f"block {name} of {size} bytes does not fit the total")
         loaded.blocks.append((name, size))
         total -= size
