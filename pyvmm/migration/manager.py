@@ -193,6 +193,10 @@ class Migration:
         before = machine.runstate.state
         undo: list[Callable[[], None]] = []
         try:
+            # Terminals are made ready while the guest still runs.
+            for passenger in self.passengers.values():
+                undo.append(passenger.restart)
+                passenger.quiesce()
             progress.mark("stop")
             undo.append(lambda: self._restart_guest(before))
             self._stop_guest(before)
@@ -200,9 +204,6 @@ class Migration:
             progress.mark("save")
             undo.append(lambda: target.discard(fds))
             target.write(savevm.save(machine, before), fds)
-            for passenger in self.passengers.values():
-                undo.append(passenger.restart)
-                passenger.quiesce()
             undo.append(self._hold_memory())
             progress.mark("exec")
             values = rollback.arm(fds, target.text)

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 # FPU lines. QEMU's description has no field for it, because it never changes.
 ELCR_MASK = {"KVM_IRQCHIP_PIC_MASTER": 0xF8, "KVM_IRQCHIP_PIC_SLAVE": 0xDE}
 
+# How close kvmclock comes to where it was, and how often that is tried.
+CLOCK_PRECISION_NS = 200
+CLOCK_TRIES = 5
+
 _PIC_NAMES = (
     "last_irr irr imr isr priority_add irq_base read_reg_select poll special_mask init_state "
     "auto_eoi rotate_on_auto_eoi special_fully_nested_mode init4"
@@ -159,18 +163,41 @@ def load_pit(vm: Vm, state: Record) -> None:
 
 def save_clock(vm: Vm) -> Record:
     """kvmclock, and what the host's boot clock said when it was read."""
-    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    clock = vm.get_clock()
-    after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    return Record(clock=clock, boottime=(before + after) // 2)
+    clock, boottime = _read_clocks(vm)
+    return Record(clock=clock, boottime=boottime)
 
 
 def load_clock(vm: Vm, state: Record) -> None:
-    """Let kvmclock go on: by as much as the host's boot clock went on since the save, if
-    the state tells; else from where it was."""
+    """Let kvmclock go on: at its distance from the host's boot clock, if the state tells;
+    else from where it was.
+
+    Between reading the one clock and setting the other some time passes, so the result is
+    measured and set again: or each update would shift the guest's clock by microseconds.
+    """
     saved = getattr(state, "boottime", 0)
-    elapsed = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - saved if saved else 0
-    vm.set_clock(state.clock + max(elapsed, 0))
+    if not saved:
+        vm.set_clock(state.clock)
+        return
+    distance = state.clock - saved
+    correction = 0
+    for _ in range(CLOCK_TRIES):
+        vm.set_clock(time.clock_gettime_ns(time.CLOCK_BOOTTIME) + distance - correction)
+        clock, boottime = _read_clocks(vm)
+        error = clock - boottime - distance
+        if abs(error) < CLOCK_PRECISION_NS:
+            break
+        correction += error
+
+
+def _read_clocks(vm: Vm) -> tuple[int, int]:
+    # Both at the same moment: of a few tries the one that took the least time.
+    best = (1 << 63, 0, 0)
+    for _ in range(3):
+        before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        clock = vm.get_clock()
+        after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        best = min(best, (after - before, clock, (before + after) // 2))
+    return best[1], best[2]
 
 
 def _chip(name: str) -> Any:
