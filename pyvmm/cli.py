@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pyvmm.migration.manager import Migration
     from pyvmm.migration.rollback import WayBack
     from pyvmm.monitor.frontend import MonitorFrontend
+    from pyvmm.monitor.server import Publication
+    from pyvmm.rundir import Entry
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
@@ -37,9 +39,13 @@ PROBE = "PYVMM_CPR_PROBE"
 SWITCH_INTERVAL_S = 0.0005
 
 USAGE = """\
-usage: pyvmm run [OPTION...]     run a guest (pyvmm run -help lists the options)
-       pyvmm --version           print the version
-       pyvmm --help              print this
+usage: pyvmm run [OPTION...]                     run a guest (pyvmm run -help lists the options)
+       pyvmm list [--json]                       show the VMs that run
+       pyvmm monitor NAME [COMMAND...]           talk to a VM's monitor, or run one command there
+       pyvmm update [--timeout S] NAME [-- COMMAND...]
+                                                 replace a VM's pyvmm by a new one, guest running
+       pyvmm --version                           print the version
+       pyvmm --help                              print this
 
 Without options 'pyvmm run' boots the built-in guest, with its serial console and the monitor
 on the terminal: Ctrl-a h shows the keys, Ctrl-a c switches between them, Ctrl-a x quits.
@@ -55,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     verb = arguments[0] if arguments else ""
     if verb == "run":
         return run(arguments[1:], started)
+    if verb in ("list", "monitor", "update"):
+        from pyvmm import verbs
+
+        return verbs.main(verb, arguments[1:])
     if verb in ("--version", "-version", "-V"):
         from pyvmm import __version__
 
@@ -151,17 +161,21 @@ def serve(
     try:
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
+        entry = publication.entry if publication else entry
         for name, index in fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
         machine.loop.run()
         return machine.exit_code
     finally:
-        if publication is not None:
-            publication.close()
         for monitor in monitors:
             monitor.close()
+        if publication is not None:
+            publication.close()
         machine.close()
+        # Last: from here on another VM may have the name.
+        if entry is not None:
+            entry.remove()
 
 
 def handle_signals(machine: Machine) -> None:
@@ -208,8 +222,7 @@ def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publ
 
         return Publication(machine, migration, entry)
     except Exception as error:
-        text = str(error) if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
-        machine.warn(f"pyvmm list does not show this VM: {text}")
+        machine.warn(f"'pyvmm list' does not show this VM: {error}")
         return None
 
 

@@ -18,17 +18,17 @@ RANKS = {
             ("kvm", "memory"),
             ("chardev",),
             ("devices", "x86", "boot"),
-            ("machine",),
+            ("machine", "rundir"),
             ("migration",),
             ("monitor",),
-            ("api", "cli"),
+            ("api", "cli", "verbs"),
             ("__main__", "testing"),
         )
     )
     for name in names
 }
 #: Part -> parts of its own rank that it may import.
-SIDEWAYS = {"_util": {"errors"}, "boot": {"x86"}, "cli": {"api"}}
+SIDEWAYS = {"_util": {"errors"}, "boot": {"x86"}, "cli": {"api", "verbs"}}
 #: Part -> lower parts that it must not import all the same.
 FORBIDDEN = {"devices": {"kvm"}}
 
@@ -129,6 +129,7 @@ OFF_PATH = (
     "pyvmm.migration.preflight",  # runs while the guest does
     "pyvmm.monitor.hmp.console",
     "pyvmm.testing",
+    "pyvmm.verbs",
 )
 
 # Runs in a bare interpreter and names the line that imports a slow module first.

@@ -64,7 +64,7 @@ class Prompt:
         self._input = ChardevInput(console, lambda: self._session.app.is_done)
         self._session: PromptSession[object] = PromptSession(
             [("class:prompt", PROMPT)],
-            history=_history(),
+            history=history(),
             completer=_Completer(console.context),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
@@ -316,7 +316,8 @@ class _FileHistory(FileHistory):
             pass
 
 
-def _history() -> History:
+def history() -> History:
+    """What was typed in earlier sessions, kept in a file if that is possible."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     path = Path(state, "pyvmm", "history")
     try:
