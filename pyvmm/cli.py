@@ -181,6 +181,7 @@ def serve(
 def handle_signals(machine: Machine) -> None:
     """SIGINT, SIGTERM and SIGHUP end the VMM in order; a peer that went away is no signal."""
     _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
+    machine.loop.watch_signals()
 
     def end(number: int, _frame: object) -> None:
         machine.loop.call_soon(lambda: machine.quit(128 + number, "host-signal"))

@@ -15,7 +15,10 @@ from heapq import heappop, heappush
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable
+else:
+    import _signal  # what signal wraps in enums, at the cost of importing enum
 
 READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
@@ -52,6 +55,7 @@ class EventLoop:
         self._calls: list[Callable[[], None]] = []
         #: Whether :meth:`stop` was called.
         self.stopping = False
+        self._signal_fds: tuple[int, ...] = ()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake_fd, READABLE, self._handle_wake)
 
@@ -106,10 +110,24 @@ class EventLoop:
         for _ in range(len(self._calls)):
             self._calls.pop(0)()
 
+    def watch_signals(self) -> None:
+        """Wake up for every signal that has a Python handler. Main thread.
+
+        The handler itself runs between two bytecodes: a signal that comes right before the
+        poll would otherwise wait until something else happens.
+        """
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._signal_fds = (read_fd, write_fd)
+        _signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        self.add(read_fd, READABLE, lambda _revents: _drain(read_fd))
+
     def close(self) -> None:
         """Release the loop's own descriptor."""
-        self.remove(self._wake_fd)
-        os.close(self._wake_fd)
+        if self._signal_fds:
+            _signal.set_wakeup_fd(-1)
+        for fd in (self._wake_fd, *self._signal_fds):
+            self.remove(fd)
+            os.close(fd)
 
     def _timeout_ms(self, timeout_s: float | None) -> int | None:
         if self._calls or self.stopping:
@@ -122,3 +140,7 @@ class EventLoop:
 
     def _handle_wake(self, _revents: int) -> None:
         os.eventfd_read(self._wake_fd)
+
+
+def _drain(fd: int) -> None:
+    os.read(fd, 4096)

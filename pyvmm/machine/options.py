@@ -272,6 +272,8 @@ class Options:
         kernel = self._kernel
         if not kernel and (not config.bios or self._append is not None):
             kernel = builtin.path(builtin.GUEST)
+            # Saves it from waiting for CPUs that do not exist.
+            self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
         config.kernel = KernelConfig(kernel, self._initrd, self._append or "")
         self._check_memory()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
