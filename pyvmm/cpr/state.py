@@ -97,13 +97,15 @@ def inherit() -> CprState | None:
     text = os.environ.pop(ENVIRONMENT, None)
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or not 2 < int(text) < 1 << 30:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) <= 2:
         raise VmStateError("CPR state", f"{ENVIRONMENT}={text!r} is no descriptor")
     fd = int(text)
     try:
-        size = os.fstat(fd).st_size
         # A pipe or a terminal would block; only a file has a size.
-        data = os.pread(fd, min(size, MAX_SIZE), 0) if size else b""
+        size = os.fstat(fd).st_size
+        if size > MAX_SIZE:
+            raise VmStateError("CPR state", f"{size} bytes, at most {MAX_SIZE} are possible")
+        data = os.pread(fd, size, 0) if size else b""
         os.close(fd)
     except OSError as error:
         raise VmStateError("CPR state", f"descriptor {fd}: {error.strerror}") from None
@@ -119,10 +121,17 @@ def inherit() -> CprState | None:
 
 def publish(fds: dict[tuple[str, int], int], values: dict[str, bytes]) -> int:
     """Write the state for the next image into a memfd; its descriptor, which exec closes
-    unless the caller makes it inheritable."""
+    unless the caller makes it inheritable.
+
+    :raises VmStateError: if it is nothing that the next image could read
+    """
+    data = encode(CprState(fds, values))
+    # What is wrong with it must be found before the exec.
+    decode(data)
+    if len(data) > MAX_SIZE:
+        raise VmStateError("CPR state", f"{len(data)} bytes, at most {MAX_SIZE} are possible")
     fd = os.memfd_create("cpr-state", os.MFD_CLOEXEC)
     try:
-        data = encode(CprState(fds, values))
         while data:
             data = data[os.write(fd, data) :]
     except BaseException:
