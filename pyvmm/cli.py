@@ -149,7 +149,6 @@ def serve(
         handle_signals(machine)
         migration = Migration(machine, values, way_back)
         migration.progress.mark("start", started)
-        migration.progress.mark("build")
         machine.start()
         migration.begin()
     except BaseException:

@@ -57,8 +57,7 @@ def build(
         machine.system = open_system(fds)
         # Memory before the VM: a wrong -object is found while there is nothing to undo.
         machine.memory = add_memory(machine)
-        machine.platform = Platform(machine.system, config.smp)
-        machine.platform.map_memory(machine.memory)
+        machine.platform = Platform(machine.system, machine.memory, config.smp)
         # Chardevs before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)

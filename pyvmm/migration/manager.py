@@ -73,6 +73,9 @@ class Migration:
         # Whether an -incoming defer still waits for its URI.
         self._deferred = machine.config.incoming == "defer"
         self._holders = machine.fds.take_all(HOLDER_FD)
+        # Those of earlier updates, if one came before they were waited for.
+        pids = carried.pop("holders", b"")
+        self._ended = [int.from_bytes(pids[at : at + 4]) for at in range(0, len(pids), 4)]
         self._exe = machine.fds.take(rollback.EXE_FD)
 
     @property
@@ -272,6 +275,7 @@ class Migration:
         monitors = {id: passenger.save_state() for id, passenger in self.passengers.items()}
         return {
             "progress": self.progress.pack(),
+            "holders": b"".join(pid.to_bytes(4) for pid in self._ended),
             **{f"chardev/{id}": value for id, value in chardevs.items()},
             **{f"monitor/{id}": value for id, value in monitors.items()},
         }
@@ -317,10 +321,11 @@ class Migration:
         """The recipe of the new image, from the state to the running guest."""
         machine, progress = self.machine, self.progress
         progress.unpack(self.carried.pop("progress", b""))
+        progress.mark("load")
         self._set_status("active")
         loaded = savevm.read(machine, source.read(machine.fds))
-        progress.mark("load")
         state = savevm.apply(machine, loaded)
+        progress.mark("resume")
         if state == runstate.RUNNING and not machine.autostart:
             state = runstate.PAUSED
         if self._way_back is not None:
@@ -329,7 +334,7 @@ class Migration:
             machine.resume(state)
         else:
             machine.runstate.set(state)
-        progress.mark("resume")
+        progress.mark("running")
         # From here the guest runs, and the rest is not in the pause.
         machine.attach_devices()
         failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
@@ -346,16 +351,20 @@ class Migration:
             self._exe = None
         for pid, fd in self._holders.items():
             os.close(fd)
-            self._reap(pid)
+            self._ended.append(pid)
         self._holders.clear()
+        self._reap()
 
-    def _reap(self, pid: int) -> None:
-        try:
-            done, _ = os.waitpid(pid, _WALL | os.WNOHANG)
-        except ChildProcessError:
-            return
-        if not done:
-            self.machine.loop.call_later(REAP_INTERVAL_S, lambda: self._reap(pid))
+    def _reap(self) -> None:
+        for pid in list(self._ended):
+            try:
+                if not os.waitpid(pid, _WALL | os.WNOHANG)[0]:
+                    continue
+            except ChildProcessError:
+                pass
+            self._ended.remove(pid)
+        if self._ended:
+            self.machine.loop.call_later(REAP_INTERVAL_S, self._reap)
 
     def _set_status(self, status: str) -> None:
         self.progress.status = status

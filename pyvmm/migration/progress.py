@@ -13,8 +13,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: The steps in order; each begins with its mark and ends with the next.
-STEPS = ("setup", "stop", "save", "exec", "start", "build", "load", "resume")
+#: The steps in order; each begins with its mark and ends where the next begins. In the old
+#: image: trying the new command out, stopping the vCPUs, saving, and from execve to the new
+#: image's first line; there: making the machine, reading and giving it its state, starting
+#: the vCPUs. The last one only ends the one before.
+STEPS = ("preflight", "stop", "save", "exec", "start", "load", "resume", "running")
 
 _PACK = struct.Struct(f">{len(STEPS)}Q")
 
@@ -44,7 +47,7 @@ class Progress:
         """A new migration: forget the last one."""
         self.error = None
         self._marks = dict.fromkeys(STEPS, 0)
-        self.mark("setup")
+        self.mark("preflight")
 
     def pack(self) -> bytes:
         """The marks for the next image."""
@@ -71,10 +74,10 @@ class Progress:
             return {}
         result: dict[str, Any] = {"status": self.status}
         marks = self._marks
-        if self.status == "completed" and marks["setup"] and marks["resume"]:
-            result["total-time"] = round((marks["resume"] - marks["setup"]) / 1e6)
-            result["setup-time"] = round((marks["stop"] - marks["setup"]) / 1e6)
-            result["downtime"] = round((marks["resume"] - marks["stop"]) / 1e6)
+        if self.status == "completed" and marks["preflight"] and marks["running"]:
+            result["total-time"] = round((marks["running"] - marks["preflight"]) / 1e6)
+            result["setup-time"] = round((marks["stop"] - marks["preflight"]) / 1e6)
+            result["downtime"] = round((marks["running"] - marks["stop"]) / 1e6)
             result["phases"] = {step: round(ms, 3) for step, ms in self.steps_ms().items()}
         if self.error is not None:
             result["error-desc"] = self.error

@@ -12,8 +12,6 @@ from pyvmm.verbs.client import QmpClient, find
 
 _POLL_S = 0.05
 _ENDS = ("completed", "failed", "cancelled")
-#: What the phases that QMP names are called here.
-_SHOWN = {"setup": "preflight"}
 _STOP = "stop"
 
 
@@ -25,16 +23,15 @@ def update(name: str, command: list[str], timeout_s: float) -> int:
     :raises HostError: the VM does not run, or ended
     """
     deadline = time.monotonic() + timeout_s
-    client = QmpClient(find(name))
     try:
-        _show(name, "preflight")
-        client.execute("update", {"command": command} if command else {})
-        info = _wait(client, name, deadline)
+        with QmpClient(find(name)) as client:
+            _show(name, "preflight")
+            client.execute("update", {"command": command} if command else {})
+            info = _wait(client, name, deadline)
     except CommandError as error:
         return _fail(name, str(error))
     finally:
         _wipe()
-        client.close()
     status = info["status"]
     if status == "failed":
         return _fail(name, str(info.get("error-desc", "no reason given")))
@@ -42,7 +39,7 @@ def update(name: str, command: list[str], timeout_s: float) -> int:
         return _fail(name, f"cancelled; a timeout of {timeout_s:g} s was given")
     phases: dict[str, float] = info.get("phases", {})
     for phase, ms in phases.items():
-        print(f"  {_SHOWN.get(phase, phase):<10}{ms:9.1f} ms")
+        print(f"  {phase:<10}{ms:9.1f} ms")
     print(f"{name}: updated, downtime {downtime(info):.1f} ms")
     return 0
 

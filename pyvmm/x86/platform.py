@@ -13,17 +13,20 @@ if TYPE_CHECKING:
 
 
 class Platform:
-    """A VM with irqchip and PIT and ``count`` vCPUs, in the state after power-on.
+    """A VM with memory, irqchip and PIT and ``count`` vCPUs, in the state after power-on.
 
     :raises KvmError: naming the ioctl that failed
     """
 
-    def __init__(self, system: System, count: int) -> None:
+    def __init__(self, system: System, memory: GuestMemory, count: int) -> None:
         most = system.check_extension("KVM_CAP_MAX_VCPUS")
         if count > most:
             raise HostError(f"-smp {count}: KVM on this host allows {most} vCPUs")
         self.system = system
         self.vm = system.create_vm()
+        # First: the irqchip puts itself on KVM's I/O buses, and a memory slot that comes after
+        # waits for the grace period of that, some milliseconds of an update's pause.
+        self._map(memory)
         # Both before any vCPU: a vCPU gets its LAPIC when it is made, and only if there is an
         # irqchip; Intel hosts read the page addresses then.
         self.vm.set_identity_map_addr(layout.IDENTITY_MAP)
@@ -37,13 +40,6 @@ class Platform:
             vcpu.set_cpuid2(offered)
         self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
         self._chips_on = [(section, section.save()) for section in self.chip_sections()]
-
-    def map_memory(self, memory: GuestMemory) -> None:
-        """Let the guest see its RAM and ROM."""
-        for slot, region in enumerate(memory.regions):
-            start = region.offset
-            view = memoryview(region.backend.view)[start : start + region.size]
-            self.vm.set_user_memory_region(slot, region.gpa, view, read_only=region.readonly)
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.
@@ -114,3 +110,9 @@ class Platform:
     def close(self) -> None:
         """Give the VM back. The vCPUs' owners have closed them."""
         self.vm.close()
+
+    def _map(self, memory: GuestMemory) -> None:
+        for slot, region in enumerate(memory.regions):
+            start = region.offset
+            view = memoryview(region.backend.view)[start : start + region.size]
+            self.vm.set_user_memory_region(slot, region.gpa, view, read_only=region.readonly)
