@@ -13,6 +13,7 @@ import sys
 
 from pyvmm.cpr import state as cpr_state
 from pyvmm.errors import PyvmmError
+from pyvmm.machine.options import OPTIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,17 +37,19 @@ class DeadlineError(PyvmmError):
 def own_command(incoming: str) -> list[str]:
     """The command that this process was started with, made to load its state.
 
+    Without -S: whether the guest runs is part of the state.
+
     :param incoming: URI of the state; replaces an earlier one
     """
     words = list(sys.orig_argv)
     start = words.index("run") + 1 if "run" in words else len(words)
     kept = words[:start]
-    options = iter(words[start:])
-    for word in options:
-        if word in ("-incoming", "--incoming"):
-            next(options, None)
-        else:
-            kept.append(word)
+    rest = iter(words[start:])
+    for word in rest:
+        name = word.lstrip("-")
+        argument = [next(rest, "")] if OPTIONS[name][0] else []
+        if name not in ("incoming", "S"):
+            kept += [word, *argument]
     return [*kept, "-incoming", incoming]
 
 
