@@ -15,7 +15,9 @@ POLL_S = 0.005
 
 
 def pyvmm():
-    """Path of the command that was installed beside the running interpreter."""
+    """Path of the command: PYVMM, or what was installed beside the running interpreter."""
+    if "PYVMM" in os.environ:
+        return os.environ["PYVMM"]
     beside = Path(sys.executable).parent / "pyvmm"
     found = str(beside) if beside.exists() else shutil.which("pyvmm")
     assert found, "pyvmm is not installed; make build"
@@ -90,9 +92,11 @@ def children(pid):
     ]
 
 
-def pss_kib(pid, ram_names=("/memfd:",)):
-    """Proportional set size beside guest RAM, in KiB.
+def memory_kib(pid, kind="Pss", ram_names=("/memfd:",)):
+    """How much memory a process has beside guest RAM, in KiB.
 
+    :param kind: a line of smaps: ``Pss`` shares what is shared among its users; ``Anonymous``
+        does not depend on what other processes run
     :param ram_names: what the paths of the mappings of guest RAM begin with
     """
     total, is_ram = 0, False
@@ -100,6 +104,6 @@ def pss_kib(pid, ram_names=("/memfd:",)):
         words = line.split()
         if "-" in words[0]:
             is_ram = len(words) > 5 and words[5].startswith(tuple(ram_names))
-        elif words[0] == "Pss:" and not is_ram:
+        elif words[0] == f"{kind}:" and not is_ram:
             total += int(words[1])
     return total

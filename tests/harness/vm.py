@@ -1,5 +1,6 @@
 """One virtual machine: its process, its console and its monitor."""
 
+import contextlib
 import os
 import re
 import select
@@ -140,7 +141,7 @@ class Vm:
 
     def type(self, text):
         """Type on the serial port."""
-        self._streams["serial"].sendall(text.encode() if isinstance(text, str) else text)
+        self._send("serial", text.encode() if isinstance(text, str) else text)
 
     def shell(self, command, timeout=DEADLINE_S):
         """Run a command of the guest's shell that comes back; its output, without the echo."""
@@ -164,7 +165,7 @@ class Vm:
             self._read_reply(Deadline())
         line = command.encode() + b"\n"
         self.transcript += line
-        self._streams["monitor"].sendall(line)
+        self._send("monitor", line)
 
     def hmp_reply(self, timeout=DEADLINE_S):
         """What the oldest command printed whose reply was not read yet."""
@@ -248,9 +249,9 @@ class Vm:
         """See :func:`harness.process.children`."""
         return process.children(self.pid)
 
-    def pss_kib(self, ram_names=("/memfd:",)):
-        """See :func:`harness.process.pss_kib`."""
-        return process.pss_kib(self.pid, ram_names)
+    def memory_kib(self, kind="Pss", ram_names=("/memfd:",)):
+        """See :func:`harness.process.memory_kib`."""
+        return process.memory_kib(self.pid, kind, ram_names)
 
     def footprint(self):
         """What an update must leave as it was: descriptors and threads, once the helper that
@@ -315,8 +316,18 @@ class Vm:
         if self._receive(self._streams.values()) or until_exit:
             return
         if ended or len(self._streams) < streams:
-            self.exit_code = self._process.poll()
-            raise VmExitedError(f"pyvmm ended before {what}: {self.stderr()}")
+            self._raise_exited(what)
+
+    def _raise_exited(self, what):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.exit_code = self._process.wait(1)
+        raise VmExitedError(f"pyvmm ended before {what}: {self.exit_code=} {self.stderr()}")
+
+    def _send(self, name, data):
+        try:
+            self._streams[name].sendall(data)
+        except (KeyError, OSError):
+            self._raise_exited(f"it took {data!r} on its {name}")
 
     def _read_reply(self, deadline, command="the prompt"):
         while PROMPT not in self._replies:
