@@ -139,7 +139,8 @@ class Cpu:
         self._quit = True
         self.request_stop()
         self._go.set()
-        if self._stopped.wait(STOP_TIMEOUT_S):
+        # A machine that could not be built has no threads yet.
+        if not self._ident or self._stopped.wait(STOP_TIMEOUT_S):
             self.vcpu.close()
 
     def _kick(self) -> None:
