@@ -195,8 +195,9 @@ def directory(name: str) -> str:
 def read_info(path: str) -> dict[str, Any]:
     """What an entry says about its VM: ``pid``, ``memory`` (bytes), ``smp``, ``started``
     (CLOCK_MONOTONIC, ms), ``updates``, all int, and ``version``; empty if it says nothing."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(os.path.join(path, INFO), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(os.path.join(path, INFO), flags)
     except OSError:
         return {}
     try:

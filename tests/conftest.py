@@ -68,6 +68,12 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def run_directory(tmp_path_factory):
+    """A run directory of the tests' own: what they kill leaves its entry there."""
+    os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_process_left():
     """Fail if a process that a test started outlives the session; end it."""
     mark = f"{os.getpid()}"

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, Self
 
 from pyvmm import rundir
 from pyvmm.errors import CommandError, HostError
@@ -47,7 +47,7 @@ class Client:
     :param path: the VM's directory
     :param file: the socket in it
     :param timeout_s: for the connection, and for each reply; None is for ever
-    :raises HostError: nobody listens there
+    :raises HostError: nobody listens there, or does so as the protocol has it
     """
 
     def __init__(self, path: str, file: str, timeout_s: float | None = TIMEOUT_S) -> None:
@@ -58,19 +58,35 @@ class Client:
         self._deadline: float | None = None
         self._start()
         try:
-            # A connect waits for room in the backlog.
-            self.socket.settimeout(timeout_s)
-            self.socket.connect(os.path.join(path, file))
-        except TimeoutError:
+            self._connect(os.path.join(path, file))
+            self._greet()
+        except BaseException:
             self.close()
-            raise self._unresponsive() from None
-        except OSError as error:
-            self.close()
-            raise HostError(f"{self.name}: {file} cannot be used: {error.strerror}") from None
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the connection."""
         self.socket.close()
+
+    def _greet(self) -> None:
+        """What the protocol begins with."""
+
+    def _connect(self, path: str) -> None:
+        try:
+            # It waits for room in the backlog.
+            self.socket.settimeout(self.timeout_s)
+            self.socket.connect(path)
+        except TimeoutError:
+            raise self._unresponsive() from None
+        except OSError as error:
+            file = os.path.basename(path)
+            raise HostError(f"{self.name}: {file} cannot be used: {error.strerror}") from None
 
     def _start(self) -> None:
         """A new exchange begins; the time for it runs from now."""
@@ -115,8 +131,8 @@ class HmpClient(Client):
     """
 
     def __init__(self, path: str, timeout_s: float | None = TIMEOUT_S) -> None:
+        self.banner = ""
         super().__init__(path, rundir.HMP_SOCKET, timeout_s)
-        self.banner = self._read_reply()
 
     def run(self, line: str) -> str:
         """Run one line; what it prints, with plain newlines.
@@ -127,6 +143,9 @@ class HmpClient(Client):
         self._start()
         self._send(line.encode("utf-8", "surrogateescape") + b"\n")
         return self._read_reply()
+
+    def _greet(self) -> None:
+        self.banner = self._read_reply()
 
     def _read_reply(self) -> str:
         # A prompt stands at the start of a line and nothing follows it.
@@ -143,6 +162,8 @@ class QmpClient(Client):
 
     def __init__(self, path: str, timeout_s: float | None = TIMEOUT_S) -> None:
         super().__init__(path, rundir.QMP_SOCKET, timeout_s)
+
+    def _greet(self) -> None:
         self._read_message()
         self.execute("qmp_capabilities")
 
@@ -169,7 +190,7 @@ class QmpClient(Client):
         self._received[:] = rest
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise HostError(f"{self.name}: what answers on {rundir.QMP_SOCKET} is no QMP server")

@@ -42,12 +42,9 @@ def describe(name: str) -> dict[str, Any]:
     path = rundir.directory(name)
     info = rundir.read_info(path)
     try:
-        client = QmpClient(path, _TIMEOUT_S)
-        try:
-            state = client.execute("query-status").get("status", "unknown")
-        finally:
-            client.close()
-    except PyvmmError:
+        with QmpClient(path, _TIMEOUT_S) as client:
+            state = client.execute("query-status")["status"]
+    except (PyvmmError, LookupError, TypeError):
         state = "unknown" if info else "starting"
     started = _number(info.get("started"))
     return {

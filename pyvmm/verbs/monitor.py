@@ -7,6 +7,7 @@ alone, since the VM keeps the connection.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from typing import TYPE_CHECKING
@@ -28,17 +29,14 @@ def talk(name: str, command: str) -> int:
     code: 1 if a command failed, or the VM went away unasked."""
     if "\n" in command or "\r" in command:
         raise ConfigError("COMMAND has more than one line; give several to standard input")
-    client = HmpClient(find(name))
-    # A command may take its time: migrate is done when the guest runs on.
-    client.timeout_s = None
-    try:
+    with HmpClient(find(name)) as client:
+        # A command may take its time: migrate is done when the guest runs on.
+        client.timeout_s = None
         if command:
             return run(client, [command])
         if sys.stdin.isatty() and sys.stdout.isatty():
             return interact(client)
         return run(client, (line.rstrip("\n") for line in sys.stdin))
-    finally:
-        client.close()
 
 
 def run(client: HmpClient, lines: Iterable[str]) -> int:
@@ -89,6 +87,8 @@ def _session(client: HmpClient) -> PromptSession[str]:
 
     from pyvmm.monitor.hmp.console_prompt import history
 
+    # Not every terminal answers when it is asked where its cursor is.
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
     commands: dict[str, object] = dict.fromkeys(_names(client.run("help")))
     commands["info"] = dict.fromkeys(_names(client.run("help info"), skip="info "))
     return PromptSession(
