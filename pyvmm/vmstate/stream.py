@@ -152,13 +152,13 @@ def read(
     :raises VmStateError: with the path of what is wrong; nothing was changed
     """
     source = Cursor(data)
-    loaded = _read_header(source, machine)
+    loaded = read_header(source, machine)
     ram_id, ram_done = -1, False
     while (kind := source.u8()) != EOF:
         if kind == SECTION_START:
             section_id = ram_id = source.u32()
             _expect_ram(source, source.string())
-            _read_blocks(source, loaded)
+            read_blocks(source, loaded)
         elif kind == SECTION_END:
             section_id = source.u32()
             if section_id != ram_id or ram_done:
@@ -197,7 +197,8 @@ def apply(loaded: Loaded, sections: Iterable[Section]) -> None:
         section.load(loaded.records[section.key])
 
 
-def _read_header(source: Cursor, machine: str | None) -> Loaded:
+def read_header(source: Cursor, machine: str | None) -> Loaded:
+    """Read what comes before the first section; see :func:`read`."""
     if source.u32() != MAGIC:
         raise source.error("not a migration stream (bad magic)")
     version = source.u32()
@@ -223,7 +224,8 @@ def _expect_ram(source: Cursor, name: str) -> None:
         raise source.error(f"section {name}[{instance}] version {version} is not supported")
 
 
-def _read_blocks(source: Cursor, loaded: Loaded) -> None:
+def read_blocks(source: Cursor, loaded: Loaded) -> None:
+    """Read the payload of the RAM section into ``loaded.blocks``."""
     source.path.append(RAM_NAME)
     if loaded.blocks:
         raise source.error("the RAM section is there twice")

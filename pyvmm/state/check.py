@@ -1,0 +1,91 @@
+"""``pyvmm state check``: would a machine of these options take this state?
+
+The loader stops at the first thing that does not fit; here all of them are looked for, and
+the loader has the last word.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from pyvmm.errors import VmStateError
+from pyvmm.machine import builder
+from pyvmm.machine.config import MACHINE_TYPE, MachineConfig
+from pyvmm.migration import savevm
+from pyvmm.state.outline import Outline
+from pyvmm.vmstate import stream
+from pyvmm.vmstate.fields import Cursor
+
+#: The options that decide how many there are of a section.
+_MENDS = {"kvm-vcpu": "-smp", "serial": "-serial"}
+
+
+def reasons(data: bytes, config: MachineConfig) -> list[str]:
+    """Why the state would be refused, one line each; none if it would be taken."""
+    known = builder.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
+    try:
+        outline = Outline(data)
+    except VmStateError as error:
+        return [str(error)]
+    found = []
+    if outline.machine != MACHINE_TYPE:
+        found.append(f"the state is of a {outline.machine} machine, this one is {MACHINE_TYPE}")
+    found += _block_reasons(outline.blocks, config)
+    found += _count_reasons(
+        Counter(part.name for part in outline.parts), Counter(name for name, _ in known)
+    )
+    for part in outline.parts:
+        description = known.get((part.name, part.instance))
+        if description is None:
+            continue  # counted above
+        source = Cursor(data[: part.end], part.start)
+        source.path.append(part.key)
+        try:
+            description.load(source, part.version)
+            if source.at != part.end:
+                raise source.error(f"{part.end - source.at} bytes more than version {part.version}")
+        except VmStateError as error:
+            found.append(str(error))
+    if outline.problem:
+        found.append(outline.problem)
+    if not found:
+        try:
+            stream.read(data, lambda name, instance: known.get((name, instance)), MACHINE_TYPE)
+        except VmStateError as error:
+            found.append(str(error))
+    return found
+
+
+def _count_reasons(state: Counter[str], machine: Counter[str]) -> list[str]:
+    return [
+        f"{name}: the state has {state[name] or 'none'}, this machine {machine[name] or 'none'}"
+        + (f"; make {_MENDS[name]} equal" if name in _MENDS else "")
+        for name in dict.fromkeys([*machine, *state])
+        if state[name] != machine[name]
+    ]
+
+
+def _block_reasons(blocks: stream.Blocks, config: MachineConfig) -> list[str]:
+    # The order counts, too. Of the ROM only the name is known: its size comes with it.
+    own = [(block.id, block.size) for block in config.objects]
+    if not config.memory_backend:
+        own.append((builder.RAM_BLOCK, config.memory_size))
+    own.append((builder.ROM_BLOCK, 0))
+    found = []
+    if [name for name, _ in blocks] != [name for name, _ in own]:
+        found.append(
+            f"ram: the state has the blocks {_names(blocks)}, this machine {_names(own)}; "
+            "make -object equal"
+        )
+    sizes = dict(own)
+    for name, size in blocks:
+        if sizes.get(name, 0) not in (0, size):
+            found.append(
+                f"ram/{name}: {size} bytes in the state, {sizes[name]} in this machine; "
+                "make -m and -object equal"
+            )
+    return found
+
+
+def _names(blocks: stream.Blocks) -> str:
+    return ", ".join(name for name, _ in blocks) or "(none)"
