@@ -466,6 +466,25 @@ def test_update_that_is_refused(ticking, command, reason):
     assert run_cli("update", "vm").returncode == 0
 
 
+def test_update_that_is_rolled_back(ticking, base):
+    machine = ticking("vm")
+    stream = client(base, "vm")
+    read_until(stream, PROMPT)
+    # The preflight opens nothing, so this is found out after the exec.
+    words = [*machine.argv, "-chardev", "file,id=log,path=/nonexistent/log"]
+    done = run_cli("update", "vm", "--", *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"pyvmm: vm was not updated: .*/nonexistent/log.*\n", done.stderr)
+    assert "/nonexistent" not in " ".join(machine.cmdline)
+    assert run_cli("run", "-name", "vm").returncode == 2
+    stream.sendall(b"info name\n")
+    assert read_until(stream, PROMPT) == b"vm\r\n" + PROMPT
+    stream.close()
+    assert listed()["vm"]["updates"] == 0
+    assert run_cli("update", "vm").returncode == 0
+    assert listed()["vm"]["updates"] == 1
+
+
 def test_update_that_takes_too_long_is_given_up(ticking, tmp_path):
     machine = ticking("vm")
     sleeper = tmp_path / "sleeper"
