@@ -21,14 +21,14 @@ RANKS = {
             ("machine", "rundir"),
             ("migration",),
             ("monitor",),
-            ("api", "cli", "verbs"),
+            ("api", "cli", "state", "verbs"),
             ("__main__", "testing"),
         )
     )
     for name in names
 }
 #: Part -> parts of its own rank that it may import.
-SIDEWAYS = {"_util": {"errors"}, "boot": {"x86"}, "cli": {"api", "verbs"}}
+SIDEWAYS = {"_util": {"errors"}, "boot": {"x86"}, "cli": {"api", "state", "verbs"}}
 #: Part -> lower parts that it must not import all the same.
 FORBIDDEN = {"devices": {"kvm"}}
 
@@ -129,6 +129,7 @@ OFF_PATH = (
     "pyvmm.migration.preflight",  # runs while the guest does
     "pyvmm.monitor.hmp.console",
     "pyvmm.testing",
+    "pyvmm.state",
     "pyvmm.verbs",
 )
 
