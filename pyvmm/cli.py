@@ -35,6 +35,9 @@ EXIT_USAGE = 2
 # Set in the environment of a preflight (migration/preflight.py).
 PROBE = "PYVMM_CPR_PROBE"
 
+# The signals that end the VMM in order.
+ENDING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
+
 # A vCPU thread that comes back from KVM_RUN waits this long at most for the interpreter.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -80,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str], started: int) -> int:
     """``pyvmm run``: build the machine, start or load the guest, serve until its end."""
+    # No more than this before a way back is open: the package may be replaced meanwhile.
     from pyvmm.cpr import state as cpr_state
     from pyvmm.errors import ConfigError, PyvmmError
-    from pyvmm.machine import options
 
     try:
         if PROBE in os.environ:
@@ -95,9 +98,6 @@ def run(argv: list[str], started: int) -> int:
         if carried is None:
             return serve(argv, started)
         return take_over(argv, carried, started)
-    except options.HelpRequested as request:
-        print(usage(str(request)), end="")
-        return 0
     except PyvmmError as error:
         print(f"pyvmm: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
@@ -112,7 +112,7 @@ def take_over(argv: list[str], carried: CprState, started: int) -> int:
     way_back = WayBack(carried)
     try:
         return serve(argv, started, carried, way_back)
-    except Exception as error:
+    except BaseException as error:
         way_back.attempt(error)
         # Nobody else knows by now that the terminal was raw.
         for name, value in carried.values.items():
@@ -135,7 +135,13 @@ def serve(
     from pyvmm.machine import builder, options
     from pyvmm.migration.manager import Migration
 
-    config = options.parse(argv)
+    try:
+        config = options.parse(argv)
+    except options.HelpRequested as request:
+        if carried is not None:
+            raise
+        print(usage(str(request)), end="")
+        return 0
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
     fds = FdStore(carried.fds if carried else None)
@@ -167,6 +173,7 @@ def serve(
         machine.loop.run()
         return machine.exit_code
     finally:
+        migration.close()
         for monitor in monitors:
             monitor.close()
         if publication is not None:
@@ -178,20 +185,25 @@ def serve(
 
 
 def handle_signals(machine: Machine) -> None:
-    """SIGINT, SIGTERM and SIGHUP end the VMM in order; a peer that went away is no signal."""
+    """SIGINT, SIGTERM and SIGHUP end the VMM in order; a peer that went away is no signal.
+
+    They come blocked out of an exec, and one that came meanwhile is acted on now.
+    """
     _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
     machine.loop.watch_signals()
 
     def end(number: int, _frame: object) -> None:
+        machine.signalled = number
         machine.loop.call_soon(lambda: machine.quit(128 + number, "host-signal"))
 
-    for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
+    for number in ENDING:
         _signal.signal(number, end)
     stdio = machine.chardevs.stdio
     if stdio is not None:
         on_cont, on_resize = stdio.handle_cont, stdio.handle_resize
         _handle(machine, _signal.SIGCONT, on_cont)
         _handle(machine, _signal.SIGWINCH, on_resize)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, ENDING)
 
 
 def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFrontend]:

@@ -64,6 +64,8 @@ class Machine(CpuEvents):
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []
         self.exit_code = 0
+        # The number of a signal that is about to end the VMM.
+        self.signalled = 0
         # Whether a guest that is still being loaded shall run afterwards.
         self.autostart = not config.start_paused
         self._listeners: list[Listener] = []

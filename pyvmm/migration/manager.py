@@ -149,6 +149,11 @@ class Migration:
             if self._probe is not None:
                 self._probe.cancel()
 
+    def close(self) -> None:
+        """The VM ends: a probe that still runs has nobody to answer."""
+        if self._probe is not None:
+            self._probe.cancel()
+
     def _refuse_if_busy(self) -> None:
         if self.progress.active:
             raise MigrationError("There's a migration process in progress")
@@ -209,19 +214,31 @@ class Migration:
             target.write(savevm.save(machine, before), fds)
             undo.append(self._hold_memory())
             progress.mark("exec")
-            values = rollback.arm(fds, target.text)
             undo.append(lambda: rollback.disarm(fds))
+            values = rollback.arm(fds, target.text)
+            if machine.signalled:
+                raise MigrationError(f"Signal {machine.signalled} ends the VMM")
             cpr_fd = cpr_state.publish(fds.kept(), values | self._values())
             undo.append(lambda: os.close(cpr_fd))
             os.set_inheritable(cpr_fd, True)
             # The very last act: a helper forked earlier must not inherit guest memory.
             undo.append(lambda: fds.set_inheritable(False))
             fds.set_inheritable(True)
-            os.execve(path, argv, os.environ | {cpr_state.ENVIRONMENT: str(cpr_fd)})
+            try:
+                os.execve(path, argv, os.environ | {cpr_state.ENVIRONMENT: str(cpr_fd)})
+            except OSError as error:
+                raise MigrationError(f"execve {path} failed: {error.strerror}") from None
         except Exception as error:
             while undo:
-                undo.pop()()
-            self._fail(_explain(error, path))
+                self._try(undo.pop())
+            self._fail(_explain(error))
+
+    def _try(self, step: Callable[[], None]) -> None:
+        # Whatever goes wrong with one step, the guest must run on.
+        try:
+            step()
+        except Exception as error:
+            self.machine.warn(f"update: {_explain(error)}")
 
     def _stop_guest(self, before: str) -> None:
         # What the guest asked for in its last moments (a reset, its end) is acted on first.
@@ -240,7 +257,7 @@ class Migration:
         machine = self.machine
         if machine.runstate.state != runstate.FINISH_MIGRATE:
             # It did not get as far, or the guest ended by itself.
-            if machine.runstate.running:
+            if machine.runstate.running and not machine.loop.stopping:
                 machine.resume_cpus()
         elif before == runstate.RUNNING:
             machine.resume(before)
@@ -328,15 +345,16 @@ class Migration:
         progress.mark("resume")
         if state == runstate.RUNNING and not machine.autostart:
             state = runstate.PAUSED
+        machine.runstate.set(state)
+        # The very last act: from here on the guest changes its memory.
         if self._way_back is not None:
             self._way_back.close()
         if state == runstate.RUNNING:
             machine.resume(state)
-        else:
-            machine.runstate.set(state)
         progress.mark("running")
-        # From here the guest runs, and the rest is not in the pause.
-        machine.attach_devices()
+        # The rest is not in the pause, and the guest does not end for want of it.
+        self._try(machine.attach_devices)
+        self._try(source.release)
         failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
         if failure:
             self._fail(f"{failure} (the guest is back in the image before)")
@@ -372,9 +390,7 @@ class Migration:
             self.machine.emit("MIGRATION", {"status": status})
 
 
-def _explain(error: Exception, path: str) -> str:
+def _explain(error: Exception) -> str:
     if isinstance(error, PyvmmError):
         return str(error)
-    if isinstance(error, OSError):
-        return f"execve {path} failed: {error.strerror}"
     return f"{type(error).__name__}: {error}"

@@ -28,6 +28,10 @@ EXE_FD = "cpr/exe"
 COMMAND = "rollback/command"
 ERROR = "rollback/error"
 DEADLINE_S = 10.0
+REPEAT_S = 1.0  # should something have swallowed the first alarm
+
+# What would end the new image before it can end in order; they wait until it can.
+_DEFERRED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 
 
 class DeadlineError(PyvmmError):
@@ -57,13 +61,15 @@ def arm(fds: FdStore, incoming: str) -> dict[str, bytes]:
     """In the old image: what the new one needs for the way back, as CPR values."""
     fds.keep(EXE_FD, os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC))
     # The timer goes on through the exec, and kills an image that does not handle it.
-    _signal.setitimer(_signal.ITIMER_REAL, DEADLINE_S)
+    _signal.setitimer(_signal.ITIMER_REAL, DEADLINE_S, REPEAT_S)
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _DEFERRED)
     return {COMMAND: "\0".join(own_command(incoming)).encode("utf-8", "surrogateescape")}
 
 
 def disarm(fds: FdStore) -> None:
     """In the old image: undo :func:`arm`, after an exec that failed."""
     _signal.setitimer(_signal.ITIMER_REAL, 0)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _DEFERRED)
     exe = fds.kept().get((EXE_FD, 0))
     if exe is not None:
         fds.forget(EXE_FD)

@@ -54,6 +54,9 @@ class FileTarget:
         """
         return self._uri.read()
 
+    def release(self) -> None:
+        """The guest runs: the state is of no use any more. A file stays all the same."""
+
     def matches(self, incoming: str) -> bool:
         """Whether ``-incoming`` names the same place."""
         try:
@@ -66,6 +69,9 @@ class MemoryTarget:
     """``memfd:``: a memfd that is handed over like guest memory."""
 
     text = "memfd:"
+
+    def __init__(self) -> None:
+        self._fd = -1
 
     def prepare(self) -> None:
         """Nothing can go wrong yet."""
@@ -85,7 +91,7 @@ class MemoryTarget:
             os.close(fd)
 
     def read(self, fds: FdStore) -> bytes:
-        """The whole state, once.
+        """The whole state, once. It stays open: a way back needs it again.
 
         :raises MigrationError: if there is none
         """
@@ -94,10 +100,14 @@ class MemoryTarget:
             raise MigrationError(
                 "-incoming memfd: is what an update adds; no state was handed over"
             )
-        try:
-            return os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)
-        finally:
-            os.close(fd)
+        self._fd = fd
+        return os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)
+
+    def release(self) -> None:
+        """The guest runs: the state is of no use any more."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def matches(self, incoming: str) -> bool:
         """Whether ``-incoming`` names the same place."""

@@ -1,0 +1,150 @@
+"""What the fault tests share: faulty commands, a guest that counts, and what must hold after."""
+
+import json
+import re
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+from harness import DEADLINE_S, VmExitedError
+
+INJECT = Path(__file__).with_name("inject.py")
+TICKER = "ticker period=20"
+BACK = "(the guest is back in the image before)"
+
+
+def faulty(*faults, probe=False):
+    """The first words of a ``pyvmm run`` with faults: pairs MODULE:NAME, CODE."""
+    return [sys.executable, str(INJECT), *(["--probe"] if probe else []), *faults, "run"]
+
+
+def armed(*faults):
+    """The same, but the faults are there only while a file ``armed`` is.
+
+    For a faulty old image: what it is to be executed as after a rollback is the same command.
+    """
+    guarded = [
+        f"import os\nif os.path.exists('armed'):\n {fault}" if index % 2 else fault
+        for index, fault in enumerate(faults)
+    ]
+    return faulty(*guarded)
+
+
+def options(machine):
+    """The machine's options, without the program."""
+    return machine.argv[machine.argv.index("run") + 1 :]
+
+
+def replaced(machine, *faults, probe=False):
+    """The machine's own command with faults."""
+    return [*faulty(*faults, probe=probe), *options(machine)]
+
+
+def update(machine, command=None):
+    """HMP ``update``; what it replied, which is nothing if all went well."""
+    return machine.hmp(f"update {shlex.join(command)}" if command else "update")
+
+
+def ticks(machine):
+    """The numbers that the guest printed."""
+    return [int(number) for number in re.findall(rb"(?m)^tick (\d+)\r$", machine.serial)]
+
+
+def check_ticking(machine):
+    """The guest goes on and has missed nothing."""
+    machine.seen = len(machine.serial)
+    for _ in range(2):
+        machine.expect(r"tick \d+\r\n")
+    shown = ticks(machine)
+    assert shown == list(range(1, len(shown) + 1))
+
+
+def check_alive(machine):
+    """The guest goes on, has missed nothing, and can be updated."""
+    assert machine.status == "running"
+    check_ticking(machine)
+    assert update(machine) == ""
+    info = machine.hmp("info migrate")
+    assert "completed" in info, info
+    check_ticking(machine)
+    assert machine.status == "running"
+
+
+def check_refused(machine, command, text):
+    """The update with ``command`` is refused, with ``text``, and the guest was never stopped."""
+    with Qmp(machine.folder / "qmp.sock") as qmp:
+        reply = update(machine, command)
+        assert re.search(text, reply), reply
+        assert qmp.execute("query-status")["status"] == "running"
+        assert "STOP" not in qmp.events
+    check_alive(machine)
+
+
+def check_lost(machine, exit_code):
+    """The VMM ends, with nothing of it left behind that lives."""
+    children = machine.children()
+    assert machine.wait_exit() == exit_code
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def send_update(machine, command=None):
+    """HMP ``update`` that nobody waits for: the VMM may end."""
+    machine.hmp_send(f"update {shlex.join(command)}" if command else "update")
+
+
+QMP = ("-qmp", "unix:qmp.sock,server=on,wait=off")
+
+
+class Qmp:
+    """A QMP client that keeps the events' names."""
+
+    def __init__(self, path):
+        self.events = []
+        self._sock = socket.socket(socket.AF_UNIX)
+        self._sock.settimeout(DEADLINE_S)
+        self._sock.connect(str(path))
+        self._file = self._sock.makefile("rw")
+        assert "QMP" in json.loads(self._file.readline())
+        self.execute("qmp_capabilities")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def execute(self, command, **arguments):
+        """What a command returns."""
+        self.send({"execute": command, "arguments": arguments})
+        return self.reply()["return"]
+
+    def send(self, message):
+        self._file.write(json.dumps(message) + "\n")
+        self._file.flush()
+
+    def send_raw(self, text):
+        self._sock.sendall(text.encode())
+
+    def reply(self):
+        """The next message that is no event."""
+        while "event" in (message := self.next()):
+            self.events.append(message["event"])
+        return message
+
+    def wait_event(self, name):
+        """Wait for an event; those that come before it are kept, too."""
+        while self.events[-1:] != [name]:
+            message = self.next()
+            assert "event" in message, message
+            self.events.append(message["event"])
+
+    def next(self):
+        line = self._file.readline()
+        if not line:
+            raise VmExitedError("end of file on QMP")
+        return json.loads(line)
+
+    def close(self):
+        self._file.close()
+        self._sock.close()
