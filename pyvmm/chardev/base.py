@@ -12,6 +12,7 @@ from pyvmm.core.threads import Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.chardev.rights import Rights
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.fdstore import FdStore
 
@@ -26,6 +27,9 @@ RESIZED = "resized"  # the terminal has another size
 
 class Frontend:
     """What sits on a chardev. All methods are called on the main loop thread."""
+
+    #: Takes the descriptors that the peer of a socket sends along.
+    rights: Rights | None = None
 
     def can_receive(self) -> int:
         """How many bytes it takes now."""
@@ -73,6 +77,11 @@ class Chardev:
     def connected(self) -> bool:
         """Whether anybody is there to read and write."""
         return True
+
+    @property
+    def frontend_open(self) -> bool:
+        """Whether a front end is on it."""
+        return self.frontend is not None
 
     def attach(self, frontend: Frontend | None) -> None:
         """Put a front end on (or take it off); it gets OPENED if the peer is there."""

@@ -82,6 +82,11 @@ class ChardevConfig:
             return default
         return parse_size(value, f"{self.option}: {key}", maximum=_LARGEST_SIZE)
 
+    def line(self) -> str:
+        """As the value of ``-chardev``."""
+        items = [self.kind, f"id={self.id}", *(f"{k}={v}" for k, v in self.options.items())]
+        return ",".join(item.replace(",", ",,") for item in items)
+
     def _check(self) -> None:
         if self.kind == "chardev":
             return

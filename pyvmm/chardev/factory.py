@@ -5,9 +5,11 @@ Modules are imported as they are needed: a live update waits for each. Loop thre
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.chardev.base import Chardev
-from pyvmm.chardev.config import ChardevConfig
-from pyvmm.errors import ConfigError
+from pyvmm.chardev.config import ChardevConfig, parse_chardev
+from pyvmm.errors import CommandError, ConfigError, PyvmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ class ChardevSet:
         self._chardevs: dict[str, Chardev] = {}
         self._muxes: dict[str, MuxChardev] = {}
         self._users: dict[str, int] = {}
+        # Made while the machine runs, so not on the next image's command line.
+        self._added: dict[str, ChardevConfig] = {}
         self.stdio: StdioChardev | None = None
 
     def create(self, config: ChardevConfig) -> Chardev:
@@ -83,6 +87,33 @@ class ChardevSet:
         self._users[config.id] = user + 1
         return chardev
 
+    def add(self, config: ChardevConfig) -> Chardev:
+        """Make a chardev while the machine runs; updates keep it.
+
+        :raises PyvmmError: as :meth:`create`
+        """
+        chardev = self.create(config)
+        self._added[config.id] = config
+        return chardev
+
+    def remove(self, id: str) -> None:
+        """Close a chardev that nobody uses.
+
+        :raises CommandError: with QEMU's texts
+        """
+        if id not in self._chardevs:
+            raise CommandError(f"Chardev '{id}' not found")
+        chardev = self._chardevs[id]
+        if chardev.frontend_open or self._users.get(id):
+            raise CommandError(f"Chardev '{id}' is busy")
+        if id not in self._added:
+            # The next image's command line has it, and would bring it back.
+            raise CommandError(f"Chardev '{id}' is of the command line and stays")
+        del self._chardevs[id], self._added[id]
+        if chardev is self.stdio:
+            self.stdio = None
+        chardev.close()
+
     def get(self, id: str) -> Chardev | None:
         """The chardev of that name."""
         return self._chardevs.get(id)
@@ -99,7 +130,28 @@ class ChardevSet:
     def save_state(self) -> dict[str, bytes]:
         """What is to be carried over an exec beside descriptors, by name."""
         states = {id: chardev.save_state() for id, chardev in self.items()}
-        return {id: state for id, state in states.items() if state}
+        return {id: state for id, state in states.items() if state and id not in self._added}
+
+    def save_added(self) -> dict[str, bytes]:
+        """The same for the chardevs that are not on the command line: what they are, and
+        their state."""
+        return {
+            id: os.fsencode(config.line()) + b"\0" + self._chardevs[id].save_state()
+            for id, config in self._added.items()
+        }
+
+    def load_added(self, states: dict[str, bytes]) -> list[str]:
+        """Make again what :meth:`save_added` described; what stands in the way of which."""
+        problems = []
+        for state in states.values():
+            line, _, inner = state.partition(b"\0")
+            try:
+                chardev = self.add(parse_chardev(os.fsdecode(line)))
+                if inner:
+                    chardev.load_state(inner)
+            except PyvmmError as error:
+                problems.append(str(error))
+        return problems
 
     def load_state(self, states: dict[str, bytes]) -> None:
         """Take over what the image before saved. State of a chardev that is gone is dropped.

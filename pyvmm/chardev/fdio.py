@@ -17,6 +17,7 @@ from pyvmm.errors import VmStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.chardev.base import Frontend
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.fdstore import FdStore
 
@@ -216,6 +217,12 @@ class FdChardev(Chardev):
             self.loop.remove(fd)
         if fds:
             self._release_stream(fds)
+
+
+def read_socket(frontend: Frontend | None, fd: int, count: int) -> bytes:
+    """Read from a socket, together with the descriptors that come along if they are wanted."""
+    rights = frontend.rights if frontend is not None else None
+    return os.read(fd, count) if rights is None else rights.receive(fd, count)
 
 
 def _pending(fd: int) -> bool:

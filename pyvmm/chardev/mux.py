@@ -82,6 +82,10 @@ class MuxChardev(Chardev, Frontend):
         return self.base.connected
 
     @property
+    def frontend_open(self) -> bool:
+        return any(port.frontend is not None for port in self._ports)
+
+    @property
     def focus(self) -> int:
         """Number of the front end that gets the input."""
         return self._focus

@@ -2,7 +2,7 @@
 
 The listener stays open while a client is there; further clients wait in its backlog until
 that one goes. Over a live update both descriptors live on, so no client notices and no
-connect() is refused. Left out: telnet, websockets, TLS, passing of descriptors.
+connect() is refused. Left out: telnet, websockets, TLS.
 
 It stands on ``_socket``, because ``socket`` takes 5 ms to import, all within the pause.
 """
@@ -16,7 +16,7 @@ import stat
 import sys
 
 from pyvmm.chardev.address import STREAM_TYPE
-from pyvmm.chardev.fdio import FdChardev
+from pyvmm.chardev.fdio import FdChardev, read_socket
 from pyvmm.core.eventloop import READABLE, WRITABLE
 from pyvmm.errors import ConfigError
 
@@ -130,6 +130,9 @@ class SocketChardev(FdChardev):
             self._listener = None
         self._stop_calling()
         super().close()
+
+    def _read_fd(self, fd: int, count: int) -> bytes:
+        return read_socket(self.frontend, fd, count)
 
     def _take(self, index: int, *, listening: bool) -> _socket.socket | None:
         """The inherited socket of that index, once it is known to be one."""

@@ -57,6 +57,11 @@ class FdStore:
         """What the next exec has to preserve."""
         return dict(self._kept)
 
+    def keep_all(self, prefix: str) -> None:
+        """Take all inherited descriptors whose names begin so, and preserve them further."""
+        for key in [key for key in self._inherited if key[0].startswith(prefix)]:
+            self._kept[key] = self._inherited.pop(key)
+
     def close_unclaimed(self) -> list[Key]:
         """Close inherited descriptors that nobody asked for; their names."""
         names = list(self._inherited)
