@@ -14,11 +14,12 @@ by then.
 from __future__ import annotations
 
 import os
+import time
 
 from pyvmm import _native
 from pyvmm.core import runstate
 from pyvmm.cpr import state as cpr_state
-from pyvmm.errors import CommandError, MigrationError, PyvmmError
+from pyvmm.errors import CommandError, ConfigError, MigrationError, PyvmmError
 from pyvmm.migration import params, program, rollback, savevm
 from pyvmm.migration.progress import Progress
 from pyvmm.migration.target import MemoryTarget, Target, parse
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     Done = Callable[[str | None], None]
 
 HOLDER_FD = "cpr/holder"
+ADDED = "chardev-added/"  # begins the names of chardevs that no command line has
+CLIENT_FDS = "client-fd/"  # begins the names of what monitors' clients handed over
 REAP_INTERVAL_S = 0.05
 _WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
 
@@ -68,6 +71,15 @@ class Migration:
         self.capabilities = params.capabilities()
         self.progress = Progress()
         self.passengers: dict[str, Passenger] = {}
+        #: Events (name, data, time in ns) from before there were monitors to tell of them.
+        self.missed: list[tuple[str, dict[str, Any] | None, int]] = []
+        #: What is wrong with an update that failed after the exec, until somebody was told.
+        self.untold: str | None = None
+        self._recording = bool(carried)
+        for name in carried.pop("capabilities", b"").decode("ascii", "replace").split():
+            if name in params.SUPPORTED:
+                self.capabilities.update({name: True})
+        machine.subscribe(self._record)
         self._done: Done | None = None
         self._probe: Probe | None = None
         # Whether an -incoming defer still waits for its URI.
@@ -77,6 +89,9 @@ class Migration:
         pids = carried.pop("holders", b"")
         self._ended = [int.from_bytes(pids[at : at + 4]) for at in range(0, len(pids), 4)]
         self._exe = machine.fds.take(rollback.EXE_FD)
+        blockers = self.blockers() if machine.config.only_migratable else []
+        if blockers:
+            raise ConfigError(f"-only-migratable: {blockers[0]}")
 
     @property
     def status(self) -> str | None:
@@ -208,11 +223,17 @@ class Migration:
             progress.mark("stop")
             undo.append(lambda: self._restart_guest(before))
             self._stop_guest(before)
+            self._set_status("active")
+            if self.capabilities.get("events"):
+                # QEMU's number for the pass over memory after the guest has stopped.
+                machine.emit("MIGRATION_PASS", {"pass": 2})
             self._set_status("device")
             progress.mark("save")
             undo.append(lambda: target.discard(fds))
             target.write(savevm.save(machine, before), fds)
             undo.append(self._hold_memory())
+            # In QEMU's order: the outgoing side is done. If the exec fails, "failed" follows.
+            self._set_status("completed")
             progress.mark("exec")
             undo.append(lambda: rollback.disarm(fds))
             values = rollback.arm(fds, target.text)
@@ -229,9 +250,11 @@ class Migration:
             except OSError as error:
                 raise MigrationError(f"execve {path} failed: {error.strerror}") from None
         except Exception as error:
+            text = _explain(error)
+            self._note_failure(text)
             while undo:
                 self._try(undo.pop())
-            self._fail(_explain(error))
+            self._tell(text)
 
     def _try(self, step: Callable[[], None]) -> None:
         # Whatever goes wrong with one step, the guest must run on.
@@ -292,15 +315,22 @@ class Migration:
         monitors = {id: passenger.save_state() for id, passenger in self.passengers.items()}
         return {
             "progress": self.progress.pack(),
+            "capabilities": " ".join(
+                name for name in self.capabilities.names() if self.capabilities.get(name)
+            ).encode(),
             "holders": b"".join(pid.to_bytes(4) for pid in self._ended),
             **{f"chardev/{id}": value for id, value in chardevs.items()},
             **{f"monitor/{id}": value for id, value in monitors.items()},
+            **{f"{ADDED}{id}": value for id, value in self.machine.chardevs.save_added().items()},
         }
 
     def _fail(self, error: str) -> None:
+        self._note_failure(error)
+        self._tell(error)
+
+    def _note_failure(self, error: str) -> None:
         self.progress.error = error
         self._set_status("failed")
-        self._tell(error)
 
     def _tell(self, error: str | None) -> None:
         done, self._done = self._done, None
@@ -319,6 +349,9 @@ class Migration:
                 self._way_back.stop_timer()
         elif self.machine.config.incoming:
             self._load(parse(self.machine.config.incoming))
+        # Off the pause, but before the descriptors that nobody took are closed.
+        self._try(self._adopt_added)
+        self.machine.loop.call_soon(self._end_start)
 
     def incoming(self, uri: str) -> None:
         """Load the state that ``-incoming defer`` waits for. After a failure that changed
@@ -339,6 +372,7 @@ class Migration:
         machine, progress = self.machine, self.progress
         progress.unpack(self.carried.pop("progress", b""))
         progress.mark("load")
+        self._set_status("setup")
         self._set_status("active")
         loaded = savevm.read(machine, source.read(machine.fds))
         state = savevm.apply(machine, loaded)
@@ -357,11 +391,31 @@ class Migration:
         self._try(source.release)
         failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
         if failure:
-            self._fail(f"{failure} (the guest is back in the image before)")
-            machine.warn(f"update failed: {failure}")
+            self.untold = f"{failure} (the guest is back in the image before)"
+            self._fail(self.untold)
         else:
             self._set_status("completed")
         self._release_memory()
+
+    def _adopt_added(self) -> None:
+        """Go on with what monitors' clients added to the machine."""
+        machine = self.machine
+        machine.fds.keep_all(CLIENT_FDS)
+        added = [name for name in self.carried if name.startswith(ADDED)]
+        for problem in machine.chardevs.load_added({n: self.carried.pop(n) for n in added}):
+            machine.warn(problem)
+
+    def _record(self, name: str, data: dict[str, Any] | None) -> None:
+        if self._recording:
+            self.missed.append((name, data, time.time_ns()))
+
+    def _end_start(self) -> None:
+        # The monitors are there by now.
+        self._recording = False
+        self.missed.clear()
+        if self.untold is not None:
+            self.machine.warn(f"update failed: {self.untold}")
+            self.untold = None
 
     def _release_memory(self) -> None:
         if self._exe is not None:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 #: the vCPUs. The last one only ends the one before.
 STEPS = ("preflight", "stop", "save", "exec", "start", "load", "resume", "running")
 
+#: QEMU's MigrationStatus, as far as an update gets into them.
+STATUSES = (
+    *("none", "setup", "cancelling", "cancelled", "active", "completed", "failed"),
+    "device",
+)
+
 _PACK = struct.Struct(f">{len(STEPS)}Q")
 
 
