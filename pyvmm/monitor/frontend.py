@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from pyvmm.chardev.base import Frontend
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def take_failure(migration: Any) -> str:
+    """The reply to a command that waited for an update which failed after the exec; empty if
+    there is none, or somebody had it already."""
+    error, migration.untold = migration.untold, None
+    return f"Error: {error}\n" if error else ""
+
 
 class MonitorFrontend(Frontend):
     """A monitor. Main loop thread only."""

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    from pyvmm.chardev.rights import Rights
+
+    # What a value looks like: a type of _TYPES or a QAPI built-in (str, int, number, bool,
+    # null, any), a tuple of words, [shape of the elements], or {member: shape}, where a
+    # member with a * may be absent.
+    Shape = str | tuple[str, ...] | list["Shape"] | dict[str, "Shape"]
+
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -29,20 +36,34 @@ class CommandNotFound(CommandError):
     """No command has that name (QMP's error class of the same name)."""
 
 
+class DeviceNotFound(CommandError):
+    """Nothing has that path (QMP's error class of the same name)."""
+
+
 class Argument:
     """One argument.
 
     :param type: ``string``, ``integer``, ``boolean``, ``object``, ``array``, or ``value`` for
         any of them
+    :param shape: what query-qmp-schema says, if that is more than the type
     """
 
-    __slots__ = ("doc", "name", "optional", "type")
+    __slots__ = ("doc", "name", "optional", "shape", "type")
 
-    def __init__(self, name: str, type: str, doc: str, *, optional: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        type: str,
+        doc: str,
+        *,
+        optional: bool = False,
+        shape: Shape | None = None,
+    ) -> None:
         self.name = name
         self.type = type
         self.doc = doc
         self.optional = optional
+        self.shape: Shape = type if shape is None else shape
 
     def check(self, value: object) -> None:
         """Refuse a value of another type; a boolean is no integer.
@@ -60,9 +81,11 @@ class Command:
     :param function: called as ``function(context, **arguments)``, dashes in argument names
         written as underscores
     :param in_migrate: allowed while the machine waits for an incoming migration
+    :param oob: may be executed out of band
+    :param returns: what it returns, for query-qmp-schema
     """
 
-    __slots__ = ("arguments", "function", "in_migrate", "name")
+    __slots__ = ("arguments", "function", "in_migrate", "name", "oob", "returns")
 
     def __init__(
         self,
@@ -70,11 +93,15 @@ class Command:
         function: Callable[..., Any],
         *arguments: Argument,
         in_migrate: bool = True,
+        oob: bool = False,
+        returns: Shape | None = None,
     ) -> None:
         self.name = name
         self.function = function
         self.arguments = arguments
         self.in_migrate = in_migrate
+        self.oob = oob
+        self.returns: Shape = {} if returns is None else returns
 
     @property
     def doc(self) -> str:
@@ -119,14 +146,22 @@ class Context:
     :param machine: the machine
     :param migration: its migration manager
     :param registry: the commands
+    :param rights: the descriptors that its client sent along, if it can
     """
 
-    __slots__ = ("cpu_index", "machine", "migration", "registry")
+    __slots__ = ("cpu_index", "machine", "migration", "registry", "rights")
 
-    def __init__(self, machine: Any, migration: Any, registry: Registry) -> None:
+    def __init__(
+        self,
+        machine: Any,
+        migration: Any,
+        registry: Registry,
+        rights: Rights | None = None,
+    ) -> None:
         self.machine = machine
         self.migration = migration
         self.registry = registry
+        self.rights = rights
         #: The vCPU whose registers and memory the human monitor shows.
         self.cpu_index = 0
 

@@ -17,7 +17,7 @@ import time
 from pyvmm import __version__, rundir
 from pyvmm.chardev.address import UnixAddress
 from pyvmm.chardev.config import ChardevConfig
-from pyvmm.chardev.fdio import FdChardev
+from pyvmm.chardev.fdio import FdChardev, read_socket
 from pyvmm.core.eventloop import READABLE
 from pyvmm.errors import ConfigError
 from pyvmm.machine.config import MonitorConfig
@@ -127,6 +127,9 @@ class Client(FdChardev):
         self.resumed = True
         self.adopt(fd)
         return True
+
+    def _read_fd(self, fd: int, count: int) -> bytes:
+        return read_socket(self.frontend, fd, count)
 
     def _handle_disconnected(self) -> None:
         self._on_free()

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core.bus import Bus, BusDevice
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.runstate import PAUSED, RUNNING, RunState
 from pyvmm.core.threads import Lock
+from pyvmm.cpr.fdstore import FdStore
 from pyvmm.errors import MigrationError, StateError
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
@@ -118,7 +120,10 @@ class FakeMachine:
     """
 
     def __init__(self, cpus: int = 1, name: str = "") -> None:
-        self.config = SimpleNamespace(name=name, smp=cpus, memory_size=RAM_SIZE, argv=[])
+        self.config = SimpleNamespace(
+            name=name, smp=cpus, memory_size=RAM_SIZE, argv=[], only_migratable=False
+        )
+        self.fds = FdStore()
         self.loop = EventLoop()
         self.runstate = RunState(RUNNING)
         self.memory = GuestMemory()
@@ -134,7 +139,7 @@ class FakeMachine:
                 properties=lambda: {"chardev": "serial0", "iobase": 0x3F8, "wakeup": False},
             )
         ]
-        self.chardevs: dict[str, Any] = {}
+        self.chardevs = ChardevSet(self.loop, self.fds, lambda: None)
         self.cpus = [FakeCpu(index) for index in range(cpus)]
         self.acts: list[str] = []
         self.observers: list[Callable[[str, dict[str, Any] | None], None]] = []
@@ -180,6 +185,7 @@ class FakeMachine:
 
     def close(self) -> None:
         """Give memory and descriptors back."""
+        self.chardevs.close()
         for backend in self.backends:
             backend.close()
         self.loop.close()
@@ -198,6 +204,10 @@ class FakeMigration:
         self.acts: list[str] = []
         self.finish: Callable[[str | None], None] = lambda _error: None
         self.data: dict[str, Any] = {}
+        self.missed: list[tuple[str, dict[str, Any] | None, int]] = []
+        self.status: str | None = None
+        self.error: str | None = None
+        self.untold: str | None = None
 
     def info(self) -> dict[str, Any]:
         """What query-migrate returns."""

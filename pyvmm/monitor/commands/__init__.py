@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.monitor.commands import devices, human, memory, migration, status
+from pyvmm.monitor.commands import chardev, devices, fds, human, memory, migration, qom, status
 from pyvmm.monitor.registry import Registry
 
 
@@ -12,6 +12,9 @@ def build_registry() -> Registry:
         [
             *status.COMMANDS,
             *devices.COMMANDS,
+            *qom.COMMANDS,
+            *chardev.COMMANDS,
+            *fds.COMMANDS,
             *memory.COMMANDS,
             *migration.COMMANDS,
             *human.COMMANDS,

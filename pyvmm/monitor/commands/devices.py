@@ -1,12 +1,17 @@
-"""What the machine is made of: vCPUs, devices, address spaces, character devices, memory."""
+"""What the machine is made of: vCPUs, devices, address spaces, memory."""
 
 from __future__ import annotations
 
+import os
+
+from pyvmm._native import ffi
 from pyvmm.monitor.registry import Argument, Command, Context
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from pyvmm.monitor.registry import Shape
 
 _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr")
 _GPRS = (
@@ -64,18 +69,6 @@ def _collect_registers(vcpu: Any) -> dict[str, Any]:
     found |= {"dr6": debug.dr6, "dr7": debug.dr7, "halted": halted}
     found["xsave"] = vcpu.get_xsave()[:512].hex()
     return found
-
-
-def query_chardev(context: Context) -> list[dict[str, Any]]:
-    """The character devices."""
-    return [
-        {
-            "label": label,
-            "filename": chardev.filename,
-            "frontend-open": chardev.frontend is not None,
-        }
-        for label, chardev in context.machine.chardevs.items()
-    ]
 
 
 def query_memdev(context: Context) -> list[dict[str, Any]]:
@@ -138,15 +131,80 @@ def query_qtree(context: Context) -> list[dict[str, Any]]:
     ]
 
 
+def query_ramblock(context: Context) -> list[dict[str, Any]]:
+    """The blocks of host memory and where they are mapped in this process, in bytes."""
+    found = []
+    offset = 0
+    for backend in context.machine.backends:
+        found.append(
+            {
+                "name": backend.id,
+                "page-size": os.sysconf("SC_PAGE_SIZE"),
+                "offset": offset,
+                "size": backend.size,
+                "host-address": int(ffi.cast("uintptr_t", ffi.from_buffer(backend.view))),
+                "readonly": False,
+            }
+        )
+        offset += backend.size
+    return found
+
+
+_CPU: Shape = {
+    "thread-id": "int",
+    "qom-path": "str",
+    "cpu-index": "int",
+    "target": "str",
+    "model": "str",
+}
+_MEMDEV: Shape = {
+    "id": "str",
+    "size": "int",
+    "merge": "bool",
+    "dump": "bool",
+    "prealloc": "bool",
+    "share": "bool",
+    "host-nodes": ["int"],
+    "policy": ("default",),
+}
+_RAMBLOCK: Shape = {
+    "name": "str",
+    "page-size": "int",
+    "offset": "int",
+    "size": "int",
+    "host-address": "int",
+    "readonly": "bool",
+}
+_REGION: Shape = {
+    "start": "int",
+    "size": "int",
+    "name": "str",
+    "type": ("ram", "rom", "i/o"),
+    "*backend": "str",
+    "*offset": "int",
+}
+
 COMMANDS = (
-    Command("query-cpus-fast", query_cpus_fast),
+    Command("query-cpus-fast", query_cpus_fast, returns=[_CPU]),
     Command(
         "x-query-registers",
         query_registers,
         Argument("cpu-index", "integer", "which vCPU; by default the first", optional=True),
+        returns="any",
     ),
-    Command("query-chardev", query_chardev),
-    Command("query-memdev", query_memdev),
-    Command("x-query-mtree", query_mtree),
-    Command("x-query-qtree", query_qtree),
+    Command("query-memdev", query_memdev, returns=[_MEMDEV]),
+    Command("x-query-ramblock", query_ramblock, returns=[_RAMBLOCK]),
+    Command(
+        "x-query-mtree",
+        query_mtree,
+        returns={
+            "address-spaces": [{"name": "str", "size": "int", "regions": [_REGION]}],
+            "memory-regions": [{"name": "str", "size": "int"}],
+        },
+    ),
+    Command(
+        "x-query-qtree",
+        query_qtree,
+        returns=[{"type": "str", "id": "str", "properties": "any"}],
+    ),
 )

@@ -26,5 +26,6 @@ COMMANDS = (
         human_monitor_command,
         Argument("command-line", "string", "as typed at the prompt"),
         Argument("cpu-index", "integer", "whose registers and memory it means", optional=True),
+        returns="str",
     ),
 )

@@ -87,8 +87,9 @@ COMMANDS = (
         Argument("size", "integer", f"bytes, at most {MAX_DUMP}"),
         Argument("physical", "boolean", "the address is guest-physical", optional=True),
         Argument("cpu-index", "integer", "whose page tables to use", optional=True),
+        returns="str",
     ),
-    Command("x-read-port", read_port, *_PORT, in_migrate=False),
+    Command("x-read-port", read_port, *_PORT, in_migrate=False, returns="int"),
     Command(
         "x-write-port",
         write_port,

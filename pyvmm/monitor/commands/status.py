@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pyvmm import __version__
+from pyvmm.core import runstate
 from pyvmm.monitor.registry import Command, Context
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from pyvmm.monitor.registry import Shape
 
 
 def query_status(context: Context) -> dict[str, Any]:
@@ -41,6 +44,13 @@ def query_commands(context: Context) -> list[dict[str, Any]]:
     return [{"name": name} for name in context.registry.commands]
 
 
+def query_qmp_schema(context: Context) -> list[dict[str, Any]]:
+    """All commands and events with their types, in QEMU's introspection form."""
+    from pyvmm.monitor.qmp import schema
+
+    return schema.describe(context.registry.commands.values())
+
+
 def stop(context: Context) -> None:
     """Pause the guest."""
     context.machine.stop()
@@ -66,15 +76,26 @@ def quit(context: Context) -> None:
     context.machine.quit(0, reason="host-qmp-quit")
 
 
+_VERSION: Shape = {
+    "qemu": {"major": "int", "minor": "int", "micro": "int"},
+    "package": "str",
+}
+
 COMMANDS = (
-    Command("query-status", query_status),
-    Command("query-version", query_version),
-    Command("query-name", query_name),
-    Command("query-kvm", query_kvm),
-    Command("query-commands", query_commands),
+    Command(
+        "query-status",
+        query_status,
+        returns={"status": tuple(runstate.TRANSITIONS), "running": "bool"},
+        oob=True,
+    ),
+    Command("query-version", query_version, returns=_VERSION),
+    Command("query-name", query_name, returns={"*name": "str"}),
+    Command("query-kvm", query_kvm, returns={"enabled": "bool", "present": "bool"}),
+    Command("query-commands", query_commands, returns=[{"name": "str"}]),
+    Command("query-qmp-schema", query_qmp_schema, returns=["any"]),
     Command("stop", stop),
     Command("cont", cont),
     Command("system_reset", system_reset),
     Command("system_powerdown", system_powerdown),
-    Command("quit", quit),
+    Command("quit", quit, oob=True),
 )

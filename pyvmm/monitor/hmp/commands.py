@@ -134,12 +134,14 @@ def _print(_monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
     return render.number(arguments["val"], kind) + "\n"
 
 
-def _port_size(arguments: Arguments) -> int:
-    return min(arguments["fmt"].size or 4, 4)
+def _port_size(monitor: Interpreter, arguments: Arguments) -> int:
+    # As in QEMU: the size of the last x, xp, i or o goes on, and 8 bytes are none for a port.
+    monitor.dump_size = arguments["fmt"].size or monitor.dump_size
+    return monitor.dump_size if monitor.dump_size <= 4 else 1
 
 
 def _input(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
-    size, port = _port_size(arguments), arguments["addr"] & 0xFFFF
+    size, port = _port_size(monitor, arguments), arguments["addr"] & 0xFFFF
     if arguments["index"] is not None:
         write = {"port": port, "size": 1, "value": arguments["index"] & 0xFF}
         monitor.context.execute("x-write-port", write)
@@ -152,7 +154,7 @@ def _input(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
 def _output(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
     write = {
         "port": arguments["addr"] & 0xFFFF,
-        "size": _port_size(arguments),
+        "size": _port_size(monitor, arguments),
         "value": arguments["val"],
     }
     monitor.context.execute("x-write-port", write)
@@ -224,7 +226,9 @@ def _set_capability(monitor: Interpreter, _reply: Reply, arguments: Arguments) -
 
 def _info_migrate(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
     text = render.migrate(monitor.context.execute("query-migrate"))
-    return text + render.MIGRATE_GLOBALS if arguments["all"] else text
+    if arguments["all"]:
+        text += render.migrate_globals(monitor.context.machine.config.only_migratable)
+    return text
 
 
 def _info_parameters(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
@@ -296,6 +300,13 @@ _INFO = (
         _shown("x-query-qtree", render.qtree),
     ),
     HumanCommand(
+        "ramblock",
+        "",
+        "",
+        "show the blocks of memory and where pyvmm has them",
+        _shown("x-query-ramblock", render.ramblock),
+    ),
+    HumanCommand(
         "registers",
         "all:-a,vcpu:i?",
         "[-a|vcpu]",
@@ -326,8 +337,8 @@ _COMMANDS = (
     HumanCommand("help|?", "name:S?", "[command]", "show all commands, or one", _help),
     HumanCommand(
         "i",
-        "fmt:/,addr:i,index:i?",
-        "/fmt addr [index]",
+        "fmt:/,addr:i,index:i.",
+        "/fmt addr [.index]",
         "read from a port (/b, /h or /w: 1, 2 or 4 bytes; an index is written to it first)",
         _input,
     ),

@@ -20,12 +20,13 @@ import threading  # noqa: F401
 from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, RESIZED, Outbox
 from pyvmm.core.threads import Lock, report_crash, spawn
 from pyvmm.errors import VmStateError
-from pyvmm.monitor.frontend import MonitorFrontend
+from pyvmm.monitor.frontend import MonitorFrontend, take_failure
 from pyvmm.monitor.hmp.interpreter import Interpreter
 from pyvmm.monitor.hmp.lines import (
     BANNER,
     GREETED,
     MAX_LINE,
+    OWES_PROMPT,
     PROMPT,
     LineMonitor,
     MonitorState,
@@ -61,8 +62,13 @@ class Console(MonitorFrontend):
         self.outbox = Outbox(chardev)
         #: What stands behind the prompt, as the editor last said.
         self.text = ""
+        #: Where the cursor stands in it.
+        self.cursor = 0
         #: The line was entered, but the main loop does not run it yet.
         self.entered = False
+        # The main loop runs the line, and its command has not finished.
+        self._waiting = False
+        self._owes_reply = False
         self._typed = bytearray()
         self._lock = Lock()
         self._prompt: Prompt | None = None
@@ -92,6 +98,9 @@ class Console(MonitorFrontend):
                 self._forget_user()
             self._open = True
             self.outbox.flush()
+            if self._owes_reply:
+                self._owes_reply = False
+                self.outbox.send(encode(take_failure(self.context.migration)))
         elif event == CLOSED:
             self._forget_user()
             self._open = False
@@ -135,8 +144,9 @@ class Console(MonitorFrontend):
             text,
             typed[:MAX_LINE],
             self.outbox.pending(),
-            GREETED * self._greeted,
+            GREETED * self._greeted | OWES_PROMPT * self._waiting,
             self.context.cpu_index,
+            min(self.cursor, len(self.text)),
         ).pack()
 
     def load_state(self, state: bytes) -> None:
@@ -145,6 +155,8 @@ class Console(MonitorFrontend):
             raise VmStateError("monitor", f"there is no CPU #{old.cpu_index}")
         self.context.cpu_index = old.cpu_index
         self.text = old.line.decode("utf-8", "replace")
+        self.cursor = min(old.cursor, len(self.text))
+        self._owes_reply = bool(old.flags & OWES_PROMPT)
         self._typed[:] = old.input
         self._greeted = bool(old.flags & GREETED)
         if old.output:
@@ -175,7 +187,12 @@ class Console(MonitorFrontend):
         def start() -> None:
             self.text = ""
             self.entered = False
-            self.interpreter.execute(line, done)
+            self._waiting = True
+            self.interpreter.execute(line, finish)
+
+        def finish(output: str) -> None:
+            self._waiting = False
+            done(output)
 
         self.context.machine.loop.call_soon(start)
 
@@ -186,7 +203,7 @@ class Console(MonitorFrontend):
             self._typed.clear()
         self.outbox.clear()
         self.text = ""
-        self.entered = False
+        self.entered = self._waiting = self._owes_reply = False
         self._greeted = False
 
     def _refresh(self, timeout_s: float) -> None:

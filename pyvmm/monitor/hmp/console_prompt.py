@@ -15,6 +15,7 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
+from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
@@ -76,7 +77,9 @@ class Prompt:
             output=self._output,
         )
         self._session.app.terminal_size_polling_interval = None
-        self._session.default_buffer.on_text_changed += lambda buffer: self._note(buffer.text)
+        buffer = self._session.default_buffer
+        buffer.on_text_changed += self._note
+        buffer.on_cursor_position_changed += self._note
 
     # ---- called by the main loop ----------------------------------------------------------
 
@@ -141,7 +144,10 @@ class Prompt:
             output.write_raw(ERASE_LINE)
         try:
             text = await self._session.prompt_async(
-                default=self._console.text, handle_sigint=False, set_exception_handler=False
+                default=self._console.text,
+                pre_run=self._place_cursor(),
+                handle_sigint=False,
+                set_exception_handler=False,
             )
         except EOFError:
             self._print(_HINT)
@@ -160,10 +166,20 @@ class Prompt:
         self._console.run(line, lambda text: self._call(lambda: future.set_result(text)))
         return await future
 
-    def _note(self, text: str) -> None:
+    def _place_cursor(self) -> Callable[[], None]:
+        # Read now: the buffer's default text puts the cursor behind it, which is noted, too.
+        position = self._console.cursor
+
+        def place() -> None:
+            buffer = self._session.default_buffer
+            buffer.cursor_position = min(position, len(buffer.text))
+
+        return place
+
+    def _note(self, buffer: Buffer) -> None:
         # Emptying the buffer for the next prompt is not something that was typed.
         if not self._session.app.is_done:
-            self._console.text = text
+            self._console.text, self._console.cursor = buffer.text, buffer.cursor_position
 
     def _print(self, text: str) -> None:
         self._console.outbox.send(encode(text))

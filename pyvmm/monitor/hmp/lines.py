@@ -15,7 +15,7 @@ import struct
 from pyvmm import __version__
 from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, Outbox
 from pyvmm.errors import VmStateError
-from pyvmm.monitor.frontend import MonitorFrontend
+from pyvmm.monitor.frontend import MonitorFrontend, take_failure
 from pyvmm.monitor.hmp.interpreter import Interpreter
 
 TYPE_CHECKING = False
@@ -27,11 +27,11 @@ PROMPT = "(pyvmm) "
 BANNER = f"pyvmm {__version__} monitor - type 'help' for more information\n"
 MAX_LINE = 4096
 
-# What a live update carries over: version, flags, current CPU; each of the three texts follows
-# behind its length.
-_HEAD = struct.Struct(">BBH3I")
-_VERSION = 1
-_OWES_PROMPT, _OVERLONG, _AFTER_CR, GREETED = 1, 2, 4, 8
+# What a live update carries over: version, flags, current CPU, place of the cursor in the line;
+# then the lengths of the three texts that follow.
+_HEAD = struct.Struct(">BBHH3I")
+_VERSION = 2
+OWES_PROMPT, _OVERLONG, _AFTER_CR, GREETED = 1, 2, 4, 8
 _ALL_FLAGS = 15
 _MAX_OUTPUT = 1 << 20
 
@@ -45,10 +45,10 @@ class MonitorState:
     """What a monitor carries over a live update.
 
     ``line`` is what is typed but not entered, ``input`` what is taken but not looked at,
-    ``output`` what is not written yet.
+    ``output`` what is not written yet. ``cursor`` counts characters of the line.
     """
 
-    __slots__ = ("cpu_index", "flags", "input", "line", "output")
+    __slots__ = ("cpu_index", "cursor", "flags", "input", "line", "output")
 
     def __init__(
         self,
@@ -57,17 +57,19 @@ class MonitorState:
         output: bytes = b"",
         flags: int = 0,
         cpu_index: int = 0,
+        cursor: int = 0,
     ) -> None:
         self.line = line
         self.input = input
         self.output = output
         self.flags = flags
         self.cpu_index = cpu_index
+        self.cursor = cursor
 
     def pack(self) -> bytes:
         """As bytes."""
         texts = (self.line, self.input, self.output)
-        head = _HEAD.pack(_VERSION, self.flags, self.cpu_index, *map(len, texts))
+        head = _HEAD.pack(_VERSION, self.flags, self.cpu_index, self.cursor, *map(len, texts))
         return head + b"".join(texts)
 
     @classmethod
@@ -78,7 +80,7 @@ class MonitorState:
         """
         if len(state) < _HEAD.size:
             raise VmStateError("monitor", f"{len(state)} bytes are too few")
-        version, flags, cpu_index, *sizes = _HEAD.unpack_from(state)
+        version, flags, cpu_index, cursor, *sizes = _HEAD.unpack_from(state)
         if version != _VERSION:
             raise VmStateError("monitor", f"version {version} is not known")
         if flags & ~_ALL_FLAGS:
@@ -93,7 +95,7 @@ class MonitorState:
             texts.append(state[at : at + size])
             at += size
         line, input, output = texts
-        return cls(line, input, output, flags, cpu_index)
+        return cls(line, input, output, flags, cpu_index, cursor)
 
 
 class LineMonitor(MonitorFrontend):
@@ -149,7 +151,7 @@ class LineMonitor(MonitorFrontend):
 
     def save_state(self) -> bytes:
         flags = (
-            _OWES_PROMPT * (self._busy or self._owes_prompt)
+            OWES_PROMPT * (self._busy or self._owes_prompt)
             | _OVERLONG * self._overlong
             | _AFTER_CR * self._after_cr
             | GREETED * self._greeted
@@ -160,6 +162,7 @@ class LineMonitor(MonitorFrontend):
             self._outbox.pending(),
             flags,
             self.context.cpu_index,
+            len(self._line.decode("utf-8", "surrogateescape")),
         ).pack()
 
     def load_state(self, state: bytes) -> None:
@@ -171,7 +174,7 @@ class LineMonitor(MonitorFrontend):
         self._input[:] = old.input
         self._overlong = bool(old.flags & _OVERLONG)
         self._after_cr = bool(old.flags & _AFTER_CR)
-        self._owes_prompt = bool(old.flags & _OWES_PROMPT)
+        self._owes_prompt = bool(old.flags & OWES_PROMPT)
         self._greeted = bool(old.flags & GREETED)
         if old.output:
             self._outbox.send(old.output)
@@ -183,6 +186,8 @@ class LineMonitor(MonitorFrontend):
         self._outbox.flush()
         # Whoever was there before the live update was greeted and has his prompt, unless the
         # command that led here still owes it.
+        if self._owes_prompt:
+            self._send(take_failure(self.context.migration))
         if self._owes_prompt or not self._greeted:
             self._show_prompt()
         self._owes_prompt = False

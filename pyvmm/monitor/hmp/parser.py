@@ -3,8 +3,9 @@
 An argument list is described as in QEMU's command tables: ``name:type`` separated by commas.
 Types: ``s`` a word (in double quotes if it holds spaces), ``S`` the rest of the line, ``i`` a
 32-bit and ``l`` a 64-bit expression, ``b`` on or off, ``/`` a dump format, ``-x`` a switch;
-``?`` behind a type makes it optional. Lines come from anybody who reaches the monitor: their
-length is bounded by the front ends, the nesting of expressions here.
+``?`` behind a type makes it optional, and so does ``.``, with a dot to be typed before it.
+Lines come from anybody who reaches the monitor: their length is bounded by the front ends, the
+nesting of expressions here.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ class Format:
 class Spec:
     """One argument of a command."""
 
-    __slots__ = ("name", "optional", "type")
+    __slots__ = ("dotted", "name", "optional", "type")
 
     def __init__(self, text: str) -> None:
         self.name, _, kind = text.partition(":")
-        self.optional = kind.endswith("?") or kind.startswith(("-", "/"))
-        self.type = kind.rstrip("?")
+        self.optional = kind.endswith(("?", ".")) or kind.startswith(("-", "/"))
+        self.dotted = kind.endswith(".")
+        self.type = kind.rstrip("?.")
 
 
 def specs(text: str) -> list[Spec]:
@@ -91,6 +93,11 @@ def parse_arguments(
         rest = rest.lstrip(_SPACE)
         if one.type[0] == "-":
             continue
+        if one.dotted:
+            if not rest.startswith("."):
+                found[one.name] = None
+                continue
+            rest = rest[1:]
         if one.type == "/":
             found[one.name], rest = _format(rest)
         elif one.optional and not rest:

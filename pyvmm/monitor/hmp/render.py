@@ -56,6 +56,19 @@ def memdev(data: list[Data]) -> str:
     )
 
 
+def ramblock(data: list[Data]) -> str:
+    """``info ramblock``."""
+    head = "PSize", "Offset", "Used", "Total", "HVA", "RO"
+    lines = ["{:>24} {:>8}  {:>18} {:>18} {:>18} {:>18} {:>3}".format("Block Name", *head)]
+    for block in data:
+        page = f"{block['page-size'] >> 10} KiB"
+        sizes = (block["offset"], block["size"], block["size"], block["host-address"])
+        numbers = " ".join(f"{number:#018x}" for number in sizes)
+        access = "ro" if block["readonly"] else "rw"
+        lines.append(f"{block['name']:>24} {page:>8}  {numbers} {access:>3}")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def mtree(data: Data) -> str:
     """``info mtree``: address spaces first, then what aliases in them refer to."""
     lines = []
@@ -129,16 +142,17 @@ def migrate(data: Data) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-MIGRATE_GLOBALS = (
-    "Globals:\n"
-    "  store-global-state: on\n"
-    "  only-migratable: off\n"
-    "  send-configuration: on\n"
-    "  send-section-footer: on\n"
-    "  send-switchover-start: on\n"
-    "  clear-bitmap-shift: 18\n"
-)
-"""What ``info migrate -a`` adds."""
+def migrate_globals(only_migratable: bool) -> str:
+    """What ``info migrate -a`` adds."""
+    return (
+        "Globals:\n"
+        "  store-global-state: on\n"
+        f"  only-migratable: {switch(only_migratable)}\n"
+        "  send-configuration: on\n"
+        "  send-section-footer: on\n"
+        "  send-switchover-start: on\n"
+        "  clear-bitmap-shift: 18\n"
+    )
 
 
 def switch(value: bool) -> str:

@@ -47,9 +47,16 @@ class Splitter:
 
         :raises ProtocolError: too large or too deep; the rest of its line will be skipped
         """
-        for at, byte in enumerate(self._input):
+        at = 0
+        while at < len(self._input):
+            if self.skipping:
+                at = self._input.find(b"\n", at) + 1 or len(self._input)
+                self.skipping = self._input[at - 1] != 0x0A
+                continue
+            byte = self._input[at]
+            at += 1
             if self._take(byte):
-                del self._input[: at + 1]
+                del self._input[:at]
                 message = bytes(self.partial)
                 self._reset()
                 return message
@@ -62,9 +69,6 @@ class Splitter:
 
     def _take(self, byte: int) -> bool:
         """Look at one byte; whether a message ends with it."""
-        if self.skipping:
-            self.skipping = byte != 0x0A
-            return False
         if not self.partial and byte in _SPACE:
             return False
         if byte == 0x0A and (self._in_string or self._depth == 0):
@@ -87,7 +91,7 @@ class Splitter:
         return False
 
     def _fail(self, at: int, problem: str) -> None:
-        del self._input[: at + 1]
+        del self._input[:at]
         self._reset()
         self.skipping = True
         raise ProtocolError(problem)

@@ -5,6 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyvmm import __version__
+from pyvmm.chardev.config import parse_chardev
 from pyvmm.core.runstate import INTERNAL_ERROR, POSTMIGRATE
 from pyvmm.monitor.hmp.commands import COMMANDS, INFO
 from pyvmm.monitor.hmp.interpreter import Interpreter
@@ -65,8 +66,8 @@ def test_small_queries(run, machine):
 
 
 def test_chardevs(run, machine):
-    machine.chardevs["serial0"] = type("C", (), {"filename": "file", "frontend": None})
-    assert run("info chardev") == "serial0: filename=file\n"
+    machine.chardevs.create(parse_chardev("null,id=serial0"))
+    assert run("info chardev") == "serial0: filename=null\n"
 
 
 def test_memdev(run):
@@ -166,7 +167,7 @@ def test_ports(run, machine):
     assert run("i /h 0x80") == "portw[0x0080] = 0xffff\n"
     assert run("o /b 0x3f8 0x141") == ""
     assert machine.port_recorder.writes == [(0, 1, 0x41)]
-    assert run("i /b 0x3fc 3") == "portb[0x03fd] = 0x60\n"
+    assert run("i /b 0x3fc .3") == "portb[0x03fd] = 0x60\n"
     assert machine.port_recorder.writes[-1] == (4, 1, 3)
     assert run("o /w 0xffff 1") == "Error: No port access of 4 bytes at 0xffff is possible\n"
 

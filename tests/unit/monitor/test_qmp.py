@@ -70,12 +70,15 @@ def test_greeting_and_negotiation(context):
     assert ".".join(str(version["qemu"][part]) for part in ("major", "minor", "micro")) == (
         __version__
     )
-    assert hello["QMP"]["capabilities"] == []
+    assert hello["QMP"]["capabilities"] == ["oob"]
     assert client.execute("query-status") == [
         error("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
     ]
-    assert client.execute("qmp_capabilities", enable=["oob"]) == [
-        error("Capability oob not available")
+    assert client.execute("qmp_capabilities", enable=["nope"]) == [
+        error("Parameter 'enable[0]' does not accept value 'nope'")
+    ]
+    assert client.execute("qmp_capabilities", enable=[1]) == [
+        error("Invalid parameter type for 'enable[0]', expected: string")
     ]
     assert client.execute("qmp_capabilities") == [{"return": {}}]
     assert client.execute("qmp_capabilities") == [
@@ -291,12 +294,26 @@ def test_a_reply_that_was_not_read_lives_through_an_update(client):
     assert first + rest == (b'{"return": {"enabled": true, "present": true}}\r\n{"return": {}}\r\n')
 
 
-def test_a_client_that_was_told_of_the_stop_is_told_of_the_resume(client):
-    client.context.machine.emit("STOP")  # by the update; the new image has resumed already
-    client.heard()
-    new = client.after_exec()
-    assert [event["event"] for event in new.heard()] == ["RESUME"]
-    assert new.after_exec().heard() == []
+def test_a_client_is_told_what_happened_before_the_new_image_had_monitors(client):
+    client.context.migration.missed = [
+        ("RESUME", None, 1_500_000_000_123_456_789),
+        ("MIGRATION", {"status": "completed"}, 1_500_000_000_200_000_000),
+    ]
+    assert client.after_exec().heard() == [
+        {"timestamp": {"seconds": 1_500_000_000, "microseconds": 123_456}, "event": "RESUME"},
+        {
+            "timestamp": {"seconds": 1_500_000_000, "microseconds": 200_000},
+            "event": "MIGRATION",
+            "data": {"status": "completed"},
+        },
+    ]
+    assert len(Client(client.context).greeting) == 1  # a new client is told nothing
+
+
+def test_a_client_that_had_not_negotiated_is_told_nothing(context):
+    client = Client(context, negotiate=False)
+    context.migration.missed = [("RESUME", None, 1)]
+    assert client.after_exec().heard() == []
 
 
 def test_what_is_sent_back_is_bounded(context):
@@ -309,18 +326,18 @@ def test_what_is_sent_back_is_bounded(context):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 2), st.binary(max_size=64))
+@given(st.integers(1, 3), st.binary(max_size=64))
 def test_impossible_state_is_refused(context, version, data):
     client = Client(context)
     try:
         client.session.load_state(bytes((version,)) + data)
     except VmStateError:
         return
-    assert version == 1
+    assert version == 2
     client.after_exec()
 
 
-@pytest.mark.parametrize("size", [0, 13])
+@pytest.mark.parametrize("size", [0, 17])
 def test_state_of_another_version_is_refused(client, size):
     with pytest.raises(VmStateError):
-        client.session.load_state(b"\x02" + bytes(size))
+        client.session.load_state(b"\x01" + bytes(size))
