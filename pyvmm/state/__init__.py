@@ -44,12 +44,15 @@ def main(argv: list[str]) -> int:
         if argv[at:] and words.verb != "check":
             raise ConfigError(f"pyvmm state {words.verb} takes nothing behind --")
         if words.verb == "show":
-            return _show(words)
-        if words.verb == "diff":
-            return _diff(words)
-        return _check(words.file, argv[at + 1 :])
+            code = _show(words)
+        elif words.verb == "diff":
+            code = _diff(words)
+        else:
+            code = _check(words.file, argv[at + 1 :])
+        sys.stdout.flush()
+        return code
     except PyvmmError as error:
-        print(f"pyvmm: {error}", file=sys.stderr)
+        print(f"pyvmm: {show.printable(str(error))}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT
@@ -110,7 +113,8 @@ def _show(words: argparse.Namespace) -> int:
             print(line)
     if document.problem:
         sys.stdout.flush()
-        print(f"pyvmm: {words.file}: {document.problem}", file=sys.stderr)
+        problem = show.printable(f"{words.file}: {document.problem}")
+        print(f"pyvmm: {problem}", file=sys.stderr)
         return EXIT_ERROR
     return EXIT_OK
 
@@ -119,7 +123,7 @@ def _diff(words: argparse.Namespace) -> int:
     found = False
     for line in diff.compare(_read(words.a), _read(words.b), words.ignore):
         found = True
-        print(line)
+        print(show.printable(line))
     return EXIT_DIFFERENT if found else EXIT_OK
 
 
@@ -131,7 +135,7 @@ def _check(file: str, arguments: list[str]) -> int:
         raise ConfigError("the options ask for help; see pyvmm run -help") from None
     reasons = check.reasons(data, config)
     for reason in reasons:
-        print(reason)
+        print(show.printable(reason))
     if not reasons:
-        print(f"{file}: this machine would take it")
+        print(show.printable(f"{file}: this machine would take it"))
     return EXIT_DIFFERENT if reasons else EXIT_OK

@@ -22,7 +22,7 @@ _MENDS = {"kvm-vcpu": "-smp", "serial": "-serial"}
 
 def reasons(data: bytes, config: MachineConfig) -> list[str]:
     """Why the state would be refused, one line each; none if it would be taken."""
-    known = builder.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
+    own = builder.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
     try:
         outline = Outline(data)
     except VmStateError as error:
@@ -30,27 +30,29 @@ def reasons(data: bytes, config: MachineConfig) -> list[str]:
     found = []
     if outline.machine != MACHINE_TYPE:
         found.append(f"the state is of a {outline.machine} machine, this one is {MACHINE_TYPE}")
+    known = dict(own)
     found += _block_reasons(outline.blocks, config)
     found += _count_reasons(
         Counter(part.name for part in outline.parts), Counter(name for name, _ in known)
     )
     for part in outline.parts:
-        description = known.get((part.name, part.instance))
+        description = known.pop((part.name, part.instance), None)
         if description is None:
             continue  # counted above
-        source = Cursor(data[: part.end], part.start)
+        source = Cursor(data[part.start : part.end])
         source.path.append(part.key)
         try:
             description.load(source, part.version)
-            if source.at != part.end:
-                raise source.error(f"{part.end - source.at} bytes more than version {part.version}")
+            left = len(source.data) - source.at
+            if left:
+                raise source.error(f"{left} bytes more than version {part.version} has")
         except VmStateError as error:
             found.append(str(error))
     if outline.problem:
         found.append(outline.problem)
     if not found:
         try:
-            stream.read(data, lambda name, instance: known.get((name, instance)), MACHINE_TYPE)
+            stream.read(data, lambda name, instance: own.get((name, instance)), MACHINE_TYPE)
         except VmStateError as error:
             found.append(str(error))
     return found

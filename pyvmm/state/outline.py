@@ -23,6 +23,7 @@ Tree = dict[str, Value]
 
 MAX_JSON = 10 << 20
 MAX_VALUES = 1 << 20
+MAX_PARTS = 1 << 12
 MAX_DEPTH = 32
 
 # What may come behind a section's footer.
@@ -73,8 +74,16 @@ class Outline:
 
         :raises VmStateError: if it is none
         """
-        self._described = find_description(data)
-        self.is_described = self._described is not None
+        described = find_description(data)
+        self.is_described = described is not None
+        self._described = described or {}
+        devices = self._described.get("devices")
+        self._devices = {
+            (str(device.get("name")), str(device.get("instance_id"))): device
+            for device in (devices if isinstance(devices, list) else ())
+            if isinstance(device, dict)
+        }
+        self._known = known()
         self._budget = [MAX_VALUES]
         source = Cursor(data)
         self._loaded = stream.read_header(source, None)
@@ -92,7 +101,7 @@ class Outline:
         return self._loaded.blocks
 
     def _walk(self, source: Cursor) -> None:
-        configuration = (self._described or {}).get("configuration")
+        configuration = self._described.get("configuration")
         if isinstance(configuration, dict):
             Decoder(source, self._budget).subsections(configuration, 0)
         while (kind := source.u8()) != stream.EOF:
@@ -108,6 +117,8 @@ class Outline:
             else:
                 part = Part(source.string(), source.u32(), source.u32(), source.at)
                 if kind == stream.SECTION_FULL:
+                    if len(self.parts) == MAX_PARTS:
+                        raise source.error(f"more than {MAX_PARTS} sections")
                     self.parts.append(part)
                     self._read_part(source, part, section_id)
                 elif part.name == stream.RAM_NAME:
@@ -118,7 +129,8 @@ class Outline:
                 raise source.error(f"section {section_id} does not end where it should")
 
     def _read_part(self, source: Cursor, part: Part, section_id: int) -> None:
-        for described in (self._from_json(part), self._from_own(source.data, part)):
+        own = self._describe(source.data, part)
+        for described in (self._devices.get((part.name, str(part.instance))), own):
             if described is None:
                 continue
             attempt = Cursor(source.data, part.start)
@@ -141,17 +153,8 @@ class Outline:
         part.tree = {"data": source.data[part.start : end]}
         source.at = part.end = end
 
-    def _from_json(self, part: Part) -> dict[str, Any] | None:
-        devices = (self._described or {}).get("devices")
-        for device in devices if isinstance(devices, list) else ():
-            if isinstance(device, dict):
-                key = (device.get("name"), device.get("instance_id"))
-                if key == (part.name, part.instance):
-                    return device
-        return None
-
-    def _from_own(self, data: bytes, part: Part) -> dict[str, Any] | None:
-        description = known().get(part.name)
+    def _describe(self, data: bytes, part: Part) -> dict[str, Any] | None:
+        description = self._known.get(part.name)
         try:
             if description is not None:
                 record = description.load(Cursor(data, part.start), part.version)
@@ -185,15 +188,14 @@ class Decoder:
             if not isinstance(field, dict) or not isinstance(field.get("name"), str):
                 raise self._source.error("the description has a field without a name")
             name = field["name"]
-            if "array_len" in field:
-                count = _size(self._source, field, "array_len")
-                tree.setdefault(name, []).extend(self._value(field, depth) for _ in range(count))
-            elif "index" in field:
-                tree.setdefault(name, []).append(self._value(field, depth))
+            if "array_len" in field or "index" in field:
+                items = tree.setdefault(name, [])
+                if not isinstance(items, list):
+                    raise self._source.error(f"the description has {name} once and as an array")
+                count = _size(self._source, field, "array_len") if "array_len" in field else 1
+                items.extend(self._value(field, depth) for _ in range(count))
             else:
-                while name in tree:
-                    name += "'"
-                tree[name] = self._value(field, depth)
+                tree[f"{name}#{len(tree)}" if name in tree else name] = self._value(field, depth)
         return tree | self.subsections(described, depth)
 
     def subsections(self, described: dict[str, Any], depth: int) -> Tree:

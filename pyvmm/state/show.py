@@ -35,9 +35,9 @@ class Document:
 
     def lines(self, *, fold: bool) -> list[str]:
         """As text; ``fold`` shortens buffers and long arrays."""
-        lines = [self.head]
+        lines = [printable(self.head)]
         for title, tree in self.trees:
-            lines.append(title)
+            lines.append(printable(title))
             _add_lines(lines, tree, 1, fold)
         return lines
 
@@ -125,6 +125,11 @@ def text(value: Value, *, fold: bool = True) -> str:
     return f"[{items}{more}]"
 
 
+def printable(name: str) -> str:
+    """Text that may come from a file; a terminal obeys control characters."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
+
+
 def _bytes_text(value: bytes, fold: bool) -> str:
     name = value.rstrip(b"\0")
     if len(name) > 1 and name.isascii() and name.decode("ascii").isprintable():
@@ -138,14 +143,14 @@ def _bytes_text(value: bytes, fold: bool) -> str:
 
 def _add_lines(lines: list[str], tree: Tree, depth: int, fold: bool) -> None:
     for name, value in tree.items():
-        _add_value(lines, _printable(name), value, depth, fold)
+        _add_value(lines, printable(name), value, depth, fold)
 
 
 def _add_value(lines: list[str], name: str, value: Value, depth: int, fold: bool) -> None:
     indent = "  " * depth
     if isinstance(value, dict):
         if _is_flat(value):
-            inner = " ".join(f"{_printable(k)}={text(v, fold=fold)}" for k, v in value.items())
+            inner = " ".join(f"{printable(k)}={text(v, fold=fold)}" for k, v in value.items())
             if len(indent) + len(name) + len(inner) < 98:
                 lines.append(f"{indent}{name}: {inner}")
                 return
@@ -158,16 +163,11 @@ def _add_value(lines: list[str], name: str, value: Value, depth: int, fold: bool
         if len(shown) < len(value):
             lines.append(f"{indent}{name}: {len(value) - len(shown)} more (--all shows them)")
     else:
-        lines.append(f"{indent}{name}: {_printable(text(value, fold=fold))}")
+        lines.append(f"{indent}{name}: {printable(text(value, fold=fold))}")
 
 
 def _is_flat(tree: Tree) -> bool:
     return not any(isinstance(value, (dict, list, bytes)) for value in tree.values())
-
-
-def _printable(name: str) -> str:
-    # Names come from the file, and a terminal obeys control characters.
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
 
 
 def _fits(name: str, key: str, pattern: str) -> bool:
