@@ -47,6 +47,7 @@ usage: pyvmm run [OPTION...]                     run a guest (pyvmm run -help li
        pyvmm monitor NAME [COMMAND...]           talk to a VM's monitor, or run one command there
        pyvmm update [--timeout S] NAME [-- COMMAND...]
                                                  replace a VM's pyvmm by a new one, guest running
+       pyvmm state show|diff|check ...           look into state files (pyvmm state -h tells more)
        pyvmm --version                           print the version
        pyvmm --help                              print this
 
@@ -68,6 +69,10 @@ def main(argv: list[str] | None = None) -> int:
         from pyvmm import verbs
 
         return verbs.main(verb, arguments[1:])
+    if verb == "state":
+        from pyvmm import state
+
+        return state.main(arguments[1:])
     if verb in ("--version", "-version", "-V"):
         from pyvmm import __version__
 
