@@ -171,6 +171,9 @@ def serve(
     try:
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
+        # Not when an update comes: the package on disk may be another version by then.
+        from pyvmm.migration import preflight  # noqa: F401
+
         entry = publication.entry if publication else entry
         for name, index in fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")

@@ -178,10 +178,13 @@ class Migration:
     def _begin(self, argv: list[str], target: Target, done: Done) -> None:
         for reason in self.blockers():
             raise MigrationError(reason)
+        try:
+            from pyvmm.migration import preflight
+        except OSError as error:
+            raise MigrationError(f"The preflight cannot be made: {error.strerror}") from None
+        preflight.check_descriptors()
         path = program.find(argv[0])
         target.prepare()
-        from pyvmm.migration import preflight
-
         self.progress.begin()
         own = preflight.describe(self.machine.config)
 
@@ -196,6 +199,7 @@ class Migration:
                 if isinstance(result, MigrationError):
                     raise result
                 preflight.compare(own, result, target)
+                preflight.check_descriptors()
             except MigrationError as error:
                 target.discard(self.machine.fds)
                 self._fail(str(error))
@@ -388,6 +392,7 @@ class Migration:
         progress.mark("running")
         # The rest is not in the pause, and the guest does not end for want of it.
         self._try(machine.attach_devices)
+        self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
         self._try(source.release)
         failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
         if failure:

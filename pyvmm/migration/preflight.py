@@ -8,6 +8,7 @@ out at no pause. Old image: :class:`Probe`. New image: :func:`answer`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -33,6 +34,7 @@ ENVIRONMENT = "PYVMM_CPR_PROBE"  # cli looks for it, without importing this modu
 ANSWER_FD = 3
 DEADLINE_S = 20.0
 MAX_ANSWER = 1 << 20
+SPARE_FDS = 16
 
 
 def describe(config: MachineConfig) -> dict[str, Any]:
@@ -104,6 +106,27 @@ def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
             raise MigrationError(f"this machine has no device {section}, the new command does")
 
 
+def check_descriptors() -> None:
+    """See that the process can open some more files than it has open.
+
+    An image that takes over without could not even read its own modules any more.
+
+    :raises MigrationError: it cannot
+    """
+    opened: list[int] = []
+    try:
+        for _ in range(SPARE_FDS):
+            opened.append(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError as error:
+        raise MigrationError(
+            f"{error.strerror}: an update needs {SPARE_FDS} free descriptors; raise the limit "
+            "(ulimit -n)"
+        ) from None
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
 class Probe:
     """One run of a command as a probe; main loop thread.
 
@@ -121,14 +144,22 @@ class Probe:
         self._loop = loop
         self._done = done
         self._name = argv[0]
-        self._answer_fd = os.memfd_create("probe-answer", os.MFD_CLOEXEC)
-        self._error_fd = os.memfd_create("probe-stderr", os.MFD_CLOEXEC)
+        self._fds: list[int] = []
         try:
+            for name in ("answer", "stderr"):
+                self._fds.append(os.memfd_create(f"probe-{name}", os.MFD_CLOEXEC))
+            self._answer_fd, self._error_fd = self._fds
             self._pid = self._spawn(program, argv)
         except OSError as error:
             self._close()
-            raise MigrationError(f"{program} cannot be executed: {error.strerror}") from None
-        self._pid_fd = os.pidfd_open(self._pid)
+            raise MigrationError(_explain_spawn(program, error)) from None
+        try:
+            self._pid_fd = os.pidfd_open(self._pid)
+        except OSError as error:
+            self.cancel()
+            os.waitpid(self._pid, 0)
+            self._close()
+            raise MigrationError(f"The preflight cannot be made: {error.strerror}") from None
         self._timer = loop.call_later(DEADLINE_S, self._handle_deadline)
         self._late = False
         loop.add(self._pid_fd, READABLE, self._handle_exit)
@@ -197,5 +228,13 @@ class Probe:
         )
 
     def _close(self) -> None:
-        os.close(self._answer_fd)
-        os.close(self._error_fd)
+        for fd in self._fds:
+            os.close(fd)
+
+
+def _explain_spawn(program: str, error: OSError) -> str:
+    text = f"{program} cannot be executed: {error.strerror}"
+    if error.errno == errno.EPERM:
+        # Nothing else refuses an executable file that access(2) has found to be one.
+        text += "; a sandbox (seccomp) that denies execve to this process denies it updates"
+    return text

@@ -10,6 +10,8 @@ from pyvmm.vmstate.stream import MAX_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.cpr.fdstore import FdStore
 
 STATE_FD = "cpr/vmstate"
@@ -56,6 +58,10 @@ class FileTarget:
 
     def release(self) -> None:
         """The guest runs: the state is of no use any more. A file stays all the same."""
+
+    def append(self, make: Callable[[], bytes]) -> None:
+        """Add what only tools read, once the guest runs; nothing happens if it cannot be."""
+        self._uri.append(make())
 
     def matches(self, incoming: str) -> bool:
         """Whether ``-incoming`` names the same place."""
@@ -108,6 +114,9 @@ class MemoryTarget:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def append(self, make: Callable[[], bytes]) -> None:
+        """No tool sees this state."""
 
     def matches(self, incoming: str) -> bool:
         """Whether ``-incoming`` names the same place."""
