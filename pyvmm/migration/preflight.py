@@ -115,7 +115,7 @@ def check_descriptors() -> None:
     """
     opened: list[int] = []
     try:
-        for _ in range(SPARE_FDS):
+        while len(opened) < SPARE_FDS:
             opened.append(os.eventfd(0, os.EFD_CLOEXEC))
     except OSError as error:
         raise MigrationError(
