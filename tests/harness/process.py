@@ -67,6 +67,11 @@ def wait_until(condition, what, timeout=DEADLINE_S):
     return value
 
 
+def cmdline(pid):
+    """The words that the present image of a process was started with."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+
+
 def fds(pid):
     """Sorted link targets of the open descriptors, numbers that change at will masked."""
     targets = []

@@ -172,6 +172,12 @@ class Vm:
         return self._read_reply(Deadline(timeout))
 
     @property
+    def replied(self):
+        """Whether a reply (or the rest of one) is there to be read; takes what has arrived."""
+        self._receive(self._streams.values())
+        return PROMPT in self._replies
+
+    @property
     def status(self):
         """The run state, in the words of ``info status``."""
         return self.hmp("info status").removeprefix("VM status: ").strip()
@@ -179,6 +185,11 @@ class Vm:
     def wait_status(self, status, timeout=DEADLINE_S):
         """Wait for a run state that comes by itself."""
         process.wait_until(lambda: self.status == status, f"status {status}", timeout)
+
+    def hmp_quit(self):
+        """``quit``, which has no reply; the exit code."""
+        self.hmp_send("quit")
+        return self.wait_exit()
 
     # ---- live update -----------------------------------------------------------------------
 
@@ -212,9 +223,8 @@ class Vm:
 
     @property
     def cmdline(self):
-        """The words that the present image was started with."""
-        data = Path(f"/proc/{self.pid}/cmdline").read_bytes()
-        return data.decode().rstrip("\0").split("\0")
+        """See :func:`harness.process.cmdline`."""
+        return process.cmdline(self.pid)
 
     def kill(self, number=signal.SIGTERM):
         """Send a signal."""

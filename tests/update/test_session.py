@@ -1,0 +1,205 @@
+"""The session of the manual, typed at a real terminal."""
+
+import os
+import re
+import shlex
+import signal
+import termios
+
+import pexpect
+import pyte
+import pytest
+from harness import DEADLINE_S, process, pyvmm, wait_until
+
+PROMPT = r"\(pyvmm\)\Z"
+
+
+class Terminal:
+    """``pyvmm run`` on a pseudo terminal, and what a person would see there."""
+
+    def __init__(self, folder, *options, term="xterm", columns=100, lines=40):
+        self.argv = [pyvmm(), "run", *options]
+        self.screen = pyte.HistoryScreen(columns, lines, history=2000)
+        self._stream = pyte.ByteStream(self.screen)
+        self.raw = b""
+        self.child = pexpect.spawn(
+            self.argv[0],
+            self.argv[1:],
+            cwd=str(folder),
+            env=process.environment(TERM=term),
+            dimensions=(lines, columns),
+            timeout=DEADLINE_S,
+            echo=True,
+        )
+        self.child.delaybeforesend = None
+        self.pid = self.child.pid
+        self.modes = termios.tcgetattr(self.child.child_fd)
+
+    def take(self):
+        """Show what has arrived; answer what the program asks the terminal."""
+        try:
+            data = self.child.read_nonblocking(65536, timeout=0.02)
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            return False
+        self.raw += data
+        self._stream.feed(data)
+        for _ in range(data.count(b"\x1b[6n")):
+            line, column = self.screen.cursor.y + 1, self.screen.cursor.x + 1
+            self.child.send(f"\x1b[{line};{column}R")
+        return True
+
+    @property
+    def text(self):
+        """All lines, those scrolled out at the top first."""
+        above = [
+            "".join(line[column].data for column in range(self.screen.columns)).rstrip()
+            for line in self.screen.history.top
+        ]
+        return "\n".join([*above, *(line.rstrip() for line in self.screen.display)]).rstrip()
+
+    def wait(self, condition, what):
+        """Wait until ``condition()``, showing what arrives meanwhile; its value."""
+
+        def check():
+            self.take()
+            return condition()
+
+        try:
+            return wait_until(check, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.text}") from None
+
+    def expect(self, pattern):
+        """Wait until what is to be seen matches."""
+        self.wait(lambda: re.search(pattern, self.text, re.M), repr(pattern))
+
+    def command(self, line, output=""):
+        """Type a command at the prompt; wait for its output and the next prompt."""
+        before = self.text.count("(pyvmm)")
+        self.child.send(line + "\r")
+        self.wait(lambda: self.text.count("(pyvmm)") > before, f"a prompt after {line}")
+        shown = self.text.split("(pyvmm)")[before]
+        assert re.fullmatch(rf" {re.escape(line)}\n{output}(?s:.*)", shown), self.text
+
+    def close(self):
+        self.child.close(force=True)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    terminals = []
+
+    def start(*options, **arguments):
+        terminals.append(Terminal(tmp_path, *options, **arguments))
+        return terminals[-1]
+
+    yield start
+    for each in terminals:
+        each.close()
+
+
+def ticks(path):
+    return [int(tick) for tick in re.findall(r"tick (\d+)\r", path.read_bytes().decode())]
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_the_session(terminal, tmp_path, term):
+    """Line by line; the guest's ticks go to a file and are contiguous in the end."""
+    ram = tmp_path / "ram0"
+    options = [
+        *("-monitor", "stdio"),
+        *("-object", f"memory-backend-file,id=ram0,size=4G,mem-path={ram},share=on"),
+        *("-m", "4G", "-machine", "anon-alloc=memfd"),
+        *("-chardev", f"file,id=log,path={tmp_path}/log,append=on", "-serial", "chardev:log"),
+        *("-append", "ticker period=10"),
+    ]
+    screen = terminal(*options, term=term, columns=1000)
+    log = tmp_path / "log"
+    screen.expect(PROMPT)
+    screen.wait(lambda: log.exists() and ticks(log), "the guest's first tick")
+    pid, inode = screen.pid, ram.stat().st_ino
+    for _ in range(3):
+        screen.command("info status", "VM status: running")
+        screen.command("migrate_set_parameter mode cpr-exec")
+        command = shlex.join([*screen.argv, "-incoming", "file:vm.state"])
+        screen.command(f"migrate_set_parameter cpr-exec-command {command}")
+        count = len(ticks(log))
+        screen.command("migrate -d file:vm.state")
+        screen.wait(lambda: process.cmdline(pid)[-1] == "file:vm.state", "the new image")
+        screen.expect(PROMPT)
+        screen.command("info status", "VM status: running")
+        screen.expect(PROMPT)
+        screen.wait(lambda: len(ticks(log)) > count + 2, "more ticks")  # noqa: B023
+    assert ram.stat().st_ino == inode
+    assert ticks(log) == list(range(1, len(ticks(log)) + 1))
+    screen.child.send("quit\r")
+    screen.child.expect(pexpect.EOF)
+    screen.child.wait()
+    assert (screen.child.exitstatus, screen.child.signalstatus) == (0, None)
+
+
+def test_console_and_monitor_on_one_terminal(terminal):
+    """No options at all: mon:stdio, Ctrl-a c, and an update between them."""
+    screen = terminal("-m", "64M")
+    screen.expect("guest> ?\\Z")
+    screen.child.send("echo one\r")
+    screen.expect("^one\nguest> ?\\Z")
+    screen.child.send("\x01c")
+    screen.expect(PROMPT)
+    screen.command("info status", "VM status: running")
+    for _ in range(2):
+        screen.command("update")
+        screen.command("info migrate", "Status: \\s*completed")
+    screen.child.send("\x01c")
+    screen.child.send("echo two\r")
+    screen.expect("^two\nguest> ?\\Z")
+    screen.child.send("\x01h")
+    screen.expect("Ctrl-a x +quit")
+    screen.child.send("\x01x")
+    screen.child.expect(pexpect.EOF)
+    screen.child.wait()
+    assert screen.child.exitstatus == 0
+
+
+def test_update_while_the_console_has_the_terminal(terminal, tmp_path):
+    screen = terminal("-m", "64M", "-chardev", "socket,id=m,path=m.sock,server=on,wait=off",
+                      "-mon", "m", "-serial", "mon:stdio")  # fmt: skip
+    screen.expect("guest> ?\\Z")
+    screen.child.send("echo be")
+    screen.expect("guest> echo be\\Z")
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(DEADLINE_S)
+        monitor.connect(str(tmp_path / "m.sock"))
+        monitor.sendall(b"update\n")
+        data = b""
+        while data.count(b"(pyvmm) ") < 2:
+            data += monitor.recv(4096)
+    assert b"Error" not in data
+    screen.child.send("fore and after\r")
+    screen.expect("^before and after\nguest> ?\\Z")
+
+
+@pytest.mark.parametrize("end", ["quit", "SIGTERM", "poweroff"])
+def test_terminal_is_as_it_was_in_the_end(terminal, end):
+    screen = terminal("-m", "64M")
+    before = screen.modes
+    screen.expect("guest> ?\\Z")
+    screen.child.send("\x01c")
+    screen.expect(PROMPT)
+    screen.command("update")
+    assert termios.tcgetattr(screen.child.child_fd) != before
+    # The other side stays open: the terminal outlives what runs on it.
+    keep = os.open(os.ttyname(screen.child.child_fd), os.O_RDWR | os.O_NOCTTY)
+    try:
+        if end == "quit":
+            screen.child.send("quit\r")
+        elif end == "SIGTERM":
+            os.kill(screen.pid, signal.SIGTERM)
+        else:
+            screen.child.send("\x01cpoweroff\r")
+        screen.wait(lambda: not screen.child.isalive(), "the end")
+        assert termios.tcgetattr(keep) == before
+    finally:
+        os.close(keep)
