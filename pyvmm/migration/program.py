@@ -32,8 +32,13 @@ def find(name: str) -> str:
 
 def _check_interpreter(path: str) -> None:
     # execve of a script whose interpreter is missing fails only then.
-    with open(path, "rb") as file:
-        head = file.read(256)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except PermissionError:
+        return  # may be executed and not read
+    except OSError as error:
+        raise MigrationError(f"{path}: {error.strerror}") from None
     if head[:2] == b"#!":
         words = head[2:].split(b"\n")[0].split()
         if not words or not os.access(words[0], os.X_OK):
