@@ -566,7 +566,7 @@ def load(port, data):
 def test_shift_register_of_another_writer_is_sent_first(make_port, encode):
     new = make_port()
     data = encode(busy(make_port, 1).uart)
-    load(new, data + b"\x05\x0aserial/tsr\0\0\0\1" + b"\0\0\0\1" + b"?" + b"!")
+    load(new, add_tsr(bytearray(data), b"?!"))
     new.uart.resume()
     assert new.sent() == b"!out"
 
@@ -579,6 +579,13 @@ def test_fifo_that_wraps_around(make_port, encode):
     data[at + 16 : at + 20] = (13).to_bytes(4, "big")
     load(new, bytes(data))
     assert new.drain() == b"input\0"
+
+
+def add_tsr(data, registers):
+    """The state with serial/tsr, whose place is before the FIFOs."""
+    at = data.index(b"\x05\x10serial/recv_fifo")
+    data[at:at] = b"\x05\x0aserial/tsr" + b"\0\0\0\1" * 2 + registers
+    return bytes(data)
 
 
 def recv(data, num, head=0):
@@ -603,7 +610,7 @@ def poke(at, value):
         (poke(7, 0x10), "said to be empty"),
         (poke(7, 0x31), "said to be empty"),
         (lambda data: data.extend(b"\x05\x0bserial/poll\0\0\0\1"), "unknown"),
-        (lambda data: data.extend(b"\x05\x0aserial/tsr\0\0\0\1\0\0\0\1??"), None),
+        (lambda data: add_tsr(data, b"??"), None),
     ],
 )
 def test_impossible_state_is_refused(make_port, encode, damage, problem):
