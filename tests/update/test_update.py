@@ -1,0 +1,436 @@
+"""Live update as its users see it: what goes on, what stays, and what may cross its way."""
+
+import mmap
+import os
+import re
+import shlex
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from harness import guests, pyvmm, run_cli, wait_until
+
+COUNTER = 0x200000
+STATE = "file:vm.state"
+
+
+class Watcher:
+    """Maps guest RAM and looks, in a thread, whether the counter ever goes back."""
+
+    def __init__(self, path):
+        with open(path, "r+b") as file:
+            self.inode = os.fstat(file.fileno()).st_ino
+            self._ram = mmap.mmap(file.fileno(), 0)
+        self.back = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+
+    @property
+    def value(self):
+        return int.from_bytes(self._ram[COUNTER : COUNTER + 8], "little")
+
+    def _watch(self):
+        last = self.value
+        while not self._stop.is_set():
+            now = self.value
+            if now < last:
+                self.back.append((last, now))
+            last = now
+            self._stop.wait(0.0005)
+
+    def close(self):
+        self._stop.set()
+        self._thread.join()
+        self._ram.close()
+
+
+def memfd(machine, name):
+    """Path of a descriptor of that memfd."""
+    folder = Path(f"/proc/{machine.pid}/fd")
+    return next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{name} "))
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+@pytest.mark.parametrize("backend", ["default", "memfd", "file", "ram"])
+def test_counter_in_shared_memory_goes_on(vm, tmp_path, backend, smp):
+    options = {
+        "default": [],
+        "memfd": ["-object", "memory-backend-memfd,id=ram0,size=64M"],
+        "file": [
+            "-object",
+            f"memory-backend-file,id=ram0,size=64M,mem-path={tmp_path}/ram,share=on",
+        ],
+        "ram": ["-object", "memory-backend-ram,id=ram0,size=64M,share=on"],
+    }[backend]
+    machine = vm(*options, append="counter", smp=smp)
+    machine.expect("counter ready")
+    name = "pc.ram" if backend == "default" else "ram0"
+    path = tmp_path / "ram" if backend == "file" else memfd(machine, name)
+    watcher = Watcher(path)
+    try:
+        for _ in range(5):
+            before = watcher.value
+            machine.update()
+            wait_until(lambda: watcher.value > before, "a higher count")  # noqa: B023
+    finally:
+        watcher.close()
+    assert watcher.back == []
+    path = tmp_path / "ram" if backend == "file" else memfd(machine, name)
+    assert path.stat().st_ino == watcher.inode
+    assert b"counter ready" in machine.serial[: machine.seen]
+    assert machine.serial.count(b"counter ready") == 1
+
+
+def test_console_input_arrives_once_whenever_it_is_typed(vm):
+    machine = vm()
+    machine.expect("guest> ")
+    typed = 0
+    for _ in range(8):
+        machine.set_update(uri=STATE)
+        machine.hmp_send(f"migrate {STATE}")
+        while not machine.replied:
+            # Typed at its own pace: each echo lets the next key go.
+            text = f"echo {typed:x}"
+            for key in text:
+                machine.type(key)
+                machine.expect(re.escape(key))
+            machine.type("\n")
+            machine.expect(rf"\r\n{typed:x}\r\nguest> ")
+            typed += 1
+        assert machine.hmp_reply() == ""
+        assert "completed" in machine.hmp("info migrate")
+    shown = re.findall(r"guest> echo ([0-9a-f]+)\r\n([0-9a-f]+)\r\n", machine.serial.decode())
+    assert [int(echo, 16) for echo, _ in shown] == list(range(typed))
+    assert all(echo == output for echo, output in shown)
+
+
+def test_console_input_in_bulk_is_neither_lost_nor_doubled(vm):
+    machine = vm()
+    machine.expect("guest> ")
+    for update in range(5):
+        machine.set_update(uri=STATE)
+        machine.hmp_send(f"migrate {STATE}")
+        # More than the FIFO takes, and less than the guest keeps for later (256 bytes).
+        words = [f"{update}{number:02}" for number in range(25)]
+        machine.type("".join(f"echo {word}\n" for word in words))
+        assert machine.hmp_reply() == ""
+        for word in words:
+            machine.expect(rf"{word}\r\n{word}\r\nguest> ")
+    shown = re.findall(r"guest> echo (\d+)\r\n\1\r\n", machine.serial.decode())
+    assert shown == [f"{update}{number:02}" for update in range(5) for number in range(25)]
+
+
+def test_monitor_input_during_an_update_is_answered_afterwards(vm):
+    machine = vm(append="ticker")
+    machine.set_update(uri=STATE)
+    machine.hmp_send(f"migrate {STATE}")
+    machine.hmp_send("info status")
+    machine.hmp_send("info version")
+    assert machine.hmp_reply() == ""
+    assert machine.hmp_reply() == "VM status: running\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*\n", machine.hmp_reply())
+
+
+def test_monitor_goes_on_where_it_was(vm):
+    machine = vm(append="counter", smp=2)
+    machine.expect("counter ready")
+    machine.hmp("cpu 1")
+    machine.update()
+    assert "*" in machine.hmp("info cpus").splitlines()[1]
+
+
+def test_detached_migrate(vm):
+    machine = vm(append="ticker period=20")
+    machine.set_update(uri=STATE)
+    assert machine.hmp(f"migrate -d {STATE}") == ""
+    wait_until(lambda: "completed" in machine.hmp("info migrate"), "the update")
+    machine.expect(r"tick \d+")
+    assert machine.cmdline[-1] == STATE
+
+
+def test_parameters_are_not_carried_over(vm):
+    machine = vm(append="ticker")
+    machine.update()
+    assert "mode: normal" in machine.hmp("info migrate_parameters")
+    assert "mode normal is not supported" in machine.hmp(f"migrate {STATE}")
+
+
+def test_paused_stays_paused(vm):
+    machine = vm(append="counter")
+    machine.expect("counter ready")
+    machine.hmp("stop")
+    count = machine.hmp("xp /gx 0x200000")
+    for _ in range(3):
+        machine.update()
+        assert machine.status == "paused"
+        assert machine.hmp("xp /gx 0x200000") == count
+    machine.hmp("cont")
+    wait_until(lambda: machine.hmp("xp /gx 0x200000") > count, "a higher count")
+
+
+def test_not_yet_started_stays_so(vm):
+    machine = vm("-S", append="ticker passes=2 period=10")
+    machine.update()
+    assert machine.status == "paused (prelaunch)"
+    machine.hmp("cont")
+    assert machine.wait_exit() == 0
+    assert machine.serial.count(b"tick 1\r") == 1
+
+
+def test_minus_s_in_the_command_pauses(vm):
+    machine = vm("-S", append="ticker passes=50 period=20")
+    machine.hmp("cont")
+    machine.expect(r"tick 1\b")
+    machine.update()
+    assert machine.status == "paused"
+    machine.hmp("cont")
+    machine.expect("ticker PASS")
+
+
+def test_update_verb_keeps_a_vm_running_that_began_with_minus_s(vm):
+    machine = vm("-S", append="ticker passes=50 period=20")
+    machine.hmp("cont")
+    machine.expect(r"tick 1\b")
+    assert machine.hmp("update") == ""
+    assert "completed" in machine.hmp("info migrate")
+    machine.expect("ticker PASS")
+
+
+def test_ended_guest_stays_so(vm):
+    machine = vm("-no-shutdown", append="ticker passes=1 period=10")
+    machine.wait_status("paused (shutdown)")
+    machine.update()
+    assert machine.status == "paused (shutdown)"
+    machine.hmp("system_reset")
+    machine.hmp("cont")
+    machine.wait_status("paused (shutdown)")
+    assert machine.serial.count(b"tick 1\r") == 2
+
+
+def test_guest_reset_after_an_update_boots_again(vm):
+    machine = vm(smp=2)
+    machine.expect("guest> ")
+    machine.update()
+    for command in ("reset", "triplefault"):
+        machine.type(f"{command}\n")
+        machine.expect("type help")
+        machine.expect("guest> ")
+        machine.update()
+    assert machine.shell("cpus").startswith("cpus 2\n")
+
+
+def test_guest_s_verdict_after_an_update(vm):
+    machine = vm("-device", "isa-debug-exit,iobase=0xf4")
+    machine.expect("guest> ")
+    machine.update()
+    machine.type("exit 5\n")
+    assert machine.wait_exit() == 5 << 1 | 1
+
+
+def test_signal_after_an_update(vm):
+    machine = vm(append="counter")
+    machine.update()
+    machine.kill(signal.SIGTERM)
+    assert machine.wait_exit() == 128 + signal.SIGTERM
+
+
+def test_update_before_the_guest_has_started_its_second_cpu(vm, tmp_path):
+    # The APs wait for their start-up message for ever.
+    machine = vm("-kernel", guests.image("real-pio.bin"), smp=2)
+    machine.expect("real-pio 0+1")
+    machine.update()
+    machine.expect(r"real-pio \d+")
+    assert "CPU#1" in machine.hmp("info registers -a")
+
+
+def test_update_right_from_the_first_instruction(vm):
+    for _ in range(3):
+        machine = vm(append="memhash mb=4 passes=200", smp=2)
+        machine.update()
+        machine.update()
+        machine.expect("memhash PASS")
+        assert machine.wait_exit() == 0
+
+
+def test_state_file_with_an_offset(vm):
+    machine = vm(append="ticker period=20")
+    uri = "file:vm.state,offset=0x2000"
+    machine.set_update(uri=uri)
+    assert machine.hmp(f"migrate {uri}") == ""
+    assert machine.status == "running"
+    state = machine.folder / "vm.state"
+    assert state.stat().st_mode & 0o777 == 0o600
+    assert not any(state.read_bytes()[:0x2000])
+
+
+def test_incoming_that_waits_for_its_uri(vm):
+    machine = vm(append="ticker period=20")
+    machine.set_update([*machine.argv, "-incoming", "defer"])
+    assert machine.hmp(f"migrate {STATE}") == ""
+    assert machine.status == "paused (inmigrate)"
+    assert machine.hmp("migrate_incoming file:nowhere").startswith("Error: ")
+    assert machine.hmp(f"migrate_incoming {STATE}") == ""
+    machine.wait_status("running")
+    seen = len(machine.serial)
+    wait_until(lambda: machine.status and len(machine.serial) > seen, "a tick")
+
+
+def test_another_command_for_the_console(vm, tmp_path):
+    """What the new command says about the host side holds from then on."""
+    machine = vm(append="ticker period=10")
+    log = tmp_path / "serial.log"
+    words = list(machine.argv)
+    words[words.index("chardev:serial")] = f"file:{log}"
+    at = words.index("socket,id=serial,path=serial.sock")
+    del words[at - 1 : at + 1]
+    machine.set_update([*words, "-incoming", STATE])
+    assert machine.hmp(f"migrate {STATE}") == ""
+    wait_until(lambda: log.read_text().count("tick") >= 2, "ticks in the file")
+    before = re.findall(r"tick (\d+)", machine.serial.decode())
+    after = re.findall(r"tick (\d+)", log.read_text())
+    numbers = [int(number) for number in before + after]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert "socket" in machine.fds()  # the monitor's
+
+
+def test_environment_and_command_line_do_not_grow(vm):
+    machine = vm(append="ticker")
+    machine.update()
+    environment = Path(f"/proc/{machine.pid}/environ").read_bytes()
+    cmdline = machine.cmdline
+    machine.update()
+    assert len(machine.cmdline) == len(cmdline)
+    names = [entry.split(b"=")[0] for entry in environment.split(b"\0")]
+    again = Path(f"/proc/{machine.pid}/environ").read_bytes()
+    assert names == [entry.split(b"=")[0] for entry in again.split(b"\0")]
+
+
+@pytest.mark.parametrize("value", ["", "x", "0", "-1", "999", "2147483648", "9" * 400])
+def test_nonsense_in_the_environment_is_refused(value):
+    done = run_cli("run", "-m", "16M", "-append", "ticker passes=1", PYVMM_CPR_EXEC_STATE=value)
+    assert done.returncode != 0 or value == "", done
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+# ---- what crosses its way ------------------------------------------------------------------
+
+
+def gated(machine, folder):
+    """A command whose preflight lasts until somebody opens the gate, and the gate."""
+    gate = folder / "gate"
+    os.mkfifo(gate)
+    script = folder / "gated"
+    script.write_text(
+        f'#!/bin/sh\n[ -z "$PYVMM_CPR_PROBE" ] || read line < {gate}\nexec {pyvmm()} "$@"\n'
+    )
+    script.chmod(0o755)
+    return [str(script), *machine.argv[1:], "-incoming", STATE], gate
+
+
+def test_second_update_is_refused_while_one_is_under_way(vm, tmp_path):
+    machine = vm(append="ticker period=20")
+    command, gate = gated(machine, tmp_path)
+    machine.set_update(command)
+    assert machine.hmp(f"migrate -d {STATE}") == ""
+    for _ in range(3):
+        assert "There's a migration process in progress" in machine.hmp(f"migrate {STATE}")
+    assert "Status: \t\tsetup" in machine.hmp("info migrate")
+    machine.expect(r"tick \d+")
+    gate.write_text("go\n")
+    wait_until(lambda: "completed" in machine.hmp("info migrate"), "the update")
+    assert machine.cmdline[-1] == STATE
+
+
+def test_cancelled_update(vm, tmp_path):
+    machine = vm(append="ticker period=20")
+    command, _ = gated(machine, tmp_path)
+    machine.set_update(command)
+    before = machine.footprint()
+    assert machine.hmp(f"migrate -d {STATE}") == ""
+    assert machine.hmp("migrate_cancel") == ""
+    wait_until(lambda: "Status: \t\tcancelled" in machine.hmp("info migrate"), "the end")
+    assert machine.footprint() == before
+    machine.expect(r"tick \d+")
+    machine.update()
+
+
+@pytest.mark.parametrize("way", ["quit", "SIGTERM", "poweroff"])
+def test_end_while_an_update_is_in_its_preflight(vm, tmp_path, way):
+    machine = vm()
+    machine.expect("guest> ")
+    command, gate = gated(machine, tmp_path)
+    machine.set_update(command)
+    assert machine.hmp(f"migrate -d {STATE}") == ""
+    wait_until(machine.children, "the preflight")
+    if way == "quit":
+        assert machine.hmp_quit() == 0
+    elif way == "SIGTERM":
+        machine.kill(signal.SIGTERM)
+        assert machine.wait_exit() == 128 + signal.SIGTERM
+    else:
+        machine.type("poweroff\n")
+        assert machine.wait_exit() == 0
+    assert machine.stderr() == ""
+    # Whoever reads at the gate must not be left behind.
+    with pytest.raises(OSError, match="No such device or address"):
+        os.open(gate, os.O_WRONLY | os.O_NONBLOCK)
+
+
+@pytest.mark.parametrize("command", ["poweroff", "exit 3"])
+def test_guest_ends_while_it_is_updated(vm, command):
+    machine = vm("-device", "isa-debug-exit,iobase=0xf4")
+    machine.expect("guest> ")
+    machine.set_update(uri=STATE)
+    machine.hmp_send(f"migrate {STATE}")
+    machine.type(f"{command}\n")
+    assert machine.wait_exit() == {"poweroff": 0, "exit 3": 7}[command]
+    assert "Traceback" not in machine.stderr()
+
+
+@pytest.mark.parametrize("passes", range(1, 12, 2))
+def test_guest_ends_at_any_moment_of_an_update(vm, passes):
+    machine = vm(append=f"ticker period=10 passes={passes * 2}")
+    machine.set_update(uri=STATE)
+    machine.hmp_send(f"migrate {STATE}")
+    assert machine.wait_exit() == 0
+    ticks = re.findall(r"tick (\d+)\r", machine.serial.decode())
+    assert [int(tick) for tick in ticks] == list(range(1, passes * 2 + 1))
+    assert "Traceback" not in machine.stderr()
+
+
+def test_guest_resets_while_it_is_updated(vm, tmp_path):
+    code = guests.print_text("up\n") + guests.out8(0x64, 0xFE) + guests.HALT
+    machine = vm("-kernel", guests.flat(tmp_path, code))
+    for _ in range(5):
+        machine.expect("up\n")
+        machine.update()
+    machine.expect("up\n")
+    assert machine.status == "running"
+
+
+def test_internal_error_is_carried_over(vm, tmp_path):
+    machine = vm("-kernel", guests.flat(tmp_path, guests.TO_UNMAPPED))
+    machine.wait_status("paused (internal-error)")
+    machine.update()
+    assert machine.status == "paused (internal-error)"
+
+
+def test_quit_right_behind_an_update(vm):
+    machine = vm(append="ticker")
+    machine.set_update(uri=STATE)
+    machine.hmp_send(f"migrate -d {STATE}")
+    machine.hmp_send("quit")
+    assert machine.wait_exit() == 0
+    assert "Traceback" not in machine.stderr()
+
+
+def test_update_by_python_m(vm):
+    import sys
+
+    machine = vm(program=[sys.executable, "-m", "pyvmm", "run"], append="ticker period=20")
+    machine.update()
+    machine.expect(r"tick \d+")
+    assert shlex.join(machine.cmdline).endswith("-incoming file:vm.state.0")
