@@ -100,7 +100,7 @@ def parse_arguments(
             rest = rest[1:]
         if one.type == "/":
             found[one.name], rest = _format(rest)
-        elif one.optional and not rest:
+        elif one.optional and not one.dotted and not rest:
             found[one.name] = None
         elif one.type == "s":
             found[one.name], rest = _word(command, rest)

@@ -218,6 +218,32 @@ def test_a_half_typed_line_lives_through_an_update(opened):
     first.close()
 
 
+def test_the_cursor_stays_where_it_was(opened):
+    opened.type("info sttus\x1b[D\x1b[D\x1b[D")
+    opened.wait(lambda: (opened.console.text, opened.console.cursor) == ("info sttus", 7))
+    first = opened.console
+    opened.update()
+    opened.expect(BANNER_LINE, f"{PROMPT}info sttus")
+    opened.type("a\r")
+    opened.expect(f"{PROMPT}info status", "VM status: running", PROMPT.rstrip())
+    first.close()
+
+
+def test_who_waited_for_an_update_that_failed_after_the_exec_is_told_once(opened):
+    opened.type("migrate file:a\r")
+    opened.wait(lambda: opened.context.migration.started)
+    first = opened.console
+    opened.context.migration.untold = "it broke (the guest is back in the image before)"
+    opened.update()
+    opened.wait(lambda: any("it broke" in line for line in opened.lines()))
+    assert opened.context.migration.untold is None
+    opened.update()
+    opened.type("info kvm\r")
+    opened.wait(lambda: "kvm support: enabled" in opened.lines())
+    assert sum("it broke" in line for line in opened.lines()) == 1
+    first.close()
+
+
 def test_a_long_line_leaves_no_trace_on_the_screen(opened):
     long = "x" * 200
     opened.type(long)

@@ -1,5 +1,7 @@
 """What the human monitor prints, byte for byte."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -170,6 +172,38 @@ def test_ports(run, machine):
     assert run("i /b 0x3fc .3") == "portb[0x03fd] = 0x60\n"
     assert machine.port_recorder.writes[-1] == (4, 1, 3)
     assert run("o /w 0xffff 1") == "Error: No port access of 4 bytes at 0xffff is possible\n"
+
+
+def test_ports_are_accessed_in_the_size_of_the_last_dump(run, machine):
+    machine.port_recorder.values = {0: 0x44, 1: 0x33, 2: 0x22, 3: 0x11}
+    assert run("i 0x3f8") == "portl[0x03f8] = 0x11223344\n"
+    run("xp /1hx 0")
+    assert run("i 0x3f8") == "portw[0x03f8] = 0x3344\n"
+    run("o /b 0x3f8 1")
+    assert run("xp /1x 0").endswith(": 0x00\n")
+    run("xp /1gx 0")
+    assert run("i 0x3f8") == "portb[0x03f8] = 0x44\n"
+
+
+def test_the_index_of_a_port_stands_behind_a_dot(run, machine):
+    assert "extraneous" in run("i /b 0x3f8 1")
+    assert machine.port_recorder.writes == []
+    run("i /b 0x3f8 . 1+1")
+    assert machine.port_recorder.writes == [(0, 1, 2)]
+    assert "unexpected end" in run("i /b 0x3f8 .")
+
+
+def test_ramblock(run):
+    head, line = run("info ramblock").splitlines()
+    assert head == (
+        "              Block Name    PSize              Offset               Used"
+        "              Total                HVA  RO"
+    )
+    name, psize, unit, offset, used, total, hva, access = line.split()
+    assert (name, psize, unit, access) == ("ram0", "4", "KiB", "rw")
+    assert (int(offset, 0), int(used, 0), int(total, 0)) == (0, 1 << 20, 1 << 20)
+    assert f"{int(hva, 0):x}-" in Path("/proc/self/maps").read_text()
+    assert len(line) == len(head)
 
 
 def test_registers_in_32_bit_code(run, machine):

@@ -260,3 +260,14 @@ def test_a_simple_terminal_shows_what_is_typed(context):
     assert chardev.take_output().decode() == (
         f"bogus\r\n{PROMPT}info kvm\r\nkvm support: enabled\r\n{PROMPT}"
     )
+
+
+def test_who_waited_for_an_update_that_failed_after_the_exec_is_told_once(link):
+    def after_exec(link):
+        return Link(link.monitor.context, link.monitor.save_state(), resumed=True)
+
+    link.monitor.context.migration.untold = "it broke"
+    assert after_exec(link).heard() == ""  # this one waited for nothing
+    assert link.say("migrate file:a\n") == ""
+    assert after_exec(link).heard() == f"Error: it broke\r\n{PROMPT}"
+    assert after_exec(link).heard() == PROMPT
