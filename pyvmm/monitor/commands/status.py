@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pyvmm import __version__
 from pyvmm.core import runstate
+from pyvmm.monitor.qmp import schema
 from pyvmm.monitor.registry import Command, Context
 
 TYPE_CHECKING = False
@@ -46,8 +47,6 @@ def query_commands(context: Context) -> list[dict[str, Any]]:
 
 def query_qmp_schema(context: Context) -> list[dict[str, Any]]:
     """All commands and events with their types, in QEMU's introspection form."""
-    from pyvmm.monitor.qmp import schema
-
     return schema.describe(context.registry.commands.values())
 
 
