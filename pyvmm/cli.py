@@ -135,6 +135,7 @@ def serve(
     way_back: WayBack | None = None,
 ) -> int:
     """Build the machine, start or load the guest, and run the main loop; the exit code."""
+    from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.fdstore import FdStore
     from pyvmm.machine import builder, options
@@ -158,6 +159,8 @@ def serve(
     try:
         machine = builder.build(config, EventLoop(), fds, _strip(values, "chardev/"))
         handle_signals(machine)
+        # Whatever started it (python -m, an update): this is how ps shows it.
+        name_thread("pyvmm")
         migration = Migration(machine, values, way_back)
         migration.progress.mark("start", started)
         machine.start()
