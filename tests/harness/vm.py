@@ -163,7 +163,7 @@ class Vm:
         if not self._greeted:
             self._greeted = True
             self._read_reply(Deadline())
-        line = command.encode() + b"\n"
+        line = (command.encode() if isinstance(command, str) else command) + b"\n"
         self.transcript += line
         self._send("monitor", line)
 
@@ -344,7 +344,7 @@ class Vm:
             self._pump(deadline, f"the reply to {command!r}")
         text, _, rest = bytes(self._replies).partition(PROMPT)
         self._replies[:] = rest
-        return text.decode().replace("\r\n", "\n")
+        return text.decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 
 
 def _shown(data):
