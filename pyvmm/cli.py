@@ -165,6 +165,8 @@ def serve(
         migration.progress.mark("start", started)
         machine.start()
         migration.begin()
+        # They come blocked out of an exec, so that they are not lost on a way back.
+        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, ENDING)
     except BaseException:
         if machine is not None and not fds.is_incoming:
             machine.close()
@@ -196,10 +198,7 @@ def serve(
 
 
 def handle_signals(machine: Machine) -> None:
-    """SIGINT, SIGTERM and SIGHUP end the VMM in order; a peer that went away is no signal.
-
-    They come blocked out of an exec, and one that came meanwhile is acted on now.
-    """
+    """SIGINT, SIGTERM and SIGHUP end the VMM in order; a peer that went away is no signal."""
     _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
     machine.loop.watch_signals()
 
@@ -214,7 +213,6 @@ def handle_signals(machine: Machine) -> None:
         on_cont, on_resize = stdio.handle_cont, stdio.handle_resize
         _handle(machine, _signal.SIGCONT, on_cont)
         _handle(machine, _signal.SIGWINCH, on_resize)
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, ENDING)
 
 
 def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFrontend]:

@@ -13,7 +13,6 @@ import sys
 
 from pyvmm.cpr import state as cpr_state
 from pyvmm.errors import PyvmmError
-from pyvmm.machine.options import OPTIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,6 +44,9 @@ def own_command(incoming: str) -> list[str]:
 
     :param incoming: URI of the state; replaces an earlier one
     """
+    # Not with this module: a new image opens its way back before it imports that much.
+    from pyvmm.machine.options import OPTIONS
+
     words = list(sys.orig_argv)
     start = words.index("run") + 1 if "run" in words else len(words)
     kept = words[:start]

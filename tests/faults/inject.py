@@ -1,9 +1,9 @@
 """``pyvmm`` with a fault in it: ``inject.py [--probe] [MODULE:NAME CODE]... run OPTIONS``.
 
 Each CODE is executed when the function MODULE:NAME is called, before it does its work; with an
-empty NAME at once. The preflight's probe goes through unharmed unless --probe is there: then
-only the probe is hit. As the update command this is a faulty new image, as the first command of
-a VM a faulty old one.
+empty NAME at once. A ¶ in it is a new line, since a monitor's command is one line. The
+preflight's probe goes through unharmed unless --probe is there: then only the probe is hit.
+As the update command this is a faulty new image, as the first command of a VM a faulty old one.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from pyvmm import cli
 def inject(where, code):
     """Put ``code`` in front of the function ``where``."""
     module_name, _, path = where.partition(":")
-    action = compile(code, "fault", "exec")
+    action = compile(code.replace("¶", "\n"), "fault", "exec")
     if not path:
         exec(action, {})
         return

@@ -16,7 +16,8 @@ BACK = "(the guest is back in the image before)"
 
 def faulty(*faults, probe=False):
     """The first words of a ``pyvmm run`` with faults: pairs MODULE:NAME, CODE."""
-    return [sys.executable, str(INJECT), *(["--probe"] if probe else []), *faults, "run"]
+    words = [fault.replace("\n", "¶") for fault in faults]
+    return [sys.executable, str(INJECT), *(["--probe"] if probe else []), *words, "run"]
 
 
 def armed(*faults):

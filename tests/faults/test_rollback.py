@@ -1,0 +1,328 @@
+"""After the exec, until the guest runs: whatever goes wrong, the old image is back and goes on."""
+
+import os
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from faults.tools import BACK, QMP, Qmp, check_alive, faulty, options, replaced, update
+from harness import pyvmm as pyvmm_command
+
+import pyvmm
+
+LOADED = [
+    "pyvmm.x86.vcpu_state:write",
+    "pyvmm.x86.irqchip:load_pic",
+    "pyvmm.x86.irqchip:load_ioapic",
+    "pyvmm.x86.irqchip:load_pit",
+    "pyvmm.x86.irqchip:load_clock",
+    "pyvmm.devices.serial:Serial.load",
+    "pyvmm.devices.rtc:Rtc.load",
+    "pyvmm.devices.i8042:I8042.load",
+    "pyvmm.devices.i8042:Port92.load",
+    "pyvmm.devices.acpi_pm:AcpiPm.load",
+]
+STEPS = [
+    "pyvmm.cli:serve",
+    "pyvmm.machine.options:parse",
+    "pyvmm.core.eventloop:EventLoop.__init__",
+    "pyvmm.cpr.fdstore:FdStore.__init__",
+    "pyvmm.machine.builder:build",
+    "pyvmm.machine.builder:open_system",
+    "pyvmm.machine.builder:add_memory",
+    "pyvmm.memory.backend:RamBackend.__init__",
+    "pyvmm.x86.platform:Platform.__init__",
+    "pyvmm.kvm.vm:Vm.set_user_memory_region",
+    "pyvmm.kvm.vm:Vm.create_vcpu",
+    "pyvmm.chardev.factory:ChardevSet.create",
+    "pyvmm.chardev.factory:ChardevSet.claim",
+    "pyvmm.chardev.factory:ChardevSet.load_state",
+    "pyvmm.machine.builder:add_devices",
+    "pyvmm.cli:handle_signals",
+    "pyvmm.migration.manager:Migration.__init__",
+    "pyvmm.machine.machine:Machine.start",
+    "pyvmm.machine.cpu:Cpu.start",
+    "pyvmm.migration.manager:Migration.begin",
+    "pyvmm.migration.target:MemoryTarget.read",
+    "pyvmm.migration.savevm:read",
+    "pyvmm.migration.savevm:apply",
+    *LOADED,
+    "pyvmm.migration.rollback:WayBack.close",
+]
+
+
+def held(machine):
+    """Descriptors and number of threads; the first thread's name tells how it was executed."""
+    fds, threads = machine.footprint()
+    return fds, len(threads)
+
+
+def check_back(machine, command, why):
+    """The update with ``command`` comes back, with ``why``, and the guest runs on."""
+    assert update(machine, command) == f"Error: {why} {BACK}\n"
+    assert f"{why} {BACK}" in machine.hmp("info migrate")
+    assert machine.cmdline[1:3] != command[1:3]
+    check_alive(machine)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_exception(ticker, step):
+    machine = ticker()
+    check_back(
+        machine, replaced(machine, step, "raise ValueError('injected')"), "ValueError: injected"
+    )
+
+
+@pytest.mark.parametrize("step", ["pyvmm.cli:serve", "pyvmm.devices.rtc:Rtc.load"])
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("raise MemoryError", "MemoryError: "),
+        ("raise GeneratorExit", "GeneratorExit: "),
+        ("raise RecursionError('deep')", "RecursionError: deep"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("from pyvmm.errors import ConfigError as E; raise E('-m: odd')", "-m: odd"),
+        ("raise ValueError('\\udcff\\0\\n' + 9 * 'x')", None),
+    ],
+)
+def test_kind_of_exception(ticker, step, fault, why):
+    machine = ticker()
+    command = replaced(machine, step, fault)
+    if why is None:
+        assert BACK in update(machine, command)
+        check_alive(machine)
+    else:
+        check_back(machine, command, why)
+
+
+def test_state_file(ticker):
+    # Not only the state in memory is there for the old image, too.
+    machine = ticker()
+    command = replaced(machine, LOADED[0], "raise ValueError('injected')")
+    machine.set_update([*command, "-incoming", "file:vm.state"])
+    assert BACK in machine.hmp("migrate file:vm.state")
+    check_alive(machine)
+
+
+def test_two_vcpus(ticker):
+    machine = ticker(smp=2)
+    fault = "if arguments[0].index: raise ValueError('second')"
+    check_back(machine, replaced(machine, LOADED[0], fault), "ValueError: second")
+
+
+def test_last_moment_in_a_thread(ticker):
+    # All is loaded and the vCPUs' threads are there: exec must end them without harm.
+    machine = ticker(smp=2)
+    command = replaced(
+        machine, "pyvmm.migration.rollback:WayBack.close", "raise ValueError('late')"
+    )
+    for _ in range(5):
+        assert "ValueError: late" in update(machine, command)
+    check_alive(machine)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "words[words.index('64M')] = '65M'",
+        "words[words.index('64M')] = '63M'",
+        "words += ['-smp', '2']",
+        "words += ['-serial', 'null']",
+        "words += ['-help']",
+        "words += ['-no-such-option']",
+        "words[words.index('-incoming') + 1] = 'file:no.such.state'",
+        "words[words.index('-incoming') + 1] = 'memfd:x'",
+    ],
+)
+def test_command_that_is_another_after_the_preflight(ticker, change):
+    machine = ticker()
+    assert BACK in update(
+        machine, replaced(machine, "pyvmm:", f"import sys; words = sys.argv; {change}")
+    )
+    check_alive(machine)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "import signal; signal.pause()",
+        "while True: pass",
+        "import _thread as t; l = t.allocate_lock(); l.acquire(); l.acquire()",
+    ],
+    ids=["waits", "spins", "deadlock"],
+)
+@pytest.mark.parametrize("step", ["pyvmm.cli:serve", LOADED[0]])
+def test_hang(ticker, fault, step):
+    quick = "import pyvmm.migration.rollback as r; r.DEADLINE_S = 0.8"
+    machine = ticker(program=faulty("pyvmm:", quick))
+    assert f"did not take over within 10 s {BACK}" in update(
+        machine, replaced(machine, step, fault)
+    )
+    check_alive(machine)
+
+
+def test_hang_that_swallows_the_alarm(ticker):
+    quick = "import pyvmm.migration.rollback as r; r.DEADLINE_S = r.REPEAT_S = 0.5"
+    machine = ticker(program=faulty("pyvmm:", quick))
+    fault = "import signal\ntry: signal.pause()\nexcept Exception: signal.pause()"
+    assert f"did not take over within 10 s {BACK}" in update(
+        machine, replaced(machine, LOADED[0], fault)
+    )
+    check_alive(machine)
+
+
+def test_events(ticker):
+    machine = ticker(*QMP)
+    with Qmp(machine.folder / "qmp.sock") as qmp:
+        qmp.execute(
+            "migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}]
+        )
+        assert BACK in update(machine, replaced(machine, LOADED[0], "raise ValueError('seen')"))
+        info = qmp.execute("query-migrate")
+        assert (info["status"], info["error-desc"]) == ("failed", f"ValueError: seen {BACK}")
+        stops = [event for event in qmp.events if event in ("STOP", "RESUME")]
+        assert stops == ["STOP", "RESUME"]
+    check_alive(machine)
+
+
+def test_many_times(ticker):
+    # Nothing is left behind by a state that was half loaded.
+    machine = ticker(smp=2)
+    good, footprint = update(machine), held(machine)
+    environment = os.path.getsize(f"/proc/{machine.pid}/environ"), len(machine.cmdline)
+    assert good == ""
+    for step in ("pyvmm.machine.builder:add_devices", *LOADED[::3]):
+        for _ in range(3):
+            assert BACK in update(machine, replaced(machine, step, "raise ValueError"))
+        assert held(machine) == footprint
+    assert update(machine) == ""
+    assert held(machine) == footprint
+    assert (os.path.getsize(f"/proc/{machine.pid}/environ"), len(machine.cmdline)) == environment
+    check_alive(machine)
+
+
+# ---- between the preflight and the exec: the old image is still there ----------------------
+
+PROGRAM = f"""#!{sys.executable}
+import os, shutil, stat, sys
+from pyvmm import cli
+if cli.PROBE in os.environ:
+    path = os.path.abspath(__file__)
+    {{}}
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("os.unlink(path)", "No such file or directory"),
+        ("os.chmod(path, 0o600)", "Permission denied"),
+        ("os.unlink(path); os.mkdir(path)", "Permission denied"),
+        ("open(path, 'w').write('#!/no/such/python')", "No such file or directory"),
+        ("open(path, 'w').write('text')", "Exec format error"),
+        ("open(path, 'w').close()", "Exec format error"),
+        ("open(path, 'wb').write(open(sys.executable, 'rb').read(64))", "Exec format error"),
+    ],
+)
+def test_program_that_is_another_after_the_preflight(ticker, change, why):
+    machine = ticker()
+    path = machine.folder / "program"
+    path.write_text(PROGRAM.format(change))
+    path.chmod(stat.S_IRWXU)
+    reply = update(machine, [str(path), *machine.argv[1:]])
+    assert reply == f"Error: execve {path} failed: {why}\n"
+    assert f"failed (execve {path} failed: {why})" in machine.hmp("info migrate")
+    check_alive(machine)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "pyvmm.machine.machine:Machine.pause_cpus",
+        "pyvmm.migration.savevm:save",
+        "pyvmm.x86.vcpu_state:read",
+        "pyvmm.devices.serial:Serial.save",
+        "pyvmm.migration.target:MemoryTarget.write",
+        "pyvmm.migration.rollback:arm",
+        "pyvmm.cpr.state:publish",
+        "pyvmm.cpr.fdstore:FdStore.set_inheritable",
+    ],
+)
+@pytest.mark.parametrize(
+    "error", ["ValueError('injected')", "OSError(28, 'No space left on device')"]
+)
+def test_exception_before_the_exec(ticker, step, error):
+    guarded = f"import os\nif os.path.exists('armed'):\n os.unlink('armed')\n raise {error}"
+    machine = ticker(program=faulty(step, guarded))
+    check_alive(machine)
+    footprint = machine.footprint()
+    (machine.folder / "armed").touch()
+    reply = update(machine)
+    assert error.split("'")[1] in reply
+    assert machine.status == "running"
+    assert machine.footprint() == footprint
+    check_alive(machine)
+    assert machine.footprint() == footprint
+
+
+def copy_package(folder):
+    """A folder with a checkout's package and what it boots."""
+    root = Path(pyvmm.__file__).parents[1]
+    for part in ("pyvmm", "guests/build", "firmware/build"):
+        shutil.copytree(root / part, folder / "site" / part)
+    return folder / "site"
+
+
+def test_without_a_holder_for_the_old_memory(ticker):
+    # Where no further process is allowed an update takes longer, that is all.
+    fault = (
+        "from pyvmm.errors import HostError; raise HostError('Resource temporarily unavailable')"
+    )
+    machine = ticker(program=faulty("pyvmm._native:hold_memory", fault))
+    footprint = machine.footprint()
+    check_alive(machine)
+    assert machine.footprint() == footprint
+
+
+def test_package_replaced_under_a_running_vmm(vm, tmp_path):
+    # All that the old image does until it has gone, it has imported before.
+    copy = copy_package(tmp_path)
+    program = [sys.executable, "-c", "from pyvmm import cli; raise SystemExit(cli.main())", "run"]
+    machine = vm(append="ticker period=20", program=program, PYTHONPATH=str(copy))
+    machine.expect(r"tick 2\r\n")
+    os.rename(copy / "pyvmm", copy / "away")
+    (copy / "pyvmm").mkdir()
+    (copy / "pyvmm" / "__init__.py").write_text("raise ImportError('half installed')")
+    assert "half installed" in update(machine)
+    assert "CPU#0" in machine.hmp("info registers")
+    shutil.rmtree(copy / "pyvmm")
+    command = ["/usr/bin/env", "-u", "PYTHONPATH", pyvmm_command(), "run", *options(machine)]
+    assert update(machine, command) == ""
+    check_alive(machine)
+
+
+@pytest.mark.parametrize(
+    "module", ["machine/options.py", "machine/builder.py", "migration/manager.py", "devices/rtc.py"]
+)
+def test_package_broken_after_the_preflight(vm, tmp_path, module):
+    """What the new image imports is broken between probe and exec; the old one has its own."""
+    copy = copy_package(tmp_path)
+    machine = vm(append="ticker period=20")
+    machine.expect(r"tick 2\r\n")
+    fault = (
+        f"import sys; sys.path.insert(0, {str(copy)!r}); import os\n"
+        "from pyvmm import cli\n"
+        "code = cli.main(sys.argv[2:])\n"
+        f"if cli.PROBE in os.environ: open({str(copy / 'pyvmm' / module)!r}, 'w').write('1 / 0')\n"
+        "sys.exit(code)"
+    )
+    launcher = machine.folder / "launcher.py"
+    launcher.write_text(fault.replace("sys.argv[2:]", "sys.argv[1:]"))
+    reply = update(machine, [sys.executable, "-B", str(launcher), "run", *machine.argv[2:]])
+    assert reply == f"Error: ZeroDivisionError: division by zero {BACK}\n"
+    check_alive(machine)
