@@ -21,7 +21,7 @@ MAKEFLAGS += --no-print-directory
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: run test check lint types fix bench build venv guests firmware wheel clean
+.PHONY: run test check lint types fix bench soak build venv guests firmware wheel clean
 
 run: build  ## boot the built-in guest, console and monitor on this terminal (Ctrl-a h helps)
 	@PATH="$(abspath $(BIN)):$$PATH" exec pyvmm run -serial mon:stdio $(ARGS)
@@ -49,6 +49,9 @@ fix: venv  ## format and repair what ruff can repair
 
 bench: build  ## measure the pause, start-up and memory; print a table and write JSON
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/bench $(ARGS)
+
+soak: build  ## a thousand updates in a row: the pause's percentiles, and what must stay constant
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/soak.py $(ARGS)
 
 build: venv guests firmware  ## set everything up without running it
 
