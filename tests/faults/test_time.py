@@ -43,7 +43,9 @@ def test_tsc_and_kvmclock_do_not_drift(vm):
     lines = (machine.folder / "times").read_text().splitlines()
     times = [[int(word) for word in line.split()] for line in lines]
     assert len(times) == UPDATES + 1
-    assert {tuple(row[:2]) for row in times} == {(-(10**12) % (1 << 64),) * 2}
+    # A host whose guests see the bare TSC takes no other offset than 0.
+    assert times[0][0] in (-(10**12) % (1 << 64), 0)
+    assert {tuple(row[:2]) for row in times} == {tuple(times[0][:2])}
     # What took long to read is no measurement of the clock, but of the host's load.
     distances = [row[2] for row in times if row[3] < 20_000]
     assert len(distances) > UPDATES // 2
