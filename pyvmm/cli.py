@@ -180,7 +180,7 @@ def serve(
         from pyvmm.migration import preflight  # noqa: F401
 
         entry = publication.entry if publication else entry
-        for name, index in fds.close_unclaimed():
+        for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
         machine.loop.run()

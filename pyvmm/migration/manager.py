@@ -157,6 +157,11 @@ class Migration:
             argv = [*command, "-incoming", target.text]
         self._begin(argv, target, done)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether ``-incoming defer`` still waits for its URI."""
+        return self._deferred
+
     def cancel(self) -> None:
         """Give up an update that has not stopped the guest yet."""
         if self.progress.status == "setup":
@@ -234,13 +239,19 @@ class Migration:
             self._set_status("device")
             progress.mark("save")
             undo.append(lambda: target.discard(fds))
-            target.write(savevm.save(machine, before), fds)
+            state = savevm.save(machine, before)
+            target.write(state, fds)
+            if not isinstance(target, MemoryTarget):
+                # The way back does not depend on a file that others can reach.
+                copy = MemoryTarget()
+                undo.append(lambda: copy.discard(fds))
+                copy.write(state, fds)
             undo.append(self._hold_memory())
             # In QEMU's order: the outgoing side is done. If the exec fails, "failed" follows.
             self._set_status("completed")
             progress.mark("exec")
             undo.append(lambda: rollback.disarm(fds))
-            values = rollback.arm(fds, target.text)
+            values = rollback.arm(fds, MemoryTarget.text)
             if machine.signalled:
                 raise MigrationError(f"Signal {machine.signalled} ends the VMM")
             cpr_fd = cpr_state.publish(fds.kept(), values | self._values())
@@ -393,7 +404,7 @@ class Migration:
         # The rest is not in the pause, and the guest does not end for want of it.
         self._try(machine.attach_devices)
         self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
-        self._try(source.release)
+        self._try(lambda: source.release(machine.fds))
         failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
         if failure:
             self.untold = f"{failure} (the guest is back in the image before)"

@@ -56,8 +56,11 @@ class FileTarget:
         """
         return self._uri.read()
 
-    def release(self) -> None:
-        """The guest runs: the state is of no use any more. A file stays all the same."""
+    def release(self, fds: FdStore) -> None:
+        """The guest runs: the way back's copy is of no use any more. The file stays."""
+        fd = fds.take(STATE_FD)
+        if fd is not None:
+            os.close(fd)
 
     def append(self, make: Callable[[], bytes]) -> None:
         """Add what only tools read, once the guest runs; nothing happens if it cannot be."""
@@ -109,7 +112,7 @@ class MemoryTarget:
         self._fd = fd
         return os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)
 
-    def release(self) -> None:
+    def release(self, fds: FdStore) -> None:
         """The guest runs: the state is of no use any more."""
         if self._fd >= 0:
             os.close(self._fd)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from faults.tools import BACK, QMP, Qmp, check_alive, faulty, options, replaced, update
 from harness import pyvmm as pyvmm_command
+from harness import wait_until
 
 import pyvmm
 
@@ -325,4 +326,17 @@ def test_package_broken_after_the_preflight(vm, tmp_path, module):
     launcher.write_text(fault.replace("sys.argv[2:]", "sys.argv[1:]"))
     reply = update(machine, [sys.executable, "-B", str(launcher), "run", *machine.argv[2:]])
     assert reply == f"Error: ZeroDivisionError: division by zero {BACK}\n"
+    check_alive(machine)
+
+
+def test_incoming_that_waits_for_its_uri(ticker):
+    # Also for a state in memory, which must not be closed as something that nobody wants.
+    machine = ticker()
+    with_defer = [*machine.argv, "-incoming", "defer"]
+    machine.set_update(with_defer)
+    machine.hmp_send("migrate memfd:")
+    wait_until(lambda: machine.cmdline[-1] == "defer", "the new image")
+    machine.hmp_reply()
+    assert machine.status == "paused (inmigrate)"
+    assert machine.hmp("migrate_incoming memfd:") == ""
     check_alive(machine)
