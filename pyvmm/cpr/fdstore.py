@@ -34,6 +34,10 @@ class FdStore:
         """The inherited descriptor of that name, which the caller owns from now on."""
         return self._inherited.pop((name, index), None)
 
+    def peek(self, name: str, index: int = 0) -> int | None:
+        """The inherited descriptor of that name, which stays the store's."""
+        return self._inherited.get((name, index))
+
     def take_all(self, name: str) -> dict[int, int]:
         """All inherited descriptors of that name, by id."""
         found = {key[1]: fd for key, fd in self._inherited.items() if key[0] == name}

@@ -52,9 +52,16 @@ class FileTarget:
     def read(self, fds: FdStore) -> bytes:
         """The whole state.
 
-        :raises MigrationError: if it cannot be read
+        The way back's copy tells whether others reached the file: a bit that was flipped in a
+        register's value looks like any other state.
+
+        :raises MigrationError: if it cannot be read, or is not what was saved
         """
-        return self._uri.read()
+        data = self._uri.read()
+        copy_fd = fds.peek(STATE_FD)
+        if copy_fd is not None and data != _read_memory(copy_fd):
+            raise MigrationError(f"'{self._uri.path}' is not the state that was saved")
+        return data
 
     def release(self, fds: FdStore) -> None:
         """The guest runs: the way back's copy is of no use any more. The file stays."""
@@ -110,7 +117,7 @@ class MemoryTarget:
                 "-incoming memfd: is what an update adds; no state was handed over"
             )
         self._fd = fd
-        return os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)
+        return _read_memory(fd)
 
     def release(self, fds: FdStore) -> None:
         """The guest runs: the state is of no use any more."""
@@ -135,3 +142,7 @@ def parse(uri: str) -> Target:
     :raises MigrationError: with QEMU's texts
     """
     return MemoryTarget() if uri == MemoryTarget.text else FileTarget(FileUri(uri))
+
+
+def _read_memory(fd: int) -> bytes:
+    return os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)

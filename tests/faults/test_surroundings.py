@@ -121,19 +121,12 @@ def test_state_file_tampered_with(ticker, harm):
     ids=["cut", "bent"],
 )
 def test_any_part_of_the_state(ticker, part, harm):
-    """A stream that ends early, or has a bit flipped, is refused and the guest is back; unless
-    the flipped bit is one of a value that is as possible: then pyvmm goes on all the same."""
+    """A state that ends early, or has any bit flipped, is refused and the guest is back."""
     machine = ticker()
     fault = f"import os; f = open('s', 'r+b'); at = os.path.getsize('s') * {part} // 24; {harm}"
     machine.set_update([*replaced(machine, "pyvmm:", f"{fault}; f.close()"), "-incoming", "file:s"])
-    reply = machine.hmp("migrate file:s")
-    assert reply or "truncate" not in harm
-    if reply:
-        assert BACK in reply
-        check_alive(machine)
-    else:
-        assert "completed" in machine.hmp("info migrate")
-        assert "Traceback" not in machine.stderr()
+    assert BACK in machine.hmp("migrate file:s")
+    check_alive(machine)
 
 
 def test_working_directory_deleted(ticker):
