@@ -407,6 +407,7 @@ class Migration:
         self._try(lambda: source.release(machine.fds))
         failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
         if failure:
+            progress.where = self.carried.pop(rollback.WHERE, b"").decode("utf-8", "replace")
             self.untold = f"{failure} (the guest is back in the image before)"
             self._fail(self.untold)
         else:
@@ -457,7 +458,8 @@ class Migration:
     def _set_status(self, status: str) -> None:
         self.progress.status = status
         if self.capabilities.get("events"):
-            self.machine.emit("MIGRATION", {"status": status})
+            failure = self.progress.failure() if status == "failed" else {}
+            self.machine.emit("MIGRATION", {"status": status, **failure})
 
 
 def _explain(error: Exception) -> str:

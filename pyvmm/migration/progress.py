@@ -33,11 +33,13 @@ class Progress:
 
     :ivar status: QEMU's MigrationStatus
     :ivar error: why it failed
+    :ivar where: the function of a new image that could not take over
     """
 
     def __init__(self) -> None:
         self.status: str | None = None
         self.error: str | None = None
+        self.where = ""
         self._marks = dict.fromkeys(STEPS, 0)
 
     @property
@@ -52,6 +54,7 @@ class Progress:
     def begin(self) -> None:
         """A new migration: forget the last one."""
         self.error = None
+        self.where = ""
         self._marks = dict.fromkeys(STEPS, 0)
         self.mark("preflight")
 
@@ -74,6 +77,11 @@ class Progress:
                 found[step] = (marks[following] - marks[step]) / 1e6
         return found
 
+    def failure(self) -> dict[str, Any]:
+        """What failed, and where if that was in the new image."""
+        where = {"error-where": self.where} if self.where else {}
+        return {"error-desc": self.error or "", **where}
+
     def info(self) -> dict[str, Any]:
         """What query-migrate returns: times in ms."""
         if self.status is None:
@@ -86,5 +94,5 @@ class Progress:
             result["downtime"] = round((marks["running"] - marks["stop"]) / 1e6)
             result["phases"] = {step: round(ms, 3) for step, ms in self.steps_ms().items()}
         if self.error is not None:
-            result["error-desc"] = self.error
+            result |= self.failure()
         return result

@@ -90,6 +90,7 @@ class Qmp:
         while True:
             event = self.events.pop(0) if self.events else self.read(deadline)
             found = event.get("data", {})
-            seen.append(" ".join([event["event"], *(str(value) for value in found.values())]))
+            states = [str(value) for key, value in found.items() if not key.startswith("error-")]
+            seen.append(" ".join([event["event"], *states]))
             if event["event"] == name and data.items() <= found.items():
                 return seen

@@ -115,10 +115,13 @@ def test_a_rollback(machine, qmp, tmp_path):
     set_command(machine, qmp, failing(machine, tmp_path))
     qmp.execute("migrate", uri="file:state")
     assert qmp.wait("MIGRATION", status="completed") == OLD_SIDE
-    assert qmp.wait("MIGRATION", status="failed") == [*NEW_SIDE, "MIGRATION failed"]
+    failure = {"status": "failed", "error-where": "__main__.apply"}
+    assert qmp.wait("MIGRATION", **failure) == [*NEW_SIDE, "MIGRATION failed"]
+    assert "Failed in: \t\t__main__.apply" in machine.hmp("info migrate")
     info = qmp.execute("query-migrate")
     assert info["status"] == "failed"
     assert "injected" in info["error-desc"]
+    assert info["error-where"] == "__main__.apply"
     machine.expect("tick")
     set_command(machine, qmp)
     qmp.execute("migrate", uri="file:state")

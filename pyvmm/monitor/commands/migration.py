@@ -147,6 +147,7 @@ _INFO: Shape = {
     "*downtime": "int",
     "*phases": {f"*{step}": "number" for step in STEPS},
     "*error-desc": "str",
+    "*error-where": "str",
     "*blocked-reasons": ["str"],
 }
 

@@ -127,6 +127,8 @@ def migrate(data: Data) -> str:
     if "status" in data:
         error = f" ({data['error-desc']})" if data.get("error-desc") else ""
         lines.append(f"Status: \t\t{data['status']}{error}")
+    if data.get("error-where"):
+        lines.append(f"Failed in: \t\t{data['error-where']}")
     times = [
         f"{label}={data[name]}"
         for label, name in (

@@ -47,7 +47,7 @@ EVENTS: dict[str, Shape] = {
     "RESET": _ENDED,
     "SHUTDOWN": _ENDED,
     "GUEST_PANICKED": {"action": ("pause", "poweroff", "run")},
-    "MIGRATION": {"status": STATUSES},
+    "MIGRATION": {"status": STATUSES, "*error-desc": "str", "*error-where": "str"},
     "MIGRATION_PASS": {"pass": "int"},
 }
 
