@@ -22,7 +22,8 @@ def lines(machine, prefix):
         ("timers passes=2 period=200", r"timers ok 2 .*"),
         ("pingpong passes=2", "pingpong 1024"),
         ("piospin passes=1", "piospin 4096"),
-        ("torture passes=4", "torture 4 ok"),
+        # The slowest CPU's rounds, which may be two at once: 4 is passed, not always shown.
+        ("torture passes=4", r"torture ([4-9]|\d\d+) ok"),
         ("ticker passes=3 period=20", "tick 3"),
         ("ticker passes=3 period=20 irq=ioapic timer=pit", "tick 3"),
         ("halt passes=3 period=20 timer=pit", "halt 3"),
