@@ -267,6 +267,11 @@ class Vm:
         """What an update must leave as it was: descriptors and threads, once the helper that
         keeps the old memory has gone."""
         process.wait_until(lambda: not self.children(), "the end of pyvmm's child processes")
+        # The guest runs before the monitors are imported: no module may be open just now.
+        process.wait_until(
+            lambda: not any(name.endswith((".py", ".pyc")) for name in self.fds()),
+            "the end of pyvmm's imports",
+        )
         return self.fds(), self.threads()
 
     def sections(self):
