@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # FPU lines. QEMU's description has no field for it, because it never changes.
 ELCR_MASK = {"KVM_IRQCHIP_PIC_MASTER": 0xF8, "KVM_IRQCHIP_PIC_SLAVE": 0xDE}
 
+PIT_GSI = 0
+
 # How close kvmclock comes to where it was, and how often that is tried.
 CLOCK_PRECISION_NS = 200
 CLOCK_TRIES = 5
@@ -152,7 +154,11 @@ def save_pit(vm: Vm) -> Record:
 
 
 def load_pit(vm: Vm, state: Record) -> None:
-    """Give the PIT its state."""
+    """Give the PIT its state, after the PICs and the IOAPIC got theirs."""
+    # KVM pulses the PIT's line on a thread of its own, so the state of PIC and IOAPIC may have
+    # been read while it was high. The next pulse would then be no edge, nobody would handle and
+    # acknowledge it, and KVM, which waits for that, would never pulse again.
+    vm.irq_line(PIT_GSI, False)
     pit = ffi.new("struct kvm_pit_state2 *")
     pit.flags = state.irq_disabled
     for raw, channel in zip(pit.channels, state.channels, strict=True):
