@@ -311,11 +311,18 @@ def test_monitor_script(ticking, tmp_path):
     assert done.returncode == 1
 
 
+@contextlib.contextmanager
+def monitor_session(name, state_home):
+    """``pyvmm monitor NAME`` on a terminal."""
+    environment = process.environment(TERM="xterm", XDG_STATE_HOME=str(state_home))
+    terminal = pexpect.spawn(pyvmm(), ["monitor", name], env=environment, timeout=DEADLINE_S)
+    with contextlib.closing(terminal):
+        yield terminal
+
+
 def test_monitor_session_lives_through_an_update(ticking, tmp_path):
     machine = ticking("vm")
-    environment = process.environment(TERM="xterm", XDG_STATE_HOME=str(tmp_path))
-    terminal = pexpect.spawn(pyvmm(), ["monitor", "vm"], env=environment, timeout=DEADLINE_S)
-    with contextlib.closing(terminal):
+    with monitor_session("vm", tmp_path) as terminal:
         terminal.expect_exact("Ctrl-D leaves; the VM runs on.")
         terminal.expect_exact("(pyvmm)")
         terminal.send("info sta\t\r")
@@ -335,9 +342,7 @@ def test_monitor_session_lives_through_an_update(ticking, tmp_path):
 
 def test_monitor_session_ends_with_the_vm(ticking, tmp_path):
     machine = ticking("vm")
-    environment = process.environment(TERM="xterm", XDG_STATE_HOME=str(tmp_path))
-    terminal = pexpect.spawn(pyvmm(), ["monitor", "vm"], env=environment, timeout=DEADLINE_S)
-    with contextlib.closing(terminal):
+    with monitor_session("vm", tmp_path) as terminal:
         terminal.expect_exact("Ctrl-D leaves")
         terminal.expect_exact("(pyvmm)")
         machine.hmp_send("quit")

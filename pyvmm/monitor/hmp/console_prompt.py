@@ -31,7 +31,8 @@ from prompt_toolkit.styles import Style
 from pyvmm.core.threads import Event, report_crash
 from pyvmm.monitor.hmp.completion import complete
 from pyvmm.monitor.hmp.console import ERASE_LINE
-from pyvmm.monitor.hmp.lines import MAX_LINE, PROMPT, encode
+from pyvmm.monitor.hmp.lines import PROMPT, encode
+from pyvmm.monitor.hmp.state import MAX_LINE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
