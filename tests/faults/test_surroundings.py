@@ -22,17 +22,13 @@ from faults.tools import (
     replaced,
     update,
 )
-from harness import pyvmm, run_cli, wait_until
+from harness import process, pyvmm, run_cli, wait_until
 
 
 def memfds(pid):
     """Descriptors of guest memory: number -> target."""
-    found = {}
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
-        if "memfd:pc." in target:
-            found[int(entry.name)] = target
-    return found
+    found = process.descriptors(pid)
+    return {fd: target for fd, target in found.items() if "memfd:pc." in target}
 
 
 def test_descriptor_limit(ticker):
@@ -40,7 +36,7 @@ def test_descriptor_limit(ticker):
     machine = ticker()
     assert update(machine) == ""
     footprint = machine.footprint()
-    used = max(int(entry.name) for entry in Path(f"/proc/{machine.pid}/fd").iterdir()) + 1
+    used = max(process.descriptors(machine.pid)) + 1
     outcomes = set()
     for spare in (*range(0, 24, 3), *range(24, 72, 8)):
         resource.prlimit(machine.pid, resource.RLIMIT_NOFILE, (used + spare, 4096))
