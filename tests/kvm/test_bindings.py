@@ -3,6 +3,7 @@ exit that needs finishing, and kicks that must not get lost."""
 
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,11 +12,15 @@ import pytest
 from harness import DEADLINE_S, guests, wait_until
 
 from pyvmm.core.bus import Bus
+from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.threads import Event
+from pyvmm.cpr.fdstore import FdStore
 from pyvmm.errors import KvmError
 from pyvmm.kvm import exits
 from pyvmm.kvm.system import System
+from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.cpu import Cpu, CpuEvents
+from pyvmm.machine.machine import Machine as WholeMachine
 from pyvmm.x86 import cpuid, irqchip, vcpu_state
 
 RAM = 4 << 20
@@ -449,6 +454,65 @@ def test_calls_and_stops_from_many_threads(threaded):
     assert len(results) == 200
 
 
+def pause_in(cpu, name):
+    """Have the vCPU's thread wait on its way into the method ``name``; two events: that it is
+    there, and to let it go on."""
+    there, go_on = threading.Event(), threading.Event()
+
+    def trace(frame, event, _argument):
+        if frame.f_code.co_name == name:
+            sys.settrace(None)
+            there.set()
+            assert go_on.wait(DEADLINE_S)
+
+    cpu.call(lambda vcpu: sys.settrace(trace))
+    return there, go_on
+
+
+def test_resumed_on_the_way_to_the_waiting_place(threaded):
+    """A vCPU in the guest is never taken for stopped: its state would be read while it runs."""
+    cpu, vcpu = threaded.cpu, threaded.vcpu
+    threaded.spin_in_ring_3()
+    real, inside = vcpu.run, threading.Event()
+
+    def run():
+        inside.set()
+        try:
+            return real()
+        finally:
+            inside.clear()
+
+    vcpu.run = run
+    assert cpu.wait_stopped()
+    there, go_on = pause_in(cpu, "_wait")
+    assert there.wait(DEADLINE_S)
+    cpu.resume()
+    go_on.set()
+    assert inside.wait(DEADLINE_S)
+    cpu.request_stop()
+    assert cpu.wait_stopped()
+    assert not inside.is_set()
+
+
+def test_kick_that_comes_after_its_work_was_done(threaded):
+    """The flag that it leaves must not keep the vCPU out of the guest for good."""
+    cpu, vcpu = threaded.cpu, threaded.vcpu
+    threaded.spin_in_ring_3()
+    cpu.resume()
+    count(cpu)
+    kick = cpu._kick
+
+    def late():
+        signal.pthread_kill(cpu._ident, signal.SIGURG)
+        wait_until(lambda: not cpu._work, "the work")
+        kick()
+
+    cpu._kick = late
+    count(cpu)
+    cpu._kick = kick
+    wait_until(lambda: not vcpu._run.immediate_exit, "the vCPU in the guest")
+
+
 def test_stop_while_it_is_halted(threaded):
     threaded.load(guests.HALT)
     for _ in range(100):
@@ -457,7 +521,7 @@ def test_stop_while_it_is_halted(threaded):
         assert threaded.cpu.wait_stopped()
 
 
-def test_device_that_fails_ends_the_thread_with_a_verdict(machine):
+def test_device_that_fails_stops_the_vcpu_with_a_verdict(machine):
     class Broken(Bus):
         def write(self, address, size, value):
             raise RuntimeError("a bug")
@@ -470,7 +534,40 @@ def test_device_that_fails_ends_the_thread_with_a_verdict(machine):
     assert events.happened.wait(DEADLINE_S)
     assert "a bug" in events.errors[0]
     assert cpu.wait_stopped()
+    # Its registers can be looked at, and after a reset it runs again.
+    assert cpu.call(lambda vcpu: vcpu.get_regs().rdx) == 0x1234
+    machine.load(guests.HALT)
+    cpu.resume()
+    cpu.request_stop()
+    assert cpu.wait_stopped()
     cpu.close()
+    assert len(events.errors) == 1
+
+
+def test_no_vcpu_goes_while_another_may_still_kick_it():
+    """The guest may ask for its end on one vCPU while the machine is closed."""
+    machine = Machine(cpus=2)
+    whole = WholeMachine(MachineConfig(), EventLoop(), FdStore())
+    gone, reached = [], threading.Event()
+
+    class Exit(Bus):
+        def write(self, address, size, value):
+            reached.set()
+            wait_until(lambda: second._quit or first.vcpu.fd < 0, "the end")
+            gone.append(first.vcpu.fd < 0)
+
+    ports = Exit("I/O", 1 << 16)
+    first, second = (Cpu(vcpu, ports, ports, whole) for vcpu in reversed(machine.vcpus))
+    whole.cpus = [first, second]
+    for cpu in whole.cpus:
+        cpu.start()
+    machine.load(b"\xba\x34\x12\xee\xf4")  # mov $0x1234, %dx; out %al, %dx; hlt
+    second.resume()
+    assert reached.wait(DEADLINE_S)
+    whole.close()
+    assert gone == [False]
+    assert [vcpu.fd for vcpu in machine.vcpus] == [-1, -1]
+    machine.close()
 
 
 def test_descriptors_are_close_on_exec(machine):
