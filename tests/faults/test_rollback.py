@@ -1,7 +1,9 @@
 """After the exec, until the guest runs: whatever goes wrong, the old image is back and goes on."""
 
 import os
+import select
 import shutil
+import socket
 import stat
 import sys
 from pathlib import Path
@@ -107,6 +109,43 @@ def test_state_file(ticker):
     machine.set_update([*command, "-incoming", "file:vm.state"])
     assert BACK in machine.hmp("migrate file:vm.state")
     check_alive(machine)
+
+
+DEBUGCON = ("-device", "isa-debugcon,chardev=side")
+SIDE = "socket,id=side,path=side.sock,server=on,wait=off"
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ("file,id=side,path=log", "is no file"),
+        ("pty,id=side", "is no pseudo terminal"),
+        ("socket,id=side,host=127.0.0.1,port=0,server=on,wait=off", "is a socket of another kind"),
+    ],
+)
+def test_connection_that_the_new_command_has_no_use_for(ticker, other, why):
+    # A new image that refuses what it is given must not have closed it.
+    machine = ticker("-chardev", SIDE, *DEBUGCON)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
+        command = [other if word == SIDE else word for word in machine.argv]
+        reply = update(machine, command)
+        assert why in reply
+        assert BACK in reply
+        assert "unix:side.sock,server=on\n" in machine.hmp("info chardev")
+        check_alive(machine)
+        assert not select.select([client], [], [], 0)[0]  # no end of file
+
+
+def test_rollback_of_a_change_of_address(ticker):
+    machine = ticker("-chardev", SIDE, *DEBUGCON)
+    command = replaced(machine, LOADED[0], "raise ValueError('injected')")
+    command = [word.replace("side.sock", "other.sock") for word in command]
+    check_back(machine, command, "ValueError: injected")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
 
 
 def test_two_vcpus(ticker):
