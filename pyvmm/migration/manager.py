@@ -205,9 +205,10 @@ class Migration:
                     raise result
                 preflight.compare(own, result, target)
                 preflight.check_descriptors()
-            except MigrationError as error:
+            except Exception as error:
+                # Another program's answer may be of any form, and the guest runs.
                 target.discard(self.machine.fds)
-                self._fail(str(error))
+                self._fail(_explain(error))
                 return
             self._update(argv, path, target)
 
