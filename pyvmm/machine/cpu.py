@@ -82,9 +82,7 @@ class Cpu:
 
         def body() -> None:
             name_thread(f"vcpu-{self.index}")
-            # All signals but the kick are the main thread's, whatever mask was inherited.
-            others = set(_signal.valid_signals()) - {KICK_SIGNAL}
-            _signal.pthread_sigmask(_signal.SIG_SETMASK, others)
+            _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {KICK_SIGNAL})
             self._ident = _thread.get_ident()
             self.thread_id = _thread.get_native_id()
             started.set()
