@@ -151,6 +151,10 @@ def serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
     fds = FdStore(carried.fds if carried else None)
+    if carried is None:
+        # Until the main loop is there to end in order; for an update all of them wait.
+        for number in ENDING:
+            _signal.signal(number, end_early)
     # Before anything is opened that a running VM of the same name may be using.
     entry = reserve(config.name) if config.name and carried is None else None
     machine: Machine | None = None
@@ -195,6 +199,11 @@ def serve(
         # Last: from here on another VM may have the name.
         if entry is not None:
             entry.remove()
+
+
+def end_early(number: int, _frame: object) -> None:
+    """A signal that comes before the machine is built: undo what there is of it, and end."""
+    raise SystemExit(128 + number)
 
 
 def handle_signals(machine: Machine) -> None:
