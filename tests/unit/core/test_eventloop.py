@@ -86,6 +86,26 @@ def test_descriptor_removed_in_the_same_round_is_not_served(loop, pipe):
     assert len(seen) == 1
 
 
+def test_another_file_of_the_same_number_is_not_served_in_that_round(loop, pipe):
+    first, seen = [], []
+    other = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def handler(revents):
+        first.append(revents)
+        loop.remove(pipe["w"])
+        loop.remove(pipe["r"])
+        os.dup2(other, pipe["r"], inheritable=False)
+        loop.add(pipe["r"], 0, seen.append)
+
+    os.write(pipe["w"], b"x")
+    loop.add(pipe["w"], WRITABLE, handler)
+    loop.add(pipe["r"], READABLE, handler)
+    loop.run_once()
+    os.close(other)
+    assert len(first) == 1
+    assert seen == []
+
+
 def test_dev_null_is_accepted(loop):
     seen = []
     fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
