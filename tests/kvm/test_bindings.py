@@ -454,6 +454,44 @@ def test_calls_and_stops_from_many_threads(threaded):
     assert len(results) == 200
 
 
+def watched(vcpu):
+    """An event that is set while the vCPU is in KVM_RUN."""
+    real, inside = vcpu.run, threading.Event()
+
+    def run():
+        inside.set()
+        try:
+            return real()
+        finally:
+            inside.clear()
+
+    vcpu.run = run
+    return inside
+
+
+def test_resumed_before_its_thread_got_to_wait(machine):
+    """As a new image may do it on a loaded host. The next stop would not kick it, and reading
+    its registers would wait for ever."""
+    late = threading.Event()
+
+    class Late(Cpu):
+        def _wait(self):
+            assert late.wait(DEADLINE_S)
+            super()._wait()
+
+    machine.spin_in_ring_3()
+    inside = watched(machine.vcpu)
+    cpu = Late(machine.vcpu, Bus("I/O", 1 << 16), Bus("memory", 1 << 64), Events())
+    cpu.start()
+    cpu.resume()
+    late.set()
+    assert inside.wait(DEADLINE_S)
+    cpu.request_stop()
+    assert cpu.wait_stopped()
+    assert not inside.is_set()
+    cpu.close()
+
+
 def pause_in(cpu, name):
     """Have the vCPU's thread wait on its way into the method ``name``; two events: that it is
     there, and to let it go on."""
@@ -473,16 +511,7 @@ def test_resumed_on_the_way_to_the_waiting_place(threaded):
     """A vCPU in the guest is never taken for stopped: its state would be read while it runs."""
     cpu, vcpu = threaded.cpu, threaded.vcpu
     threaded.spin_in_ring_3()
-    real, inside = vcpu.run, threading.Event()
-
-    def run():
-        inside.set()
-        try:
-            return real()
-        finally:
-            inside.clear()
-
-    vcpu.run = run
+    inside = watched(vcpu)
     assert cpu.wait_stopped()
     there, go_on = pause_in(cpu, "_wait")
     assert there.wait(DEADLINE_S)
