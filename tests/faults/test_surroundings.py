@@ -23,16 +23,12 @@ from faults.tools import (
     update,
 )
 from harness import pyvmm, run_cli, wait_until
+from harness.process import open_fds
 
 
 def memfds(pid):
     """Descriptors of guest memory: number -> target."""
-    found = {}
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
-        if "memfd:pc." in target:
-            found[int(entry.name)] = target
-    return found
+    return {fd: target for fd, target in open_fds(pid) if "memfd:pc." in target}
 
 
 def test_descriptor_limit(ticker):

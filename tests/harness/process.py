@@ -72,11 +72,19 @@ def cmdline(pid):
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
 
 
+def open_fds(pid):
+    """(number, link target) of the open descriptors; one that is closed meanwhile is left out."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            yield int(entry.name), os.readlink(entry)
+        except FileNotFoundError:
+            continue
+
+
 def fds(pid):
     """Sorted link targets of the open descriptors, numbers that change at will masked."""
     targets = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
+    for _, target in open_fds(pid):
         target = re.sub(r"^(socket|pipe):\[\d+\]$", r"\1", target)
         targets.append(re.sub(r"^/dev/pts/\d+$", "/dev/pts/N", target))
     return sorted(targets)
@@ -84,17 +92,20 @@ def fds(pid):
 
 def threads(pid):
     """Sorted names of the threads."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sorted((task / "comm").read_text().strip() for task in tasks)
+    return sorted(text.strip() for text in _of_tasks(pid, "comm"))
 
 
 def children(pid):
     """Ids of the child processes, those not waited for yet among them."""
-    return [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    return [int(child) for text in _of_tasks(pid, "children") for child in text.split()]
+
+
+def _of_tasks(pid, name):
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            yield (task / name).read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # that thread has ended meanwhile
 
 
 def memory_kib(pid, kind="Pss", ram_names=("/memfd:",)):

@@ -267,12 +267,16 @@ class Vm:
         """What an update must leave as it was: descriptors and threads, once the helper that
         keeps the old memory has gone."""
         process.wait_until(lambda: not self.children(), "the end of pyvmm's child processes")
-        # The guest runs before the monitors are imported: no module may be open just now.
-        process.wait_until(
-            lambda: not any(name.endswith((".py", ".pyc")) for name in self.fds()),
-            "the end of pyvmm's imports",
-        )
-        return self.fds(), self.threads()
+        # The prompt comes before all is in place and imported, an answer afterwards.
+        if "monitor" in self._streams:
+            self.hmp("info name")
+
+        def between_imports():
+            fds = self.fds()
+            return not any(name.endswith((".py", ".pyc")) for name in fds) and fds
+
+        fds = process.wait_until(between_imports, "the end of pyvmm's imports")
+        return fds, self.threads()
 
     def sections(self):
         """Title and text of everything that helps to understand a failure."""

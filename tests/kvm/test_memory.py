@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import run_cli
+from harness.process import open_fds
 
 KINDS = {
     "default": [],
@@ -33,8 +34,8 @@ def test_guest_uses_all_of_it(vm, kind):
 
 
 def memfd(machine, name):
-    folder = Path(f"/proc/{machine.pid}/fd")
-    return next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{name} "))
+    fd = next(fd for fd, file in open_fds(machine.pid) if file.startswith(f"/memfd:{name} "))
+    return Path(f"/proc/{machine.pid}/fd/{fd}")
 
 
 def test_memory_is_what_the_guest_wrote(vm, tmp_path):

@@ -352,6 +352,7 @@ def test_monitor_session_ends_with_the_vm(ticking, tmp_path):
 
 def test_clients_have_a_monitor_each_also_after_an_update(ticking, base):
     machine = ticking("vm", smp=4)
+    sockets = machine.footprint()[0].count("socket")
     streams = [client(base, "vm") for _ in range(4)]
     for number, stream in enumerate(streams):
         read_until(stream, PROMPT)
@@ -363,6 +364,8 @@ def test_clients_have_a_monitor_each_also_after_an_update(ticking, base):
         stream.sendall(b"us\n")
         assert f"* CPU #{number}:".encode() in read_until(stream, PROMPT)
         stream.close()
+    # Until they have gone there, too.
+    wait_until(lambda: machine.fds().count("socket") == sockets, "the end of the clients")
     footprint = machine.footprint()
     assert run_cli("monitor", "vm", "info", "status").returncode == 0
     wait_until(lambda: machine.footprint() == footprint, "no client left behind")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness import guests, pyvmm, run_cli, wait_until
+from harness.process import open_fds
 
 COUNTER = 0x200000
 STATE = "file:vm.state"
@@ -48,8 +49,8 @@ class Watcher:
 
 def memfd(machine, name):
     """Path of a descriptor of that memfd."""
-    folder = Path(f"/proc/{machine.pid}/fd")
-    return next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{name} "))
+    fd = next(fd for fd, file in open_fds(machine.pid) if file.startswith(f"/memfd:{name} "))
+    return Path(f"/proc/{machine.pid}/fd/{fd}")
 
 
 @pytest.mark.parametrize("smp", [1, 2])
