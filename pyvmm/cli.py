@@ -180,9 +180,7 @@ def serve(
     try:
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        # Not when an update comes: the package on disk may be another version by then.
-        from pyvmm.migration import preflight  # noqa: F401
-
+        import_preflight(machine)
         entry = publication.entry if publication else entry
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
@@ -236,6 +234,14 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         # The guest runs already, perhaps for months: it does not end for want of a monitor.
         machine.warn(f"there is no monitor: {type(error).__name__}: {error}")
         return []
+
+
+def import_preflight(machine: Machine) -> None:
+    """Not when an update comes: the package on disk may be another version by then."""
+    try:
+        from pyvmm.migration import preflight  # noqa: F401
+    except Exception as error:
+        machine.warn(f"there can be no update: {type(error).__name__}: {error}")
 
 
 def reserve(name: str) -> Entry:

@@ -185,8 +185,9 @@ class Migration:
             raise MigrationError(reason)
         try:
             from pyvmm.migration import preflight
-        except OSError as error:
-            raise MigrationError(f"The preflight cannot be made: {error.strerror}") from None
+        except (ImportError, OSError) as error:
+            problem = getattr(error, "strerror", None) or error
+            raise MigrationError(f"The preflight cannot be made: {problem}") from None
         preflight.check_descriptors()
         path = program.find(argv[0])
         target.prepare()

@@ -9,7 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults.tools import BACK, QMP, Qmp, check_alive, faulty, options, replaced, update
+from faults.tools import (
+    BACK,
+    QMP,
+    Qmp,
+    check_alive,
+    check_ticking,
+    faulty,
+    options,
+    replaced,
+    update,
+)
 from harness import pyvmm as pyvmm_command
 from harness import wait_until
 
@@ -316,6 +326,17 @@ def copy_package(folder):
     for part in ("pyvmm", "guests/build", "firmware/build"):
         shutil.copytree(root / part, folder / "site" / part)
     return folder / "site"
+
+
+def test_package_that_goes_while_the_guest_runs_already(ticker):
+    # Too late for a way back: the guest runs on, without what could not be imported.
+    machine = ticker()
+    gone = "import sys; sys.modules['pyvmm.migration.preflight'] = None"
+    assert update(machine, replaced(machine, "pyvmm.cli:open_monitors", gone)) == ""
+    check_ticking(machine)
+    assert "there can be no update" in machine.stderr()
+    assert "Error: The preflight cannot be made" in update(machine)
+    check_ticking(machine)
 
 
 def test_without_a_holder_for_the_old_memory(ticker):
