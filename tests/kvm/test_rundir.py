@@ -357,6 +357,7 @@ def test_monitor_session_ends_with_the_vm(ticking, tmp_path):
 
 def test_clients_have_a_monitor_each_also_after_an_update(ticking, base):
     machine = ticking("vm", smp=4)
+    sockets = machine.footprint()[0].count("socket")
     streams = [client(base, "vm") for _ in range(4)]
     for number, stream in enumerate(streams):
         read_until(stream, PROMPT)
@@ -368,9 +369,24 @@ def test_clients_have_a_monitor_each_also_after_an_update(ticking, base):
         stream.sendall(b"us\n")
         assert f"* CPU #{number}:".encode() in read_until(stream, PROMPT)
         stream.close()
+    # Until they have gone there, too.
+    wait_until(lambda: machine.fds().count("socket") == sockets, "the end of the clients")
     footprint = machine.footprint()
     assert run_cli("monitor", "vm", "info", "status").returncode == 0
     wait_until(lambda: machine.footprint() == footprint, "no client left behind")
+
+
+def test_clients_stay_when_the_info_cannot_be_written(ticking, base):
+    machine = ticking("vm")
+    (base / "vm" / "info~").mkdir()
+    with client(base, "vm") as stream:
+        read_until(stream, PROMPT)
+        machine.update()
+        stream.sendall(b"info status\n")
+        assert b"running" in read_until(stream, PROMPT)
+        assert "run directory, info: Is a directory" in machine.stderr()
+    assert run_cli("monitor", "vm", "info", "status").stdout == "VM status: running\n"
+    (base / "vm" / "info~").rmdir()
 
 
 def test_a_client_over_the_limit_waits_for_one_to_go(ticking, base):
