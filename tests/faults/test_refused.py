@@ -178,7 +178,7 @@ def test_state_version(ticker, change, why):
 
 
 def test_probe_that_hangs(ticker):
-    fault = "import pyvmm.migration.preflight as p; p.DEADLINE_S = 0.3"
+    fault = "import pyvmm.migration.preflight as p; p.DEADLINE_S = 3"
     machine = ticker(*QMP, program=faulty("pyvmm:", fault))
     hang = replaced(machine, "pyvmm:", "import signal; signal.pause()", probe=True)
     check_refused(machine, hang, "did not answer the preflight")
