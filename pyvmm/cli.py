@@ -176,7 +176,8 @@ def serve(
     try:
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        # Not when an update comes: the package on disk may be another version by then.
+        # Not when an update or a reset comes: the package on disk may be another version by then.
+        from pyvmm.boot import loader  # noqa: F401
         from pyvmm.migration import preflight  # noqa: F401
 
         entry = publication.entry if publication else entry

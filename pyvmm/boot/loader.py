@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot import elf, flat, multiboot, pvh
+from pyvmm.boot import bootparams, elf, flat, linux, multiboot, pvh
 from pyvmm.boot.image import ImageFile
 from pyvmm.boot.place import check_place, load_initrd, load_segments, write_cmdline
 from pyvmm.errors import ConfigError
@@ -20,35 +20,16 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.boot.config import KernelConfig
     from pyvmm.memory.guest import GuestMemory
 
 # Kinds in the boot record.
 NONE, PVH, MULTIBOOT, FLAT, LINUX64 = range(5)
 
-#: ``-machine kernel-unpack``: who unpacks a bzImage; the first value is the default.
-UNPACKERS = ("host", "guest")
-
 _RECORD = struct.Struct("<4sIIIII8x")
 _RECORD_MAGIC = b"PVMB"
 _SETUP_HEADER_MAGIC = b"HdrS"
 _HEAD_SIZE = 0x206  # up to and with that magic, in a bzImage
-
-
-class KernelConfig:
-    """``-kernel``, ``-initrd`` and ``-append``; an empty path means none.
-
-    :ivar unpack: one of :data:`UNPACKERS`
-    """
-
-    __slots__ = ("append", "initrd", "kernel", "unpack")
-
-    def __init__(
-        self, kernel: str = "", initrd: str = "", append: str = "", unpack: str = UNPACKERS[0]
-    ) -> None:
-        self.kernel = kernel
-        self.initrd = initrd
-        self.append = append
-        self.unpack = unpack
 
 
 class LoadedKernel:
@@ -125,9 +106,6 @@ def _load_linux(
     executable: elf.Elf | None,
     rsdp: int,
 ) -> LoadedKernel:
-    # An update does without the import.
-    from pyvmm.boot import bootparams, linux
-
     if executable:
         kernel = linux.load_vmlinux(memory, image, executable)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
 from pyvmm._util.sizes import parse_size
 from pyvmm.boot import builtin
-from pyvmm.boot.loader import UNPACKERS, KernelConfig
+from pyvmm.boot.config import UNPACKERS, KernelConfig
 from pyvmm.chardev.config import (
     ChardevConfig,
     check_chardevs,

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from pyvmm.boot import cache, linux
-from pyvmm.boot.loader import KernelConfig, load
+from pyvmm.boot.config import KernelConfig
+from pyvmm.boot.loader import load
 from pyvmm.testing.images import bzimage, elf, guest_memory, pack
 
 M = 1 << 20

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.boot import bootparams, unpack
+from pyvmm.boot.config import KernelConfig
 from pyvmm.boot.image import Image
-from pyvmm.boot.loader import FLAT, LINUX64, KernelConfig, load
+from pyvmm.boot.loader import FLAT, LINUX64, load
 from pyvmm.errors import ConfigError
 from pyvmm.testing.images import SETUP_HEADER, bzimage, elf, guest_memory, pack
 from pyvmm.x86 import layout

@@ -6,7 +6,8 @@ from construct import Const, Int32ul, Int64ul, Padding, Struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.boot.loader import FLAT, LINUX64, MULTIBOOT, NONE, PVH, KernelConfig, load
+from pyvmm.boot.config import KernelConfig
+from pyvmm.boot.loader import FLAT, LINUX64, MULTIBOOT, NONE, PVH, load
 from pyvmm.boot.place import OWN
 from pyvmm.errors import ConfigError
 from pyvmm.testing.images import elf, guest_memory, multiboot_header, pvh_note
