@@ -1,8 +1,9 @@
 """What a Linux kernel that is entered in long mode finds: ``struct boot_params`` and page tables.
 
 The boot parameters ("zero page") are those of Documentation/arch/x86/{boot,zero-page}.rst, 64-bit
-protocol. A vmlinux has no setup header; it is given one that says the same. Left out: a video
-mode, setup_data, EFI, and a reading of ``vga=`` and ``mem=`` in the command line.
+protocol. A vmlinux has no setup header; it is given one that says the same. Left out: what only
+the real-mode code reads (heap, video mode), setup_data, EFI, and a reading of ``vga=`` and
+``mem=`` in the command line.
 """
 
 from __future__ import annotations

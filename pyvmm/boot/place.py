@@ -37,7 +37,8 @@ def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int
     inside = any(each.paddr <= entry < each.paddr + each.mem_size for each in executable.loads)
     if not inside or entry >= layout.BELOW_4G_END:
         raise image.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
-    for segment in executable.loads:
+    # The highest first: it tells how much RAM is needed.
+    for segment in reversed(executable.loads):
         check_place(memory, image, segment.paddr, segment.mem_size)
     for segment in executable.loads:
         image.copy(segment.offset, segment.file_size, memory, segment.paddr)
@@ -53,10 +54,11 @@ def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
     :raises ConfigError: not all of that is RAM, or it is not free
     """
     if not memory.contains(gpa, size):
-        raise image.error(
-            f"{format_size(size)} to be loaded at {gpa:#x} are not all RAM; give more with -m, or"
-            " link the kernel lower"
-        )
+        end = gpa + size
+        mend = "link the kernel elsewhere"
+        if gpa >= layout.HIGH_START and end <= layout.BELOW_4G_END:
+            mend = f"give at least -m {-(-end >> 20)}M"
+        raise image.error(f"{size:#x} bytes to be loaded at {gpa:#x} are not all RAM; {mend}")
     for start, end in OWN:
         if gpa < end and start < gpa + size:
             raise image.error(

@@ -205,10 +205,13 @@ def test_headers_that_are_refused(memory, kernel, fields, message, unpacker):
     ("fields", "message"),
     [
         ({"init_size": 2**32 - 1}, "it is meant to run at 0x1000000, beyond 3G"),
-        ({"init_size": 49 * M}, "49M to be loaded at 0x1000000 are not all RAM; give more with -m"),
+        (
+            {"init_size": 49 * M},
+            "0x3100000 bytes to be loaded at 0x1000000 are not all RAM; give at least -m 65M",
+        ),
         ({"pref_address": 2**64 - 1}, "beyond 3G; build it for less"),
         ({"pref_address": 1 << 40}, "beyond 3G; build it for less"),
-        ({"pref_address": 64 * M}, "are not all RAM; give more with -m"),
+        ({"pref_address": 64 * M}, "are not all RAM; give at least -m 66M"),
         ({"pref_address": 0x1000, "relocatable_kernel": 0}, "are not all RAM"),
         (
             {"pref_address": 0x6000, "relocatable_kernel": 0, "init_size": 1},
@@ -251,7 +254,10 @@ def test_bzimage_of_every_length(memory, kernel):
         (pack(elf(load_at=RUN_AT, wide=False), "xz"), "32-bit ELF within a 64-bit bzImage"),
         (pack(b"not a kernel" * 2, "zstd"), "not an ELF file"),
         (pack(b"", "gzip"), "the file ends before"),
-        (pack(elf(load_at=64 * M), "lz4"), "to be loaded at 0x4000000 are not all RAM; give more"),
+        (
+            pack(elf(load_at=64 * M), "lz4"),
+            "to be loaded at 0x4000000 are not all RAM; give at least -m 65M",
+        ),
         (pack(elf(load_at=RUN_AT, entry=M), "xz"), "starts at 0x100000, where nothing is loaded"),
         (b"\x1f\x8b", "cannot be unpacked|does not unpack|which no kernel has"),
         (b"\xfd7zXZ\0", "cannot be unpacked|does not unpack|which no kernel has"),
