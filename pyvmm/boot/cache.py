@@ -91,6 +91,8 @@ def _folder(make: bool = False) -> str:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # the XDG specification says to ignore a relative one
         base = os.path.expanduser("~/.cache")
+    if not os.path.isabs(base):
+        raise FileNotFoundError  # no home directory either
     folder = os.path.join(base, "pyvmm")
     if make:
         os.makedirs(folder, 0o700, exist_ok=True)

@@ -3,9 +3,9 @@
 The kind is told by content: a Linux bzImage, an ELF file with a PVH note, a multiboot header, an
 ELF file of 64 bits without either (Linux's vmlinux), or else a flat real-mode image. Of a kernel
 that can do both, a 32-bit one is entered by multiboot, as other loaders do, and a 64-bit one by
-PVH, since multiboot knows 32-bit ELF only. Main thread, while no
-vCPU runs: before the start and again at each reset, since the guest has written over its own
-image by then. After a live update nothing is loaded.
+PVH, since multiboot knows 32-bit ELF only. Main thread, while no vCPU runs: before the start and
+again at each reset, since the guest has written over its own image by then. After a live update
+nothing is loaded.
 """
 
 from __future__ import annotations

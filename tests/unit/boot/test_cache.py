@@ -154,3 +154,12 @@ def test_default_folder_is_below_the_home_directory(monkeypatch, tmp_path):
         assert kept("name") == DATA
     assert (Path(tmp_path) / "home" / ".cache" / "pyvmm" / "name").exists()
     assert not Path("relative").exists()
+
+
+def test_no_home_directory_means_no_cache(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "relative")
+    cache.put("name", DATA)
+    assert kept("name") is None
+    assert not list(tmp_path.iterdir())
