@@ -182,9 +182,9 @@ class Machine(CpuEvents):
         self.platform.reset()
         for device in self.devices:
             device.reset()
-        self.load_kernel()
+        self.load_guest()
 
-    def load_kernel(self) -> None:
+    def load_guest(self) -> None:
         """Put the kernel and what it is told into memory.
 
         :raises ConfigError: a file or the command line cannot be used
