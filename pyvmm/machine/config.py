@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.boot.loader import KernelConfig
+from pyvmm.boot.config import KernelConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 from pyvmm._native import lib
-from pyvmm.boot import loader
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
@@ -183,6 +182,16 @@ class Machine(CpuEvents):
         self.platform.reset()
         for device in self.devices:
             device.reset()
+        self.load_guest()
+
+    def load_guest(self) -> None:
+        """Put the kernel and what it is told into memory.
+
+        :raises ConfigError: a file or the command line cannot be used
+        """
+        # An update does without it: memory has it all already.
+        from pyvmm.boot import loader
+
         loader.load(self.memory, self.config.kernel)
 
     # ---- state -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
 from pyvmm._util.sizes import parse_size
 from pyvmm.boot import builtin
-from pyvmm.boot.loader import KernelConfig
+from pyvmm.boot.config import UNPACKERS, KernelConfig
 from pyvmm.chardev.config import (
     ChardevConfig,
     check_chardevs,
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_CPUS = 255
+
+MACHINE_PROPERTIES = (
+    "type", "accel", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack"
+)  # fmt: skip
 
 #: Drivers of ``-device`` and their properties.
 DEVICES: dict[str, tuple[str, ...]] = {
@@ -59,6 +63,7 @@ class Options:
         self.config.argv = list(argv)
         self._kernel = self._initrd = ""
         self._append: str | None = None
+        self._unpack = UNPACKERS[0]
         self._given: set[str] = set()
 
     def parse(self) -> MachineConfig:
@@ -124,7 +129,7 @@ class Options:
 
     def _machine(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="type")
-        check_keys(keys, ("type", "accel", "memory-backend", "anon-alloc", "aux-ram-share"), option)
+        check_keys(keys, MACHINE_PROPERTIES, option)
         kind = keys.get("type", MACHINE_TYPE)
         if kind != MACHINE_TYPE:
             raise ConfigError(f"{option}: {shorten(kind)} is no machine; the one is {MACHINE_TYPE}")
@@ -139,6 +144,10 @@ class Options:
         if alloc not in ("memfd", "mmap"):
             raise ConfigError(f"{option}: anon-alloc={shorten(alloc)}: give memfd or mmap")
         self.config.anon_alloc = alloc
+        unpack = keys.get("kernel-unpack", self._unpack)
+        if unpack not in UNPACKERS:
+            raise ConfigError(f"{option}: kernel-unpack={shorten(unpack)}: give host or guest")
+        self._unpack = unpack
 
     def _accel(self, value: str, option: str) -> None:
         if value != "kvm":
@@ -274,7 +283,7 @@ class Options:
             kernel = builtin.path(builtin.GUEST)
             # Saves it from waiting for CPUs that do not exist.
             self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
-        config.kernel = KernelConfig(kernel, self._initrd, self._append or "")
+        config.kernel = KernelConfig(kernel, self._initrd, self._append or "", self._unpack)
         self._check_memory()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
         requests += [monitor.chardev for monitor in config.monitors]
@@ -323,7 +332,8 @@ REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mo
 OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "m": ("SIZE", "guest memory, e.g. 512M or 4G (default 128M)", Options._memory),
     "smp": ("N", "number of vCPUs (default 1)", Options._smp),
-    "kernel": ("FILE", "PVH or multiboot kernel, or flat image (default: built in)",
+    "kernel": ("FILE", "Linux bzImage or vmlinux, PVH or multiboot kernel, or flat image\n"
+               "(default: built in)",
                Options._set_kernel),
     "initrd": ("FILE", "initial RAM disk, given to the kernel as its first module",
                Options._set_initrd),
@@ -333,8 +343,11 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
                "memory that -machine memory-backend=ID makes the guest's; the only one is it",
                Options._object),
-    "machine": ("[pyvmm][,memory-backend=ID][,anon-alloc=memfd|mmap][,aux-ram-share=on]",
-                "machine type and its properties", Options._machine),
+    "machine": ("[pyvmm][,memory-backend=ID][,anon-alloc=memfd|mmap][,aux-ram-share=on]"
+                "[,kernel-unpack=host|guest]",
+                "machine type and its properties; kernel-unpack says who unpacks a bzImage:\n"
+                "the host, which is faster and caches it, or the kernel itself, with KASLR",
+                Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
     "cpu": ("host|max", "the CPU that the guest sees: this host's", Options._cpu),
     "chardev": ("stdio|pty|socket|file|null|ringbuf,id=ID[,mux=on][,KEY=VALUE...]",
