@@ -32,6 +32,7 @@ _OWN = (
     (layout.BOOT_RECORD, layout.BOOT_RECORD + layout.BOOT_RECORD_SIZE),
     (layout.START_INFO, layout.BOOT_INFO_END),
     (layout.CMDLINE, layout.CMDLINE + layout.CMDLINE_SIZE),
+    (layout.TABLES_START, layout.VGA_START),
 )
 
 
@@ -68,14 +69,15 @@ class LoadedKernel:
         return self.kind in (NONE, FLAT)
 
 
-def load(memory: GuestMemory, config: KernelConfig) -> LoadedKernel:
+def load(memory: GuestMemory, config: KernelConfig, rsdp: int = 0) -> LoadedKernel:
     """Load as *config* says, and leave the boot record for the ROM.
 
+    :param rsdp: address of ACPI's root pointer, for kernels that can be told; 0 if there is none
     :raises ConfigError: a file or the command line cannot be used
     """
     if config.kernel:
         with ImageFile(config.kernel, "-kernel") as image:
-            kernel = _load_image(memory, image, config)
+            kernel = _load_image(memory, image, config, rsdp)
     elif config.initrd or config.append:
         raise ConfigError("-initrd and -append need a kernel; add -kernel FILE")
     else:
@@ -85,7 +87,9 @@ def load(memory: GuestMemory, config: KernelConfig) -> LoadedKernel:
     return kernel
 
 
-def _load_image(memory: GuestMemory, image: ImageFile, config: KernelConfig) -> LoadedKernel:
+def _load_image(
+    memory: GuestMemory, image: ImageFile, config: KernelConfig, rsdp: int
+) -> LoadedKernel:
     head = image.head(4)
     executable = elf.Elf(image) if head == elf.MAGIC[: len(head)] else None
     pvh_entry = pvh.find_entry(executable) if executable else None
@@ -94,7 +98,7 @@ def _load_image(memory: GuestMemory, image: ImageFile, config: KernelConfig) -> 
     if header:
         return _load_multiboot(memory, image, config, header, executable)
     if executable and pvh_entry is not None:
-        return _load_pvh(memory, image, config, executable, pvh_entry)
+        return _load_pvh(memory, image, config, executable, pvh_entry, rsdp)
     if executable:
         raise image.error("ELF with neither a PVH note nor a multiboot header; give such a kernel")
     if config.initrd or config.append:
@@ -103,12 +107,17 @@ def _load_image(memory: GuestMemory, image: ImageFile, config: KernelConfig) -> 
 
 
 def _load_pvh(
-    memory: GuestMemory, image: ImageFile, config: KernelConfig, executable: elf.Elf, entry: int
+    memory: GuestMemory,
+    image: ImageFile,
+    config: KernelConfig,
+    executable: elf.Elf,
+    entry: int,
+    rsdp: int,
 ) -> LoadedKernel:
     end = _load_segments(memory, image, executable, entry)
     initrd = _load_initrd(memory, config.initrd, end)
     cmdline = _write_cmdline(memory, config.append)
-    return LoadedKernel(PVH, entry, 0, pvh.write_start_info(memory, cmdline, initrd))
+    return LoadedKernel(PVH, entry, 0, pvh.write_start_info(memory, cmdline, initrd, rsdp))
 
 
 def _load_multiboot(

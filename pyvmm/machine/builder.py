@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.boot import builtin, loader, rom
+from pyvmm.boot import builtin, rom
 from pyvmm.chardev.config import ChardevConfig
 from pyvmm.chardev.null import NullChardev
 from pyvmm.core.bus import Bus
@@ -77,7 +77,7 @@ def build(
         ]
         # In a live update memory has it all already, the kernel, its data and its changes.
         if not config.incoming:
-            loader.load(machine.memory, config.kernel)
+            machine.load_guest()
     except BaseException:
         # What was inherited stays open: the old image needs it for its return.
         if not fds.is_incoming:

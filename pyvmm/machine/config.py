@@ -56,6 +56,7 @@ class MachineConfig:
         self.memory_backend = ""  # id of the object that is main memory
         self.anon_alloc = "memfd"  # where memory without an object comes from: memfd, mmap
         self.smp = 1
+        self.acpi = True  # whether the guest finds ACPI tables
         self.kernel = KernelConfig()
         self.bios = ""
         self.chardevs: list[ChardevConfig] = []

@@ -60,6 +60,8 @@ class Machine(CpuEvents):
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.backends: list[RamBackend] = []
         self.devices: list[Device] = []
+        # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
+        self.virtio_mmio: list[tuple[int, int, int]] = []
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []
@@ -183,7 +185,17 @@ class Machine(CpuEvents):
         self.platform.reset()
         for device in self.devices:
             device.reset()
-        loader.load(self.memory, self.config.kernel)
+        self.load_guest()
+
+    def load_guest(self) -> None:
+        """Put the firmware's tables and the kernel into memory.
+
+        :raises PyvmmError: the kernel cannot be loaded
+        """
+        # A live update does not come here, and shall not wait for this import.
+        from pyvmm.machine import firmware
+
+        loader.load(self.memory, self.config.kernel, firmware.write_tables(self))
 
     # ---- state -----------------------------------------------------------------------------
 

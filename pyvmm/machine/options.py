@@ -124,7 +124,8 @@ class Options:
 
     def _machine(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="type")
-        check_keys(keys, ("type", "accel", "memory-backend", "anon-alloc", "aux-ram-share"), option)
+        known = ("type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share")
+        check_keys(keys, known, option)
         kind = keys.get("type", MACHINE_TYPE)
         if kind != MACHINE_TYPE:
             raise ConfigError(f"{option}: {shorten(kind)} is no machine; the one is {MACHINE_TYPE}")
@@ -139,6 +140,7 @@ class Options:
         if alloc not in ("memfd", "mmap"):
             raise ConfigError(f"{option}: anon-alloc={shorten(alloc)}: give memfd or mmap")
         self.config.anon_alloc = alloc
+        self.config.acpi = parse_bool(keys.get("acpi", "on"), option, "acpi")
 
     def _accel(self, value: str, option: str) -> None:
         if value != "kvm":
@@ -333,8 +335,10 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
                "memory that -machine memory-backend=ID makes the guest's; the only one is it",
                Options._object),
-    "machine": ("[pyvmm][,memory-backend=ID][,anon-alloc=memfd|mmap][,aux-ram-share=on]",
-                "machine type and its properties", Options._machine),
+    "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]\n"
+                "[,aux-ram-share=on]",
+                "machine type and its properties; without ACPI there is still an MP table",
+                Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
     "cpu": ("host|max", "the CPU that the guest sees: this host's", Options._cpu),
     "chardev": ("stdio|pty|socket|file|null|ringbuf,id=ID[,mux=on][,KEY=VALUE...]",
