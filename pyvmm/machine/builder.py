@@ -57,7 +57,9 @@ def build(
         machine.system = open_system(fds)
         # Memory before the VM: a wrong -object is found while there is nothing to undo.
         machine.memory = add_memory(machine)
-        machine.platform = Platform(machine.system, machine.memory, config.smp)
+        machine.platform = Platform(
+            machine.system, machine.memory, config.topology, config.cpu_changes
+        )
         # Chardevs before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)

@@ -28,6 +28,7 @@ from pyvmm.machine.config import (
 )
 from pyvmm.memory.config import RamConfig
 from pyvmm.x86 import layout
+from pyvmm.x86.cpuid import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,15 +108,25 @@ class Options:
         keys = parse_keyval(value, option, implied_key="cpus")
         check_keys(keys, ("cpus", "maxcpus", "sockets", "cores", "threads"), option)
         counts = {key: parse_int(keys[key], option, key, 1, MAX_CPUS) for key in keys}
-        product = counts.get("sockets", 1) * counts.get("cores", 1) * counts.get("threads", 1)
-        cpus = counts.get("cpus", product)
-        if counts.get("maxcpus", cpus) != cpus:
+        sockets, threads = counts.get("sockets", 1), counts.get("threads", 1)
+        cpus = counts.get("cpus", 0)
+        # As in QEMU: what is not said is cores, and if these are, sockets.
+        cores = counts.get("cores") or max(cpus // (sockets * threads), 1)
+        if "sockets" not in counts:
+            sockets = max(cpus // (cores * threads), 1)
+        product = sockets * cores * threads
+        if product != (cpus or product) or product > MAX_CPUS:
             raise ConfigError(
-                f"{option}: maxcpus must equal cpus ({cpus}): CPUs are not hotplugged"
+                f"{option}: sockets x cores x threads is {product}, not cpus={cpus or MAX_CPUS}"
             )
-        if product not in (1, cpus):
-            raise ConfigError(f"{option}: sockets x cores x threads is {product}, not cpus={cpus}")
-        self.config.smp = cpus
+        if counts.get("maxcpus", product) != product:
+            raise ConfigError(
+                f"{option}: maxcpus must equal cpus ({product}): CPUs are not hotplugged"
+            )
+        try:
+            self.config.topology = Topology(sockets, cores, threads)
+        except ValueError as error:
+            raise ConfigError(f"{option}: {error}; choose one") from None
 
     def _object(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="qom-type")
@@ -148,7 +159,9 @@ class Options:
 
     def _cpu(self, value: str, option: str) -> None:
         if value not in ("host", "max"):
-            raise ConfigError(f"{option}: {shorten(value)} is no CPU; give host or max")
+            from pyvmm.x86 import cpu_features
+
+            self.config.cpu_changes = cpu_features.parse(value, option)
 
     def _set_kernel(self, value: str, option: str) -> None:
         self._kernel = value
@@ -324,7 +337,7 @@ REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mo
 #: name: (what its value looks like, help, handler)
 OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "m": ("SIZE", "guest memory, e.g. 512M or 4G (default 128M)", Options._memory),
-    "smp": ("N", "number of vCPUs (default 1)", Options._smp),
+    "smp": ("N[,sockets=N][,cores=N][,threads=N]", "number of vCPUs (default 1)", Options._smp),
     "kernel": ("FILE", "PVH or multiboot kernel, or flat image (default: built in)",
                Options._set_kernel),
     "initrd": ("FILE", "initial RAM disk, given to the kernel as its first module",
@@ -340,7 +353,9 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                 "machine type and its properties; without ACPI there is still an MP table",
                 Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
-    "cpu": ("host|max", "the CPU that the guest sees: this host's", Options._cpu),
+    "cpu": ("host|max[,+FEATURE][,-FEATURE][,FEATURE=on|off...]",
+            "the CPU that the guest sees: this host's; features are named as in QEMU",
+            Options._cpu),
     "chardev": ("stdio|pty|socket|file|null|ringbuf,id=ID[,mux=on][,KEY=VALUE...]",
                 "byte stream to the host, for the options below as chardev:ID",
                 Options._chardev),

@@ -37,9 +37,10 @@ class Machine:
         self.vm.create_irqchip()
         self.vm.create_pit2()
         self.vcpus = [self.vm.create_vcpu(index) for index in range(cpus)]
-        offered = cpuid.host_cpuid(self.system)
+        topology = cpuid.Topology(1, cpus, 1)
+        offered = cpuid.host_cpuid(self.system, topology, {})
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, cpus)
+            cpuid.set_identity(offered, vcpu.index, topology)
             vcpu.set_cpuid2(offered)
 
     @property
