@@ -144,7 +144,7 @@ def add_devices(machine: Machine) -> None:
             chardev = machine.chardevs.claim(chardev_config)
         serial = Serial(_irq(machine, irq), chardev, iobase=ports[0], index=number)
         _add(machine, serial, *ports)
-    rtc = Rtc()
+    rtc = Rtc(_irq(machine, layout.IRQ_RTC), machine.loop)
     low = min(config.memory_size, layout.BELOW_4G_END)
     rtc.set_memory_size(low, config.memory_size - low)
     _add(machine, rtc, *layout.CMOS)
