@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pyvmm.memory.guest import GuestMemory
 
 
+MTRR_ENABLE = 1 << 11
+MTRR_WRITE_BACK = 6
+
+
 class Platform:
     """A VM with memory, irqchip, PIT and vCPUs, in the state after power-on.
 
@@ -67,6 +71,8 @@ class Platform:
         for vcpu in self.vcpus:
             cpuid.set_identity(offered, vcpu.index, topology)
             vcpu.set_cpuid2(offered)
+            # What firmware leaves: memory is cacheable wherever no range says otherwise.
+            vcpu.set_msrs({vcpu_state.MSR_MTRR_DEF_TYPE: MTRR_ENABLE | MTRR_WRITE_BACK})
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.

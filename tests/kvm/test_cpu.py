@@ -45,6 +45,17 @@ def test_feature_that_no_kvm_has():
     assert result.stderr == "pyvmm: -cpu: KVM on this host does not offer ia64; leave it out\n"
 
 
+def test_memory_is_cacheable(vm, tmp_path):
+    # mov $0x2ff, %ecx; rdmsr; cmp $0x806, %eax: MTRRs on, write-back by default
+    code = b"\x66\xb9\xff\x02\x00\x00\x0f\x32\x66\x3d\x06\x08\x00\x00"
+    good = guests.print_text("write-back\n") + guests.HALT
+    code += b"\x75" + bytes([len(good)]) + good + guests.print_text("other\n") + guests.HALT
+    machine = vm("-kernel", guests.flat(tmp_path, code))
+    assert machine.expect(r"\S+\n").group() == b"write-back\n"
+    machine.hmp("system_reset")
+    assert machine.expect(r"\S+\n").group() == b"write-back\n"
+
+
 def test_update_keeps_what_was_taken_away(vm, tmp_path):
     machine = vm("-cpu", "host,-tsc-deadline", append="timers period=50 rounds=0", smp=2)
     machine.expect("kvmclock=1 deadline=0")
