@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
-SIZE_MAX = layout.EBDA_START - layout.FLAT_START
+SIZE_MAX = layout.TABLES_START - layout.FLAT_START
 
 
 def load(memory: GuestMemory, image: Image) -> int:

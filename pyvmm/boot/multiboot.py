@@ -101,7 +101,7 @@ def write_info(
     )  # fmt: skip
     fields = [0] * 22
     fields[0] = _INFO_MEMORY | _INFO_CMDLINE | _INFO_MMAP | _INFO_LOADER
-    fields[1] = layout.EBDA_START >> 10  # mem_lower, KiB
+    fields[1] = layout.TABLES_START >> 10  # mem_lower, KiB
     fields[2] = extended >> 10  # mem_upper, KiB from 1 MiB up to the first hole
     fields[4] = cmdline
     module = MODULE.pack(0, 0, 0, 0)

@@ -24,6 +24,7 @@ OWN = (
     (layout.START_INFO, layout.BOOT_INFO_END),
     (layout.CMDLINE, layout.CMDLINE + layout.CMDLINE_SIZE),
     (layout.PAGE_TABLES, layout.PAGE_TABLES_END),
+    (layout.TABLES_START, layout.VGA_START),
 )
 """What the loader writes, as ``(start, end)``; no part of a kernel may lie there."""
 

@@ -57,7 +57,9 @@ def build(
         machine.system = open_system(fds)
         # Memory before the VM: a wrong -object is found while there is nothing to undo.
         machine.memory = add_memory(machine)
-        machine.platform = Platform(machine.system, machine.memory, config.smp)
+        machine.platform = Platform(
+            machine.system, machine.memory, config.topology, config.cpu_changes
+        )
         # Chardevs before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)
@@ -142,7 +144,7 @@ def add_devices(machine: Machine) -> None:
             chardev = machine.chardevs.claim(chardev_config)
         serial = Serial(_irq(machine, irq), chardev, iobase=ports[0], index=number)
         _add(machine, serial, *ports)
-    rtc = Rtc()
+    rtc = Rtc(_irq(machine, layout.IRQ_RTC), machine.loop)
     low = min(config.memory_size, layout.BELOW_4G_END)
     rtc.set_memory_size(low, config.memory_size - low)
     _add(machine, rtc, *layout.CMOS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.boot.config import KernelConfig
+from pyvmm.x86.cpuid import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class MachineConfig:
         self.objects: list[RamConfig] = []
         self.memory_backend = ""  # id of the object that is main memory
         self.anon_alloc = "memfd"  # where memory without an object comes from: memfd, mmap
-        self.smp = 1
+        self.topology = Topology(1, 1, 1)
+        self.cpu_changes: dict[str, bool] = {}  # features that -cpu wants, and does not want
+        self.acpi = True  # whether the guest finds ACPI tables
         self.kernel = KernelConfig()
         self.bios = ""
         self.chardevs: list[ChardevConfig] = []
@@ -67,11 +70,17 @@ class MachineConfig:
         self.only_migratable = False
         self.actions = {event: values[0] for event, values in ACTIONS.items()}
 
+    @property
+    def smp(self) -> int:
+        """Number of vCPUs."""
+        return self.topology.count
+
     def shape(self) -> dict[str, str]:
         """What the next image of a live update must have too, by the option that says it."""
         return {
             "-m": str(self.memory_size),
-            "-smp": str(self.smp),
+            "-smp": str(self.topology),
+            "-cpu": ",".join(["host", *("-+"[on] + name for name, on in self.cpu_changes.items())]),
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
             "-device": ",".join(sorted(device.driver for device in self.devices)),

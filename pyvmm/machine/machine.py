@@ -59,6 +59,8 @@ class Machine(CpuEvents):
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.backends: list[RamBackend] = []
         self.devices: list[Device] = []
+        # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
+        self.virtio_mmio: list[tuple[int, int, int]] = []
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []
@@ -185,14 +187,15 @@ class Machine(CpuEvents):
         self.load_guest()
 
     def load_guest(self) -> None:
-        """Put the kernel and what it is told into memory.
+        """Put the firmware's tables and the kernel into memory.
 
         :raises ConfigError: a file or the command line cannot be used
         """
-        # An update does without it: memory has it all already.
+        # An update does without them: memory has it all already.
         from pyvmm.boot import loader
+        from pyvmm.machine import firmware
 
-        loader.load(self.memory, self.config.kernel)
+        loader.load(self.memory, self.config.kernel, firmware.write_tables(self))
 
     # ---- state -----------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from pyvmm.machine.config import (
 )
 from pyvmm.memory.config import RamConfig
 from pyvmm.x86 import layout
+from pyvmm.x86.cpuid import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 MAX_CPUS = 255
 
 MACHINE_PROPERTIES = (
-    "type", "accel", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack"
+    "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack"
 )  # fmt: skip
 
 #: Drivers of ``-device`` and their properties.
@@ -112,15 +113,25 @@ class Options:
         keys = parse_keyval(value, option, implied_key="cpus")
         check_keys(keys, ("cpus", "maxcpus", "sockets", "cores", "threads"), option)
         counts = {key: parse_int(keys[key], option, key, 1, MAX_CPUS) for key in keys}
-        product = counts.get("sockets", 1) * counts.get("cores", 1) * counts.get("threads", 1)
-        cpus = counts.get("cpus", product)
-        if counts.get("maxcpus", cpus) != cpus:
+        sockets, threads = counts.get("sockets", 1), counts.get("threads", 1)
+        cpus = counts.get("cpus", 0)
+        # As in QEMU: what is not said is cores, and if these are, sockets.
+        cores = counts.get("cores") or max(cpus // (sockets * threads), 1)
+        if "sockets" not in counts:
+            sockets = max(cpus // (cores * threads), 1)
+        product = sockets * cores * threads
+        if product != (cpus or product) or product > MAX_CPUS:
             raise ConfigError(
-                f"{option}: maxcpus must equal cpus ({cpus}): CPUs are not hotplugged"
+                f"{option}: sockets x cores x threads is {product}, not cpus={cpus or MAX_CPUS}"
             )
-        if product not in (1, cpus):
-            raise ConfigError(f"{option}: sockets x cores x threads is {product}, not cpus={cpus}")
-        self.config.smp = cpus
+        if counts.get("maxcpus", product) != product:
+            raise ConfigError(
+                f"{option}: maxcpus must equal cpus ({product}): CPUs are not hotplugged"
+            )
+        try:
+            self.config.topology = Topology(sockets, cores, threads)
+        except ValueError as error:
+            raise ConfigError(f"{option}: {error}; choose one") from None
 
     def _object(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="qom-type")
@@ -148,6 +159,7 @@ class Options:
         if unpack not in UNPACKERS:
             raise ConfigError(f"{option}: kernel-unpack={shorten(unpack)}: give host or guest")
         self._unpack = unpack
+        self.config.acpi = parse_bool(keys.get("acpi", "on"), option, "acpi")
 
     def _accel(self, value: str, option: str) -> None:
         if value != "kvm":
@@ -155,7 +167,9 @@ class Options:
 
     def _cpu(self, value: str, option: str) -> None:
         if value not in ("host", "max"):
-            raise ConfigError(f"{option}: {shorten(value)} is no CPU; give host or max")
+            from pyvmm.x86 import cpu_features
+
+            self.config.cpu_changes = cpu_features.parse(value, option)
 
     def _set_kernel(self, value: str, option: str) -> None:
         self._kernel = value
@@ -331,7 +345,7 @@ REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mo
 #: name: (what its value looks like, help, handler)
 OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "m": ("SIZE", "guest memory, e.g. 512M or 4G (default 128M)", Options._memory),
-    "smp": ("N", "number of vCPUs (default 1)", Options._smp),
+    "smp": ("N[,sockets=N][,cores=N][,threads=N]", "number of vCPUs (default 1)", Options._smp),
     "kernel": ("FILE", "Linux bzImage or vmlinux, PVH or multiboot kernel, or flat image\n"
                "(default: built in)",
                Options._set_kernel),
@@ -343,13 +357,16 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
                "memory that -machine memory-backend=ID makes the guest's; the only one is it",
                Options._object),
-    "machine": ("[pyvmm][,memory-backend=ID][,anon-alloc=memfd|mmap][,aux-ram-share=on]"
-                "[,kernel-unpack=host|guest]",
-                "machine type and its properties; kernel-unpack says who unpacks a bzImage:\n"
-                "the host, which is faster and caches it, or the kernel itself, with KASLR",
+    "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]\n"
+                "[,aux-ram-share=on][,kernel-unpack=host|guest]",
+                "machine type and its properties; without ACPI there is still an MP table;\n"
+                "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"
+                "it, or the kernel itself, with KASLR",
                 Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
-    "cpu": ("host|max", "the CPU that the guest sees: this host's", Options._cpu),
+    "cpu": ("host|max[,+FEATURE][,-FEATURE][,FEATURE=on|off...]",
+            "the CPU that the guest sees: this host's; features are named as in QEMU",
+            Options._cpu),
     "chardev": ("stdio|pty|socket|file|null|ringbuf,id=ID[,mux=on][,KEY=VALUE...]",
                 "byte stream to the host, for the options below as chardev:ID",
                 Options._chardev),

@@ -42,9 +42,10 @@ class Machine:
         self.vm.create_irqchip()
         self.vm.create_pit2()
         self.vcpus = [self.vm.create_vcpu(index) for index in range(cpus)]
-        offered = cpuid.host_cpuid(self.system)
+        topology = cpuid.Topology(1, cpus, 1)
+        offered = cpuid.host_cpuid(self.system, topology, {})
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, cpus)
+            cpuid.set_identity(offered, vcpu.index, topology)
             vcpu.set_cpuid2(offered)
 
     @property
@@ -264,7 +265,8 @@ def test_guests_of_the_guest_are_not_offered(machine):
     for leaf, bit in ((1, 5), (0x80000001, 2)):
         next(entry for entry in entries if entry.function == leaf).ecx |= 1 << bit
     machine.system.get_supported_cpuid = lambda: offered
-    assert cpuid.host_cpuid(machine.system) is offered
+    offered = cpuid.host_cpuid(machine.system, cpuid.Topology(1, 1, 1), {})
+    entries = [offered.entries[index] for index in range(offered.nent)]
     for leaf, bit in ((1, 5), (0x80000001, 2)):
         assert not next(entry for entry in entries if entry.function == leaf).ecx & 1 << bit
 
@@ -310,6 +312,8 @@ def test_cpuid_comes_back(machine):
 
 def test_whole_state_comes_back(machine):
     machine.spin_in_ring_3()
+    ranges = {0x2FF: 0xC06, 0x200: 0x80000000, 0x201: 0xF80000800, 0x250: 0x0606060606060606}
+    assert machine.vcpu.set_msrs(ranges) == []
     state = vcpu_state.read(machine.vcpu)
     other = Machine()
     try:
@@ -318,6 +322,7 @@ def test_whole_state_comes_back(machine):
             left = getattr(machine.vcpu, f"get_{name}")()
             assert same(left, getattr(other.vcpu, f"get_{name}")()), name
         assert machine.vcpu.get_xsave() == other.vcpu.get_xsave()
+        assert other.vcpu.get_msrs(ranges) == ranges
     finally:
         other.close()
 

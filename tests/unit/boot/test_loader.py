@@ -74,9 +74,10 @@ def test_pvh(memory, kernel, wide):
     assert memory.read(module.paddr, module.size) == initrd
     assert module.paddr == 16 * M - 0x3000
     assert module.cmdline_paddr == 0
-    entries = MEMMAP[info.memmap_entries].parse(memory.read(info.memmap_paddr, 24 * 4))
+    entries = MEMMAP[info.memmap_entries].parse(memory.read(info.memmap_paddr, 24 * 5))
     assert [(entry.addr, entry.size, entry.type) for entry in entries] == [
-        (0, 0x9FC00, 1),
+        (0, 0x98000, 1),
+        (0x98000, 0x7C00, 3),
         (0x9FC00, 0x60400, 2),
         (M, 15 * M, 1),
         (0xFEC00000, 0x1400000, 2),
@@ -86,9 +87,10 @@ def test_pvh(memory, kernel, wide):
 
 
 def test_pvh_without_initrd(memory, kernel):
-    found = load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)))))
+    found = load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)))), rsdp=0x9FC20)
     info = START_INFO.parse(memory.read(found.info, START_INFO.sizeof()))
     assert (info.nr_modules, info.modlist_paddr) == (0, 0)
+    assert info.rsdp_paddr == 0x9FC20
     assert memory.read(info.cmdline_paddr, 1) == b"\0"
 
 
@@ -97,8 +99,8 @@ def test_memory_map_above_4g(kernel):
     memory = guest_memory(size)
     found = load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)))))
     info = START_INFO.parse(memory.read(found.info, START_INFO.sizeof()))
-    entries = MEMMAP[info.memmap_entries].parse(memory.read(info.memmap_paddr, 24 * 5))
-    assert [(entry.addr, entry.size, entry.type) for entry in entries[2:]] == [
+    entries = MEMMAP[info.memmap_entries].parse(memory.read(info.memmap_paddr, 24 * 6))
+    assert [(entry.addr, entry.size, entry.type) for entry in entries[3:]] == [
         (M, (3 << 30) - M, 1),
         (0xFEC00000, 0x1400000, 2),
         (4 << 30, 2 << 30, 1),
@@ -155,7 +157,7 @@ def test_truncated_elf_is_not_flat(memory, kernel, data):
         load(memory, KernelConfig(kernel(data)))
 
 
-@pytest.mark.parametrize("data", [b"\xf4", CODE, b"\x55" * (0x9FC00 - 0x7C00)])
+@pytest.mark.parametrize("data", [b"\xf4", CODE, b"\x55" * (0x98000 - 0x7C00)])
 def test_flat(memory, kernel, data):
     found = load(memory, KernelConfig(kernel(data)))
     assert (found.kind, found.entry, found.eax, found.info) == (FLAT, 0x7C00, 0, 0)
@@ -166,8 +168,8 @@ def test_flat(memory, kernel, data):
 
 
 def test_flat_too_large(memory, kernel):
-    with pytest.raises(ConfigError, match=r"too large for a flat image \(608K\)"):
-        load(memory, KernelConfig(kernel(bytes(0x9FC00 - 0x7C00 + 1))))
+    with pytest.raises(ConfigError, match=r"too large for a flat image \(577K\)"):
+        load(memory, KernelConfig(kernel(bytes(0x98000 - 0x7C00 + 1))))
 
 
 def test_flat_takes_no_initrd_and_no_command_line(memory, kernel):
@@ -361,5 +363,5 @@ def test_mutated_images(data, edits, size):
 def test_own_structures_lie_apart_and_in_conventional_memory():
     spans = sorted(OWN)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
-    assert spans[-1][1] <= layout.EBDA_START
+    assert spans[-1] == (layout.TABLES_START, layout.VGA_START)
     assert spans[1][1] <= layout.FLAT_START - 0x400  # the ROM's stack
