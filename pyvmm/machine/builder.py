@@ -61,6 +61,7 @@ def build(
         # Chardevs before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)
+        add_drives(machine)
         add_devices(machine)
         # The serial ports come first on a mux: the console begins with the focus.
         machine.monitors = [
@@ -127,6 +128,15 @@ def add_memory(machine: Machine) -> GuestMemory:
     memory.add_ram(ram, layout.ram_ranges(ram.size))
     rom.add(memory, _add_rom(machine))
     return memory
+
+
+def add_drives(machine: Machine) -> None:
+    """The disk images."""
+    if machine.config.drives:
+        from pyvmm.backends.block import BlockFile
+
+        for drive in machine.config.drives:
+            machine.drives[drive.id] = BlockFile(drive, machine.fds)
 
 
 def add_devices(machine: Machine) -> None:

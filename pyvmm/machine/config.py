@@ -6,6 +6,7 @@ from pyvmm.boot.loader import KernelConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.backends.block_config import BlockConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.memory.config import RamConfig
 
@@ -61,6 +62,7 @@ class MachineConfig:
         self.chardevs: list[ChardevConfig] = []
         self.serials: list[ChardevConfig | None] = []  # None is a port with nobody there
         self.monitors: list[MonitorConfig] = []
+        self.drives: list[BlockConfig] = []
         self.devices: list[DeviceConfig] = []
         self.incoming = ""  # URI, "defer", or none
         self.start_paused = False
@@ -74,5 +76,6 @@ class MachineConfig:
             "-smp": str(self.smp),
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
+            "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
             "-device": ",".join(sorted(device.driver for device in self.devices)),
         }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.backends.block import BlockFile
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
@@ -59,6 +60,7 @@ class Machine(CpuEvents):
         self.fds = fds
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.backends: list[RamBackend] = []
+        self.drives: dict[str, BlockFile] = {}
         self.devices: list[Device] = []
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
@@ -316,6 +318,8 @@ class Machine(CpuEvents):
         for cpu in self.cpus:
             cpu.close()
         self.chardevs.close()
+        for drive in self.drives.values():
+            drive.close()
         if hasattr(self, "platform"):
             self.platform.close()
         if hasattr(self, "system"):

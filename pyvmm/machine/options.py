@@ -33,7 +33,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.backends.block_config import BlockOptions
+
 MAX_CPUS = 255
+BLK = "virtio-blk-device"
 
 #: Drivers of ``-device`` and their properties.
 DEVICES: dict[str, tuple[str, ...]] = {
@@ -60,6 +63,7 @@ class Options:
         self._kernel = self._initrd = ""
         self._append: str | None = None
         self._given: set[str] = set()
+        self._block: BlockOptions | None = None
 
     def parse(self) -> MachineConfig:
         """Read and check everything.
@@ -218,6 +222,19 @@ class Options:
             raise ConfigError(f"{where}: there is one already; leave one of them out")
         self.config.devices.append(DeviceConfig(driver, keys))
 
+    def _drive(self, value: str, option: str) -> None:
+        self._block_options().add_drive(value, option)
+
+    def _blockdev(self, value: str, option: str) -> None:
+        self._block_options().add_blockdev(value, option)
+
+    def _block_options(self) -> BlockOptions:
+        # A machine without disks does not pay for their options.
+        from pyvmm.backends.block_config import BlockOptions
+
+        self._block = self._block or BlockOptions()
+        return self._block
+
     def _name(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="guest")
         check_keys(keys, ("guest", "process", "debug-threads"), option)
@@ -276,6 +293,7 @@ class Options:
             self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
         config.kernel = KernelConfig(kernel, self._initrd, self._append or "")
         self._check_memory()
+        self._complete_block()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
         requests += [monitor.chardev for monitor in config.monitors]
         requests += [
@@ -284,6 +302,20 @@ class Options:
             if "chardev" in device.properties
         ]
         check_chardevs(requests)
+
+    def _complete_block(self) -> None:
+        config = self.config
+        if self._block is None and not any(one.driver == BLK for one in config.devices):
+            return
+        from pyvmm.backends.block_config import BlkConfig, check_block
+
+        block = self._block_options()
+        config.drives = block.complete()
+        config.devices += [DeviceConfig(BLK, {"drive": id}) for id in block.implied]
+        check_block(
+            config.drives,
+            [BlkConfig(one.properties) for one in config.devices if one.driver == BLK],
+        )
 
     def _check_memory(self) -> None:
         config = self.config
@@ -315,6 +347,8 @@ class Options:
 #: Options that may be given more than once.
 REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mon", "device"} | {
     "action",
+    "drive",
+    "blockdev",
     "debugcon",
     "name",
 }
@@ -350,6 +384,11 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "debugcon": ("DEV", "debug console (port 0xe9) on DEV", Options._debugcon),
     "device": ("isa-debug-exit|isa-debugcon|pvpanic[,KEY=VALUE...]", "add a device",
                Options._device),
+    "drive": ("file=PATH,format=raw[,if=virtio|none][,id=ID][,readonly=on]"
+              "[,cache=none|writeback|...][,discard=unmap]",
+              "disk image; if=none: for a -device virtio-blk-device,drive=ID", Options._drive),
+    "blockdev": ("driver=raw|file|host_device,node-name=ID[,filename=PATH|,file=ID][,...]",
+                 "the same as nodes, with dotted keys or as JSON", Options._blockdev),
     "name": ("NAME", "name of the guest, for lists and monitors", Options._name),
     "incoming": ("file:PATH[,offset=N]|defer", "load a state instead of booting",
                  Options._incoming),
