@@ -74,5 +74,11 @@ class MachineConfig:
             "-smp": str(self.smp),
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
-            "-device": ",".join(sorted(device.driver for device in self.devices)),
+            # Of virtio devices the order decides where they are.
+            "-device": ",".join(
+                sorted(
+                    [device.driver for device in self.devices],
+                    key=lambda driver: "~" if driver.startswith("virtio-") else driver,
+                )
+            ),
         }
