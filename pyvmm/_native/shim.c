@@ -143,6 +143,12 @@ static int64_t pyvmm_fs_type(int fd)
 	return fstatfs(fd, &status) < 0 ? -errno : (int64_t)status.f_type;
 }
 
+/* Orders an earlier store before a later load, which x86 alone does not. */
+static void pyvmm_barrier(void)
+{
+	__sync_synchronize();
+}
+
 static uint64_t pyvmm_rdtsc(void)
 {
 	return __rdtsc();

@@ -56,6 +56,7 @@ class BlockFile:
     :ivar size: bytes, a multiple of 512: the last sector of a file may lie beyond its end
     :ivar alignment: bytes; offsets and lengths of requests must be multiples
     :ivar is_device: whether it is a block device
+    :ivar is_memory: whether nothing on it ever waits (tmpfs)
     """
 
     def __init__(self, config: BlockConfig, fds: FdStore) -> None:
@@ -114,7 +115,7 @@ class BlockFile:
 
     def read_cached(self, buffers: Buffers, offset: int) -> bool:
         """The same if it takes no waiting; whether it was done."""
-        if self._is_memory:
+        if self.is_memory:
             self.read(buffers, offset)
             return True
         if not self._can_try or len(buffers) > _IOV_MAX:
@@ -206,7 +207,7 @@ class BlockFile:
         self._end = os.lseek(self.fd, 0, os.SEEK_END)
         self.size = self._end + -self._end % SECTOR
         fs_type = lib.pyvmm_fs_type(self.fd)
-        self._is_memory = fs_type == _TMPFS and not self.is_device and not config.direct
+        self.is_memory = fs_type == _TMPFS and not self.is_device and not config.direct
         self._can_try = not config.direct and self._probe_nowait()
         self.alignment = self._probe_alignment() if config.direct else SECTOR
 

@@ -45,6 +45,11 @@ class DeviceConfig:
         self.driver = driver
         self.properties = properties
 
+    def shape(self) -> str:
+        """What has to stay the same over a live update: which disk is which, too."""
+        drive = self.properties.get("drive")
+        return f"{self.driver} ({drive})" if drive else self.driver
+
 
 class MachineConfig:
     """Everything that ``pyvmm run`` was told. Sizes in bytes."""
@@ -77,5 +82,11 @@ class MachineConfig:
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
             "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
-            "-device": ",".join(sorted(device.driver for device in self.devices)),
+            # Of virtio devices the order decides where they are.
+            "-device": ",".join(
+                sorted(
+                    [device.shape() for device in self.devices],
+                    key=lambda driver: "~" if driver.startswith("virtio-") else driver,
+                )
+            ),
         }

@@ -168,15 +168,19 @@ class Machine(CpuEvents):
         self.emit("RESUME", None)
 
     def pause_cpus(self) -> None:
-        """Get all vCPUs out of the guest, with no access half done."""
+        """Get all vCPUs out of the guest, with no access half done, and the devices at rest."""
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
+        for device in self.devices:
+            device.drain()
 
     def resume_cpus(self) -> None:
-        """Let all vCPUs enter the guest."""
+        """Let all vCPUs enter the guest, and the devices work."""
+        for device in self.devices:
+            device.start()
         for cpu in self.cpus:
             cpu.resume()
 
@@ -240,6 +244,10 @@ class Machine(CpuEvents):
             self.report_panic(PANICKED)
         else:
             self.request_power_off()
+
+    def on_thread_error(self, error: str) -> None:
+        """An I/O thread has died."""
+        self._stop_for(lambda: self._internal_error(error))
 
     def on_cpu_error(self, index: int, error: str) -> None:
         self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
@@ -317,6 +325,8 @@ class Machine(CpuEvents):
         """Give everything back; the guest is gone. Never raises."""
         for cpu in self.cpus:
             cpu.close()
+        for device in self.devices:
+            device.close()
         self.chardevs.close()
         for drive in self.drives.values():
             drive.close()

@@ -209,7 +209,13 @@ class Options:
         keys = parse_keyval(value, option, implied_key="driver")
         driver = keys.pop("driver", "")
         if driver not in DEVICES:
-            known = ", ".join(DEVICES)
+            from pyvmm.machine import virtio
+
+            if driver in virtio.DRIVERS:
+                self.config.devices.append(virtio.parse(driver, keys, f"{option} {driver}"))
+                virtio.check_slots(self.config.devices)
+                return
+            known = ", ".join([*DEVICES, *virtio.DRIVERS])
             raise ConfigError(f"{option}: {shorten(driver)} is no device; give one of {known}")
         where = f"{option} {driver}"
         check_keys(keys, DEVICES[driver], where)
