@@ -12,6 +12,7 @@ import os
 import select
 import time
 from heapq import heappop, heappush
+from math import ceil
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class EventLoop:
             until = max(self._timers[0].due - time.monotonic(), 0)
             timeout_s = until if timeout_s is None else min(until, timeout_s)
         # Rounded up: waking early would spin until the timer is due.
-        return None if timeout_s is None else min(int(timeout_s * 1000) + 1, LONGEST_WAIT_MS)
+        return None if timeout_s is None else min(ceil(timeout_s * 1000), LONGEST_WAIT_MS)
 
     def _handle_wake(self, _revents: int) -> None:
         os.eventfd_read(self._wake_fd)
