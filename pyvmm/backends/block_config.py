@@ -41,7 +41,7 @@ _DRIVE = (
     *(*_CACHE, "discard", "detect-zeroes", "aio", "werror", "rerror", "file.locking"),
 )
 BLK_PROPERTIES = (
-    *("id", "drive", "serial", "write-cache", "config-wce", "discard", "write-zeroes"),
+    *("drive", "serial", "write-cache", "config-wce", "discard", "write-zeroes"),
     *("logical_block_size", "physical_block_size", "queue-size", "share-rw"),
 )
 
@@ -116,7 +116,7 @@ class BlkConfig:
                 )
             return value
 
-        check_keys(properties, BLK_PROPERTIES, where)
+        check_keys([key for key in properties if key != "id"], BLK_PROPERTIES, where)
         self.drive = properties.get("drive", "")
         if not self.drive:
             raise ConfigError(f"{where}: drive= is missing; give the id of a -drive or -blockdev")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from _queue import SimpleQueue  # queue imports threading
 
 from pyvmm._native import name_thread
-from pyvmm.core.threads import Lock, report_crash, spawn
+from pyvmm.core.threads import Event, Lock, report_crash, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,16 +32,28 @@ class Workers:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._lock = Lock()
         self._threads = 0
-        self._busy = 0
+        self._unfinished = 0
+        self._idle = Event()
+        self._idle.set()
 
     def submit(self, call: Callable[[], None]) -> None:
         """Have ``call()`` made soon. Any thread."""
         with self._lock:
-            self._busy += 1
-            if self._busy > self._threads and self._threads < self._most:
+            self._unfinished += 1
+            self._idle.clear()
+            if self._unfinished > self._threads and self._threads < self._most:
                 self._threads += 1
                 spawn(self._run, report_crash)
         self._calls.put(call)
+
+    @property
+    def unfinished(self) -> int:
+        """How many calls were submitted that have not returned."""
+        return self._unfinished
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all calls have returned; whether they have. One thread at a time."""
+        return self._idle.wait(timeout_s)
 
     def close(self) -> None:
         """Let the threads end when they have made the calls that were submitted."""
@@ -57,5 +69,9 @@ class Workers:
                 call()
             except Exception as error:
                 report_crash(error)
+            # Before anybody is told: it may hold views of guest memory.
+            del call
             with self._lock:
-                self._busy -= 1
+                self._unfinished -= 1
+                if not self._unfinished:
+                    self._idle.set()

@@ -317,7 +317,8 @@ class Options:
 
         block = self._block_options()
         config.drives = block.complete()
-        config.devices += [DeviceConfig(BLK, {"drive": id}) for id in block.implied]
+        for id in block.implied:
+            self._device(f"{BLK},drive={id}", "-drive")
         check_block(
             config.drives,
             [BlkConfig(one.properties) for one in config.devices if one.driver == BLK],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from pyvmm._util.keyval import check_keys, shorten
+from pyvmm.backends.block_config import BLK_PROPERTIES, BlkConfig
 from pyvmm.errors import ConfigError
 from pyvmm.machine.config import DeviceConfig
 from pyvmm.x86 import layout
@@ -60,7 +61,27 @@ def _load_rng() -> type[VirtioDevice]:
     return VirtioRng
 
 
+def _load_blk() -> type[VirtioDevice]:
+    from pyvmm.devices.virtio.blk import VirtioBlk
+
+    return VirtioBlk
+
+
+def _create_blk(machine: Machine, properties: dict[str, str], loop: EventLoop) -> VirtioDevice:
+    from pyvmm.devices.virtio.blk import VirtioBlk
+
+    config = BlkConfig(properties)
+    return VirtioBlk(loop, machine.drives[config.drive], config)
+
+
+def _check_blk(properties: dict[str, str], _where: str) -> None:
+    BlkConfig(properties)
+
+
 DRIVERS = {
+    "virtio-blk-device": Driver(
+        BLK_PROPERTIES, _load_blk, _create_blk, _check_blk, own_thread=True
+    ),
     "virtio-rng-device": Driver((), _load_rng),
 }
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.core.threads import Event, report_crash
+from pyvmm.core.threads import report_crash
 from pyvmm.core.workers import Workers
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import ConfigError, GuestError, HostError
@@ -110,10 +110,6 @@ class VirtioBlk(VirtioDevice):
                 config.write_zeroes and F_WRITE_ZEROES
             )
         self._workers = Workers(f"blk {config.drive}", WORKERS)
-        # Requests that are with the workers; set while there are none.
-        self._in_flight = 0
-        self._idle = Event()
-        self._idle.set()
 
     def properties(self) -> dict[str, Any]:
         return {
@@ -262,8 +258,6 @@ class VirtioBlk(VirtioDevice):
         if self.file.is_memory:
             call()
             return S_OK
-        self._in_flight += 1
-        self._idle.clear()
         self._workers.submit(lambda: self._work(call, chain))
         return None
 
@@ -279,10 +273,6 @@ class VirtioBlk(VirtioDevice):
             report_crash(error)
         if chain is not None:
             self.work(self._return, chain, status)
-        with self.lock:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
 
     def _return(self, chain: Chain, status: int) -> None:
         self._finish(self.queues[0], chain, status)
@@ -293,9 +283,9 @@ class VirtioBlk(VirtioDevice):
 
         :raises HostError: the host does not get done with a request
         """
-        if not self._idle.wait(DRAIN_TIMEOUT_S):
+        if not self._workers.wait(DRAIN_TIMEOUT_S):
             raise HostError(
-                f"{self._in_flight} requests to {self.file.config.filename!r} do not end"
+                f"{self._workers.unfinished} requests to {self.file.config.filename!r} do not end"
             )
 
     def close(self) -> None:
