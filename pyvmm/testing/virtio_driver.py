@@ -161,6 +161,8 @@ class DriverQueue:
             found.append((request, self.memory.read_u32(at + 4)))
             self.free += slots
             self.used_idx = self.used_idx + 1 & 0xFFFF
+        if self.driver.event_idx:
+            self.ask_interrupt()
         return found
 
     def ask_interrupt(self, after: int = 0) -> None:
@@ -210,6 +212,7 @@ class VirtioDriver:
         self.bus = Bus("memory", 1 << 64)
         self.bus.add(BASE, mmio.SIZE, self.transport, device.name, width=mmio.WIDTH)
         self.transport.resume()
+        device.loop.run_once(0)
 
     @property
     def event_idx(self) -> bool:
@@ -295,12 +298,13 @@ class VirtioDriver:
         self.set_driver_ok()
 
     def run(self, timeout_s: float = 0) -> None:
-        """Serve the device's loop until nothing is left to do, and once for ``timeout_s`` at
-        most if nothing is."""
-        poll = self.device.loop
-        poll.run_once(timeout_s)
-        for _ in range(100):
-            poll.run_once(0)
+        """Serve the device's loop for some rounds: what a handler leaves for later is done, too.
+
+        :param timeout_s: how long to wait for the first event, at most
+        """
+        self.device.loop.run_once(timeout_s)
+        for _ in range(20):
+            self.device.loop.run_once(0)
 
     def interrupts(self) -> int:
         """How many interrupts came since the last call."""

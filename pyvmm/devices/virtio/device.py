@@ -133,6 +133,11 @@ class VirtioDevice:
         """Whether a driver is there and the device works: DRIVER_OK, no DEVICE_NEEDS_RESET."""
         return self.transport.active
 
+    @property
+    def running(self) -> bool:
+        """Whether new work may begin: active, and not between drain and resume."""
+        return self.transport.running and self.transport.active
+
     def work(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call under the lock, if the device is active. A broken rule of the guest's ends in
         DEVICE_NEEDS_RESET. Any thread."""

@@ -159,6 +159,7 @@ class VirtioMmio(Device):
     :param irq_fd: a non-blocking eventfd, owned from now on: an interrupt
     :param thread: whose loop is the device's, if it is not the main one; owned from now on
     :ivar error: why the device needs a reset, if it does
+    :ivar running: whether queues may be served: not between :meth:`drain` and :meth:`start`
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class VirtioMmio(Device):
         self._thread = thread
         # status and interrupt_status are changed by vCPUs and by the device's loop.
         self._bits = Lock()
-        self._running = False
+        self.running = False
         device.memory = memory
         device.queues = self.queues
         device.transport = self
@@ -343,7 +344,7 @@ class VirtioMmio(Device):
     def _disable(self, queue: Queue) -> None:
         if not queue.ready:
             return
-        running = self._running
+        running = self.running
         self.drain()
         with self.device.lock:
             queue.disable()
@@ -354,7 +355,7 @@ class VirtioMmio(Device):
         # First: what comes to its end now is not returned any more.
         with self._bits:
             self.status = 0
-        running = self._running
+        running = self.running
         self.drain()
         with self.device.lock:
             self.device.on_reset()
@@ -402,7 +403,7 @@ class VirtioMmio(Device):
         device.work(self._serve, index)
 
     def _serve(self, index: int) -> None:
-        if self._running and self.queues[index].ready:
+        if self.running and self.queues[index].ready:
             self.device.handle_queue(index)
 
     # ---- run states and state --------------------------------------------------------------
@@ -426,14 +427,14 @@ class VirtioMmio(Device):
             )
 
     def drain(self) -> None:
-        self._running = False
+        self.running = False
         # Whoever is serving a queue comes to the end of it.
         with self.device.lock:
             pass
         self.device.drain()
 
     def start(self) -> None:
-        self._running = True
+        self.running = True
         self.device.resume()
         if self.active:
             for index in range(len(self.queues)):

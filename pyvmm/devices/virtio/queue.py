@@ -148,8 +148,7 @@ class Queue:
         self.desc = self.avail = self.used = 0
         self.last_avail_idx = self.used_idx = 0
         self.event_idx = self.indirect = False
-        # Up to which used_idx interrupts were decided on; None if that is not known.
-        self._signalled: int | None = None
+        self._signalled = 0  # up to which used_idx interrupts were decided on
         self._unmap()
 
     def enable(self) -> None:
@@ -158,13 +157,13 @@ class Queue:
         :raises QueueError: a size or address that cannot be
         """
         self._map()
+        self._signalled = self.used_idx
         self.ready = True
 
     def disable(self) -> None:
         """Do not touch the rings any more; what was taken and not returned is forgotten."""
         self.ready = False
         self.last_avail_idx = self.used_idx = 0
-        self._signalled = None
         self._unmap()
 
     def check(self) -> None:
@@ -236,7 +235,7 @@ class Queue:
         if not self.event_idx:
             return not self._avail_ring[0] & AVAIL_F_NO_INTERRUPT
         used_event = self._avail_ring[2 + self.size]
-        return old is None or (new - used_event - 1 & 0xFFFF) < (new - old & 0xFFFF)
+        return (new - used_event - 1 & 0xFFFF) < (new - old & 0xFFFF)
 
     def disable_notifications(self) -> None:
         """Ask the driver not to kick: the queue is being looked at anyway."""
