@@ -144,6 +144,7 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
         irq_fd=_eventfd(),
         thread=thread,
     )
+    transport.id = config.properties.get("id", "")
     machine.devices.append(transport)
     machine.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
     vm = machine.platform.vm
