@@ -78,7 +78,7 @@ class MachineConfig:
             "-device": ",".join(
                 sorted(
                     [device.driver for device in self.devices],
-                    key=lambda driver: "~" if driver.startswith("virtio-") else driver,
+                    key=lambda driver: "~" if driver.startswith("virt") else driver,
                 )
             ),
         }

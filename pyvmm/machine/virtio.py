@@ -11,6 +11,7 @@ import os
 
 from pyvmm._util.keyval import check_keys, shorten
 from pyvmm.errors import ConfigError
+from pyvmm.machine import virtio_console
 from pyvmm.machine.config import DeviceConfig
 from pyvmm.x86 import layout
 
@@ -60,9 +61,20 @@ def _load_rng() -> type[VirtioDevice]:
     return VirtioRng
 
 
+def _load_console() -> type[VirtioDevice]:
+    from pyvmm.devices.virtio.console import VirtioConsole
+
+    return VirtioConsole
+
+
 DRIVERS = {
     "virtio-rng-device": Driver((), _load_rng),
+    virtio_console.SERIAL: Driver(
+        virtio_console.PROPERTIES, _load_console, virtio_console.create, virtio_console.check
+    ),
 }
+#: Drivers that sit on one of these.
+PORTS = virtio_console.PORTS
 
 
 def is_virtio(device: DeviceConfig) -> bool:
@@ -75,6 +87,9 @@ def parse(driver: str, properties: dict[str, str], where: str) -> DeviceConfig:
 
     :raises ConfigError: naming the property that cannot be, and the mend
     """
+    if driver in PORTS:
+        virtio_console.check_port(properties, where)
+        return DeviceConfig(driver, properties)
     known = DRIVERS[driver]
     check_keys(properties, ("id", *known.properties), where)
     if known.check is not None:
@@ -82,11 +97,12 @@ def parse(driver: str, properties: dict[str, str], where: str) -> DeviceConfig:
     return DeviceConfig(driver, properties)
 
 
-def check_slots(devices: list[DeviceConfig]) -> None:
-    """See that the devices have room, and ids of their own.
+def check_devices(devices: list[DeviceConfig]) -> None:
+    """See that the devices have room, ids of their own, and go together.
 
-    :raises ConfigError: they have not
+    :raises ConfigError: they do not
     """
+    virtio_console.check_devices(devices)
     here = [device for device in devices if is_virtio(device)]
     if len(here) > layout.VIRTIO_MMIO_SLOTS:
         raise ConfigError(
