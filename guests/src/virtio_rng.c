@@ -31,7 +31,7 @@ static void check(u64 round, u32 i, u32 got)
 void virtio_rng(void)
 {
     u64 step = opt_num("step", 256);
-    if (!virtio_find(&dev, 4, 0))
+    if (!virtio_find(&dev, 4, (u32)opt_num("nth", 0)))
         fail("there is no entropy device");
     virtio_negotiate(&dev, 0);
     queue = vq_new(&dev, 0, 0);

@@ -27,6 +27,9 @@ class Device(BusDevice):
     #: Section name in the stream and node name in ``info qtree``.
     name = "device"
 
+    #: What ``-device ...,id=`` called it.
+    id = ""
+
     def __init__(self) -> None:
         self.lock = Lock()
 

@@ -98,7 +98,7 @@ def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
     for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
         found[(chip.name, 0)] = chip
     found[(irqchip.I8259.name, 1)] = irqchip.I8259
-    if any(device.driver.startswith("virtio-") for device in config.devices):
+    if any(device.driver.startswith("virt") for device in config.devices):
         from pyvmm.machine import virtio
 
         found |= virtio.descriptions(config.devices)
@@ -165,9 +165,9 @@ def add_devices(machine: Machine) -> None:
     machine.power = acpi_pm.AcpiPm(_irq(machine, acpi_pm.SCI), machine.request_power_off)
     _add(machine, machine.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
     for device in config.devices:
-        if not device.driver.startswith("virtio-"):
+        if not device.driver.startswith("virt"):
             add_device(machine, device)
-    if any(device.driver.startswith("virtio-") for device in config.devices):
+    if any(device.driver.startswith("virt") for device in config.devices):
         from pyvmm.machine import virtio
 
         virtio.add_devices(machine)

@@ -86,7 +86,7 @@ class MachineConfig:
             "-device": ",".join(
                 sorted(
                     [device.shape() for device in self.devices],
-                    key=lambda driver: "~" if driver.startswith("virtio-") else driver,
+                    key=lambda driver: "~" if driver.startswith("virt") else driver,
                 )
             ),
         }

@@ -15,7 +15,7 @@ from pyvmm.boot import loader
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import InternalError, PyvmmError, StateError
+from pyvmm.errors import HostError, InternalError, PyvmmError, StateError
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
@@ -168,14 +168,21 @@ class Machine(CpuEvents):
         self.emit("RESUME", None)
 
     def pause_cpus(self) -> None:
-        """Get all vCPUs out of the guest, with no access half done, and the devices at rest."""
+        """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
+
+        :raises HostError: a device cannot finish its work; all goes on
+        """
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
-        for device in self.devices:
-            device.drain()
+        try:
+            for device in self.devices:
+                device.drain()
+        except HostError:
+            self.resume_cpus()
+            raise
 
     def resume_cpus(self) -> None:
         """Let all vCPUs enter the guest, and the devices work."""
@@ -312,7 +319,10 @@ class Machine(CpuEvents):
     def _halt(self, state: str) -> None:
         # The operator may have paused the guest in between: its vCPUs are out already.
         if self.runstate.running:
-            self.pause(state)
+            try:
+                self.pause(state)
+            except HostError as error:
+                self.warn(str(error))
 
     def warn(self, text: str) -> None:
         """Tell the operator on standard error."""
@@ -325,8 +335,14 @@ class Machine(CpuEvents):
         """Give everything back; the guest is gone. Never raises."""
         for cpu in self.cpus:
             cpu.close()
+        stuck = False
         for device in self.devices:
-            device.close()
+            try:
+                device.close()
+            except HostError as error:
+                # The host still reads or writes guest memory.
+                self.warn(str(error))
+                stuck = True
         self.chardevs.close()
         for drive in self.drives.values():
             drive.close()
@@ -334,8 +350,9 @@ class Machine(CpuEvents):
             self.platform.close()
         if hasattr(self, "system"):
             self.system.close()
-        for backend in self.backends:
-            backend.close()
+        if not stuck:
+            for backend in self.backends:
+                backend.close()
 
     def _device_sections(self) -> list[Section]:
         counts: dict[str, int] = {}

@@ -211,11 +211,11 @@ class Options:
         if driver not in DEVICES:
             from pyvmm.machine import virtio
 
-            if driver in virtio.DRIVERS:
+            if driver in (*virtio.DRIVERS, *virtio.PORTS):
                 self.config.devices.append(virtio.parse(driver, keys, f"{option} {driver}"))
-                virtio.check_slots(self.config.devices)
+                virtio.check_devices(self.config.devices)
                 return
-            known = ", ".join([*DEVICES, *virtio.DRIVERS])
+            known = ", ".join([*DEVICES, *virtio.DRIVERS, *virtio.PORTS])
             raise ConfigError(f"{option}: {shorten(driver)} is no device; give one of {known}")
         where = f"{option} {driver}"
         check_keys(keys, DEVICES[driver], where)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 
 from pyvmm._util.keyval import check_keys, shorten
-from pyvmm.backends.block_config import BLK_PROPERTIES, BlkConfig
 from pyvmm.errors import ConfigError
+from pyvmm.machine import virtio_blk, virtio_console
 from pyvmm.machine.config import DeviceConfig
 from pyvmm.x86 import layout
 
@@ -61,29 +61,23 @@ def _load_rng() -> type[VirtioDevice]:
     return VirtioRng
 
 
-def _load_blk() -> type[VirtioDevice]:
-    from pyvmm.devices.virtio.blk import VirtioBlk
+def _load_console() -> type[VirtioDevice]:
+    from pyvmm.devices.virtio.console import VirtioConsole
 
-    return VirtioBlk
-
-
-def _create_blk(machine: Machine, properties: dict[str, str], loop: EventLoop) -> VirtioDevice:
-    from pyvmm.devices.virtio.blk import VirtioBlk
-
-    config = BlkConfig(properties)
-    return VirtioBlk(loop, machine.drives[config.drive], config)
-
-
-def _check_blk(properties: dict[str, str], _where: str) -> None:
-    BlkConfig(properties)
+    return VirtioConsole
 
 
 DRIVERS = {
     "virtio-blk-device": Driver(
-        BLK_PROPERTIES, _load_blk, _create_blk, _check_blk, own_thread=True
+        virtio_blk.PROPERTIES, virtio_blk.load, virtio_blk.create, virtio_blk.check, own_thread=True
     ),
     "virtio-rng-device": Driver((), _load_rng),
+    virtio_console.SERIAL: Driver(
+        virtio_console.PROPERTIES, _load_console, virtio_console.create, virtio_console.check
+    ),
 }
+#: Drivers that sit on one of these.
+PORTS = virtio_console.PORTS
 
 
 def is_virtio(device: DeviceConfig) -> bool:
@@ -96,6 +90,9 @@ def parse(driver: str, properties: dict[str, str], where: str) -> DeviceConfig:
 
     :raises ConfigError: naming the property that cannot be, and the mend
     """
+    if driver in PORTS:
+        virtio_console.check_port(properties, where)
+        return DeviceConfig(driver, properties)
     known = DRIVERS[driver]
     check_keys(properties, ("id", *known.properties), where)
     if known.check is not None:
@@ -103,11 +100,12 @@ def parse(driver: str, properties: dict[str, str], where: str) -> DeviceConfig:
     return DeviceConfig(driver, properties)
 
 
-def check_slots(devices: list[DeviceConfig]) -> None:
-    """See that the devices have room, and ids of their own.
+def check_devices(devices: list[DeviceConfig]) -> None:
+    """See that the devices have room, ids of their own, and go together.
 
-    :raises ConfigError: they have not
+    :raises ConfigError: they do not
     """
+    virtio_console.check_devices(devices)
     here = [device for device in devices if is_virtio(device)]
     if len(here) > layout.VIRTIO_MMIO_SLOTS:
         raise ConfigError(
@@ -165,6 +163,7 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
         irq_fd=_eventfd(),
         thread=thread,
     )
+    transport.id = config.properties.get("id", "")
     machine.devices.append(transport)
     machine.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
     vm = machine.platform.vm

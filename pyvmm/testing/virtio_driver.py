@@ -33,7 +33,7 @@ from pyvmm.vmstate.fields import Cursor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pyvmm.devices.virtio.device import VirtioDevice
 
@@ -196,7 +196,7 @@ class VirtioDriver:
         self.features = 0
         self._heap = HEAP
         self._plug(device)
-        self.transport.start()
+        self._go()
 
     def _plug(self, device: VirtioDevice) -> None:
         self.device = device
@@ -211,8 +211,12 @@ class VirtioDriver:
         )
         self.bus = Bus("memory", 1 << 64)
         self.bus.add(BASE, mmio.SIZE, self.transport, device.name, width=mmio.WIDTH)
+
+    def _go(self) -> None:
+        # In the order of a machine that starts, or goes on after an update.
+        self.transport.start()
         self.transport.resume()
-        device.loop.run_once(0)
+        self.device.loop.run_once(0)
 
     @property
     def event_idx(self) -> bool:
@@ -334,13 +338,18 @@ class VirtioDriver:
             raise source.error("bytes are left over")
         self.transport.load(record)
 
-    def update(self, device: VirtioDevice) -> None:
-        """A live update: another device goes on where this one is; the memory stays."""
+    def update(self, device: VirtioDevice, meanwhile: Callable[[], None] | None = None) -> None:
+        """A live update: another device goes on where this one is; the memory stays.
+
+        :param meanwhile: called when the old device is gone
+        """
         data = self.encode()
         self.transport.close()
+        if meanwhile is not None:
+            meanwhile()
         self._plug(device)
         self.decode(data)
-        self.transport.start()
+        self._go()
 
     def close(self) -> None:
         """Give everything back but the device's loop."""

@@ -59,7 +59,7 @@ UNMAP = 1  # flag of a write-zeroes segment
 MAX_RANGE = 1 << 22
 MAX_SEGMENTS = 32
 WORKERS = 16
-DRAIN_TIMEOUT_S = 30.0
+DRAIN_TIMEOUT_S = 10.0
 
 _HEADER = struct.Struct("<I4xQ")
 _SEGMENT = struct.Struct("<QII")

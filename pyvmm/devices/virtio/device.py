@@ -114,12 +114,22 @@ class VirtioDevice:
     def resume(self) -> None:
         """The guest runs (again): after this every queue is served as if it had been kicked."""
 
+    def attach(self) -> None:
+        """Take input from the host: once in each process, when the state is complete. Main loop
+        thread."""
+
     def close(self) -> None:
         """The VM ends: give host resources back. Nothing is under way."""
 
     def save(self) -> Any:
         """The object whose attributes ``vmstate`` names; drained."""
         return self
+
+    def check(self, state: Record) -> None:
+        """See that a record is possible for this very device; nothing is changed.
+
+        :raises ValueError: it is not, and why
+        """
 
     def load(self, state: Record) -> None:
         """Take over a record that ``vmstate`` has read and checked."""

@@ -255,8 +255,7 @@ class VirtioMmio(Device):
 
     def on_write(self, offset: int, size: int, value: int) -> None:
         if offset >= CONFIG:
-            if self.status & S_DRIVER:
-                self.device.write_config(offset - CONFIG, value.to_bytes(size, "little"))
+            self.device.write_config(offset - CONFIG, value.to_bytes(size, "little"))
         elif size != 4 or offset & 3:
             pass
         elif offset == INTERRUPT_ACK:
@@ -417,6 +416,7 @@ class VirtioMmio(Device):
         self.device.loop.call_soon(self._attach)
         if self._thread is not None:
             self._thread.start()
+        self.device.attach()
 
     def _attach(self) -> None:
         for index, fd in enumerate(self._kick_fds):
@@ -468,6 +468,8 @@ class VirtioMmio(Device):
         for index, queue in enumerate(transport.queues):
             if queue.ready:
                 self._check_queue(index, queue)
+        if self.device.vmstate is not None:
+            self.device.check(state.device)
 
     def _check_queue(self, index: int, state: Record) -> None:
         trial = Queue(self.device.memory, self.queues[index].max_size)

@@ -209,6 +209,20 @@ class Queue:
         self.last_avail_idx = last + 1 & 0xFFFF
         return chain
 
+    @property
+    def waiting(self) -> int:
+        """How many chains the driver has made available that were not taken; without trust in
+        what it says."""
+        if not self.ready:
+            return 0
+        return min(self._avail_ring[1] - self.last_avail_idx & 0xFFFF, self.size)
+
+    def unpop(self) -> None:
+        """Put the chain back that was taken last: the next :meth:`pop` gives it again. What was
+        returned must have been taken before it."""
+        if self.in_flight:
+            self.last_avail_idx = self.last_avail_idx - 1 & 0xFFFF
+
     def push(self, head: int, written: int) -> None:
         """Return a chain to the driver.
 
