@@ -63,6 +63,7 @@ def build(
         # Chardevs before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)
+        add_drives(machine)
         add_devices(machine)
         # The serial ports come first on a mux: the console begins with the focus.
         machine.monitors = [
@@ -99,6 +100,10 @@ def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
     for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
         found[(chip.name, 0)] = chip
     found[(irqchip.I8259.name, 1)] = irqchip.I8259
+    if any(device.driver.startswith("virt") for device in config.devices):
+        from pyvmm.machine import virtio
+
+        found |= virtio.descriptions(config.devices)
     return found
 
 
@@ -131,6 +136,15 @@ def add_memory(machine: Machine) -> GuestMemory:
     return memory
 
 
+def add_drives(machine: Machine) -> None:
+    """The disk images."""
+    if machine.config.drives:
+        from pyvmm.backends.block import BlockFile
+
+        for drive in machine.config.drives:
+            machine.drives[drive.id] = BlockFile(drive, machine.fds)
+
+
 def add_devices(machine: Machine) -> None:
     """The buses and what is on them."""
     config = machine.config
@@ -153,7 +167,12 @@ def add_devices(machine: Machine) -> None:
     machine.power = acpi_pm.AcpiPm(_irq(machine, acpi_pm.SCI), machine.request_power_off)
     _add(machine, machine.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
     for device in config.devices:
-        add_device(machine, device)
+        if not device.driver.startswith("virt"):
+            add_device(machine, device)
+    if any(device.driver.startswith("virt") for device in config.devices):
+        from pyvmm.machine import virtio
+
+        virtio.add_devices(machine)
 
 
 def add_device(machine: Machine, config: DeviceConfig) -> None:

@@ -7,6 +7,7 @@ from pyvmm.x86.cpuid import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.backends.block_config import BlockConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.memory.config import RamConfig
 
@@ -45,6 +46,11 @@ class DeviceConfig:
         self.driver = driver
         self.properties = properties
 
+    def shape(self) -> str:
+        """What has to stay the same over a live update: which disk is which, too."""
+        drive = self.properties.get("drive")
+        return f"{self.driver} ({drive})" if drive else self.driver
+
 
 class MachineConfig:
     """Everything that ``pyvmm run`` was told. Sizes in bytes."""
@@ -64,6 +70,7 @@ class MachineConfig:
         self.chardevs: list[ChardevConfig] = []
         self.serials: list[ChardevConfig | None] = []  # None is a port with nobody there
         self.monitors: list[MonitorConfig] = []
+        self.drives: list[BlockConfig] = []
         self.devices: list[DeviceConfig] = []
         self.incoming = ""  # URI, "defer", or none
         self.start_paused = False
@@ -83,5 +90,12 @@ class MachineConfig:
             "-cpu": ",".join(["host", *("-+"[on] + name for name, on in self.cpu_changes.items())]),
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
-            "-device": ",".join(sorted(device.driver for device in self.devices)),
+            "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
+            # Of virtio devices the order decides where they are.
+            "-device": ",".join(
+                sorted(
+                    [device.shape() for device in self.devices],
+                    key=lambda driver: "~" if driver.startswith("virt") else driver,
+                )
+            ),
         }

@@ -14,7 +14,7 @@ from pyvmm._native import lib
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import InternalError, PyvmmError, StateError
+from pyvmm.errors import HostError, InternalError, PyvmmError, StateError
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.backends.block import BlockFile
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
@@ -58,6 +59,7 @@ class Machine(CpuEvents):
         self.fds = fds
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.backends: list[RamBackend] = []
+        self.drives: dict[str, BlockFile] = {}
         self.devices: list[Device] = []
         # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
         self.virtio_mmio: list[tuple[int, int, int]] = []
@@ -167,15 +169,26 @@ class Machine(CpuEvents):
         self.emit("RESUME", None)
 
     def pause_cpus(self) -> None:
-        """Get all vCPUs out of the guest, with no access half done."""
+        """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
+
+        :raises HostError: a device cannot finish its work; all goes on
+        """
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
+        try:
+            for device in self.devices:
+                device.drain()
+        except HostError:
+            self.resume_cpus()
+            raise
 
     def resume_cpus(self) -> None:
-        """Let all vCPUs enter the guest."""
+        """Let all vCPUs enter the guest, and the devices work."""
+        for device in self.devices:
+            device.start()
         for cpu in self.cpus:
             cpu.resume()
 
@@ -251,6 +264,10 @@ class Machine(CpuEvents):
         else:
             self.request_power_off()
 
+    def on_thread_error(self, error: str) -> None:
+        """An I/O thread has died."""
+        self._stop_for(lambda: self._internal_error(error))
+
     def on_cpu_error(self, index: int, error: str) -> None:
         self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
 
@@ -314,7 +331,10 @@ class Machine(CpuEvents):
     def _halt(self, state: str) -> None:
         # The operator may have paused the guest in between: its vCPUs are out already.
         if self.runstate.running:
-            self.pause(state)
+            try:
+                self.pause(state)
+            except HostError as error:
+                self.warn(str(error))
 
     def warn(self, text: str) -> None:
         """Tell the operator on standard error."""
@@ -331,13 +351,24 @@ class Machine(CpuEvents):
         if all(cpu.wait_stopped() for cpu in self.cpus):
             for cpu in self.cpus:
                 cpu.close()
+        stuck = False
+        for device in self.devices:
+            try:
+                device.close()
+            except HostError as error:
+                # The host still reads or writes guest memory.
+                self.warn(str(error))
+                stuck = True
         self.chardevs.close()
+        for drive in self.drives.values():
+            drive.close()
         if hasattr(self, "platform"):
             self.platform.close()
         if hasattr(self, "system"):
             self.system.close()
-        for backend in self.backends:
-            backend.close()
+        if not stuck:
+            for backend in self.backends:
+                backend.close()
 
     def _device_sections(self) -> list[Section]:
         counts: dict[str, int] = {}

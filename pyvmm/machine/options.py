@@ -34,7 +34,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.backends.block_config import BlockOptions
+
 MAX_CPUS = 255
+BLK = "virtio-blk-device"
 
 MACHINE_PROPERTIES = (
     "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack"
@@ -66,6 +69,7 @@ class Options:
         self._append: str | None = None
         self._unpack = UNPACKERS[0]
         self._given: set[str] = set()
+        self._block: BlockOptions | None = None
 
     def parse(self) -> MachineConfig:
         """Read and check everything.
@@ -228,7 +232,13 @@ class Options:
         keys = parse_keyval(value, option, implied_key="driver")
         driver = keys.pop("driver", "")
         if driver not in DEVICES:
-            known = ", ".join(DEVICES)
+            from pyvmm.machine import virtio
+
+            if driver in (*virtio.DRIVERS, *virtio.PORTS):
+                self.config.devices.append(virtio.parse(driver, keys, f"{option} {driver}"))
+                virtio.check_devices(self.config.devices)
+                return
+            known = ", ".join([*DEVICES, *virtio.DRIVERS, *virtio.PORTS])
             raise ConfigError(f"{option}: {shorten(driver)} is no device; give one of {known}")
         where = f"{option} {driver}"
         check_keys(keys, DEVICES[driver], where)
@@ -240,6 +250,19 @@ class Options:
         if any(device.driver == driver for device in self.config.devices):
             raise ConfigError(f"{where}: there is one already; leave one of them out")
         self.config.devices.append(DeviceConfig(driver, keys))
+
+    def _drive(self, value: str, option: str) -> None:
+        self._block_options().add_drive(value, option)
+
+    def _blockdev(self, value: str, option: str) -> None:
+        self._block_options().add_blockdev(value, option)
+
+    def _block_options(self) -> BlockOptions:
+        # A machine without disks does not pay for their options.
+        from pyvmm.backends.block_config import BlockOptions
+
+        self._block = self._block or BlockOptions()
+        return self._block
 
     def _name(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="guest")
@@ -299,6 +322,7 @@ class Options:
             self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
         config.kernel = KernelConfig(kernel, self._initrd, self._append or "", self._unpack)
         self._check_memory()
+        self._complete_block()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
         requests += [monitor.chardev for monitor in config.monitors]
         requests += [
@@ -307,6 +331,21 @@ class Options:
             if "chardev" in device.properties
         ]
         check_chardevs(requests)
+
+    def _complete_block(self) -> None:
+        config = self.config
+        if self._block is None and not any(one.driver == BLK for one in config.devices):
+            return
+        from pyvmm.backends.block_config import BlkConfig, check_block
+
+        block = self._block_options()
+        config.drives = block.complete()
+        for id in block.implied:
+            self._device(f"{BLK},drive={id}", "-drive")
+        check_block(
+            config.drives,
+            [BlkConfig(one.properties) for one in config.devices if one.driver == BLK],
+        )
 
     def _check_memory(self) -> None:
         config = self.config
@@ -338,6 +377,8 @@ class Options:
 #: Options that may be given more than once.
 REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mon", "device"} | {
     "action",
+    "drive",
+    "blockdev",
     "debugcon",
     "name",
 }
@@ -380,6 +421,11 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "debugcon": ("DEV", "debug console (port 0xe9) on DEV", Options._debugcon),
     "device": ("isa-debug-exit|isa-debugcon|pvpanic[,KEY=VALUE...]", "add a device",
                Options._device),
+    "drive": ("file=PATH,format=raw[,if=virtio|none][,id=ID][,readonly=on]"
+              "[,cache=none|writeback|...][,discard=unmap]",
+              "disk image; if=none: for a -device virtio-blk-device,drive=ID", Options._drive),
+    "blockdev": ("driver=raw|file|host_device,node-name=ID[,filename=PATH|,file=ID][,...]",
+                 "the same as nodes, with dotted keys or as JSON", Options._blockdev),
     "name": ("NAME", "name of the guest, for lists and monitors", Options._name),
     "incoming": ("file:PATH[,offset=N]|defer", "load a state instead of booting",
                  Options._incoming),

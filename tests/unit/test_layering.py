@@ -16,7 +16,7 @@ RANKS = {
             ("_native", "vmstate"),
             ("core", "cpr"),
             ("kvm", "memory"),
-            ("chardev",),
+            ("backends", "chardev"),
             ("devices", "x86", "boot"),
             ("machine", "rundir"),
             ("migration",),
