@@ -243,6 +243,27 @@ def test_ioapic_read_within_a_tick_does_not_stop_the_pit(machine):
     assert not vm.get_irqchip("KVM_IRQCHIP_IOAPIC").chip.ioapic.irr & 1
 
 
+def test_registers_that_kvm_does_not_list(machine):
+    """Memory types and machine-check banks: kept over an update, and cleared by a reset."""
+    values = {
+        0x2FF: 0xC06,
+        0x250: 0x0606060606060606,
+        0x26F: 0x0505050505050505,
+        0x200: 0x6,
+        0x201: 0xFFF00800,
+        0x400: (1 << 64) - 1,
+        0x404: (1 << 64) - 1,
+    }
+    start = vcpu_state.power_on(machine.vcpu)
+    assert machine.vcpu.set_msrs(values) == []
+    new = Machine()
+    vcpu_state.write(new.vcpu, vcpu_state.read(machine.vcpu))
+    assert new.vcpu.get_msrs(values) == values
+    new.close()
+    vcpu_state.reset(machine.vcpu, start)
+    assert machine.vcpu.get_msrs(values) == dict.fromkeys(values, 0)
+
+
 def test_clocks_go_on_from_what_is_set(machine):
     machine.vm.set_clock(10**15)
     first = machine.vm.get_clock()
