@@ -243,6 +243,18 @@ def test_ioapic_read_within_a_tick_does_not_stop_the_pit(machine):
     assert not vm.get_irqchip("KVM_IRQCHIP_IOAPIC").chip.ioapic.irr & 1
 
 
+def test_guests_of_the_guest_are_not_offered(machine):
+    # Whether this host would or not.
+    offered = machine.system.get_supported_cpuid()
+    entries = [offered.entries[index] for index in range(offered.nent)]
+    for leaf, bit in ((1, 5), (0x80000001, 2)):
+        next(entry for entry in entries if entry.function == leaf).ecx |= 1 << bit
+    machine.system.get_supported_cpuid = lambda: offered
+    assert cpuid.host_cpuid(machine.system) is offered
+    for leaf, bit in ((1, 5), (0x80000001, 2)):
+        assert not next(entry for entry in entries if entry.function == leaf).ecx & 1 << bit
+
+
 def test_registers_that_kvm_does_not_list(machine):
     """Memory types and machine-check banks: kept over an update, and cleared by a reset."""
     values = {
