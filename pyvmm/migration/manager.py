@@ -189,6 +189,8 @@ class Migration:
             problem = getattr(error, "strerror", None) or error
             raise MigrationError(f"The preflight cannot be made: {problem}") from None
         preflight.check_descriptors()
+        if any("\0" in word for word in argv):
+            raise MigrationError("A word of a command cannot contain NUL")
         path = program.find(argv[0])
         target.prepare()
         self.progress.begin()

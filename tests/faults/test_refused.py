@@ -81,6 +81,16 @@ def test_program_that_is_being_written(ticker):
         check_refused(machine, [str(path), "run"], "Text file busy")
 
 
+@pytest.mark.parametrize("command", ["pyv\0mm run", "pyvmm run -name x\0"])
+def test_word_that_is_no_argument(ticker, command):
+    machine = ticker(*QMP)
+    footprint = machine.footprint()
+    assert machine.hmp(f"update {command}") == "Error: A word of a command cannot contain NUL\n"
+    assert machine.footprint() == footprint
+    assert machine.stderr() == ""
+    check_alive(machine)
+
+
 def test_arguments_too_long(ticker):
     machine = ticker(*QMP)
     with Qmp(machine.folder / "qmp.sock") as qmp:
