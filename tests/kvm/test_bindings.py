@@ -243,6 +243,20 @@ def test_ioapic_read_within_a_tick_does_not_stop_the_pit(machine):
     assert not vm.get_irqchip("KVM_IRQCHIP_IOAPIC").chip.ioapic.irr & 1
 
 
+def test_a_signal_does_not_keep_a_vm_from_being_made(machine):
+    seen = []
+    handler = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
+    timer = signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+    try:
+        for _ in range(500):
+            machine.system.create_vm().close()
+    finally:
+        # It is the time limit's of the test.
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+    assert seen
+
+
 def test_guests_of_the_guest_are_not_offered(machine):
     # Whether this host would or not.
     offered = machine.system.get_supported_cpuid()
