@@ -371,6 +371,19 @@ def test_clients_have_a_monitor_each_also_after_an_update(ticking, base):
     wait_until(lambda: machine.footprint() == footprint, "no client left behind")
 
 
+def test_clients_stay_when_the_info_cannot_be_written(ticking, base):
+    machine = ticking("vm")
+    (base / "vm" / "info~").mkdir()
+    with client(base, "vm") as stream:
+        read_until(stream, PROMPT)
+        machine.update()
+        stream.sendall(b"info status\n")
+        assert b"running" in read_until(stream, PROMPT)
+        assert "run directory, info: Is a directory" in machine.stderr()
+    assert run_cli("monitor", "vm", "info", "status").stdout == "VM status: running\n"
+    (base / "vm" / "info~").rmdir()
+
+
 def test_a_client_over_the_limit_waits_for_one_to_go(ticking, base):
     ticking("vm")
     streams = [client(base, "vm", "qmp.sock") for _ in range(33)]
