@@ -63,7 +63,13 @@ def test_program(ticker, text, mode, why):
 
 @pytest.mark.parametrize(
     "change",
-    [{"shape": 3}, {"sections": {"serial[0]": "new"}}, {"incoming": ["memfd:"]}, {"sections": 0}],
+    [
+        {"error": "\ud800"},
+        {"shape": 3},
+        {"sections": {"serial[0]": "new"}},
+        {"incoming": ["memfd:"]},
+        {"sections": 0},
+    ],
     ids=str,
 )
 def test_answer_in_another_form(ticker, change):

@@ -38,7 +38,12 @@ _MAX_OUTPUT = 1 << 20
 
 def encode(text: str) -> bytes:
     """Text of the monitor as it goes over the wire; file names come out as they went in."""
-    return text.replace("\n", "\r\n").encode("utf-8", "surrogateescape")
+    text = text.replace("\n", "\r\n")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # What another program said in JSON may contain any code point.
+        return text.encode("utf-8", "backslashreplace")
 
 
 class MonitorState:
