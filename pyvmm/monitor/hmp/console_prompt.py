@@ -186,7 +186,10 @@ class Prompt:
 
     def _call(self, function: Callable[[], object]) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(function)
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            pass  # the thread has ended: the main loop hears of it soon, if it does not know
 
     def _show(self) -> None:
         self._wanted.set()

@@ -362,6 +362,15 @@ def test_without_the_editor_there_still_is_a_monitor(terminal, monkeypatch, caps
     assert "no line editing: No module named" in capsys.readouterr().err
 
 
+def test_keys_that_come_when_the_editor_has_ended_do_no_harm(opened):
+    prompt = opened.console._prompt
+    prompt.end()
+    opened.wait(prompt._loop.is_closed)
+    opened.type("x")
+    opened.wait(opened.console.has_typed)
+    opened.console.quiesce()
+
+
 def test_another_user_finds_nothing_of_the_last_one(opened):
     opened.type("secret")
     opened.wait(lambda: opened.console.text == "secret")
