@@ -643,6 +643,8 @@ def test_guest_runs_on_if_one_vcpu_cannot_be_stopped(monkeypatch):
     with pytest.raises(InternalError, match="does not leave KVM_RUN"):
         whole.pause_cpus()
     assert not first._stop
+    with pytest.raises(InternalError, match="vCPU 0 does not leave"):
+        count(second)
     go_on.set()
     hanging.clear()
     assert hanging.wait(DEADLINE_S)
