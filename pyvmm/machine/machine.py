@@ -166,11 +166,15 @@ class Machine(CpuEvents):
         self.emit("RESUME", None)
 
     def pause_cpus(self) -> None:
-        """Get all vCPUs out of the guest, with no access half done."""
+        """Get all vCPUs out of the guest, with no access half done.
+
+        :raises InternalError: one does not come (a file that it writes to hangs); all run on
+        """
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
+                self.resume_cpus()
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
 
     def resume_cpus(self) -> None:
