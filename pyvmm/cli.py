@@ -244,6 +244,7 @@ def import_ahead(machine: Machine) -> None:
         machine.warn(f"there can be no update: {type(error).__name__}: {error}")
     try:
         from pyvmm.boot import loader  # noqa: F401
+        from pyvmm.machine import firmware  # noqa: F401
     except Exception as error:
         machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
 

@@ -26,7 +26,7 @@ OWN = (
     (layout.PAGE_TABLES, layout.PAGE_TABLES_END),
     (layout.TABLES_START, layout.VGA_START),
 )
-"""What the loader writes, as ``(start, end)``; no part of a kernel may lie there."""
+"""What loader and firmware write, as ``(start, end)``; no part of a kernel may lie there."""
 
 
 def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int) -> int:

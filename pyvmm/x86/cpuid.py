@@ -95,7 +95,7 @@ def host_cpuid(
 
     :param changes: features that ``-cpu`` wants or does not want
     :param tsc_khz: frequency of the TSC, if it is known
-    :raises ConfigError: KVM does not offer a feature that is wanted
+    :raises ConfigError: a feature that is wanted cannot be had
     """
     cpuid = system.get_supported_cpuid()
     # The in-kernel LAPIC has the deadline timer, but KVM leaves it to the caller to say so.
@@ -179,9 +179,7 @@ def _change(cpuid: Any, changes: Mapping[str, bool]) -> None:
             elif entry is None or not getattr(entry, register) & mask:
                 lacking.append(name)
     if lacking:
-        raise ConfigError(
-            f"-cpu: KVM on this host does not offer {', '.join(lacking)}; leave it out"
-        )
+        raise ConfigError(f"-cpu: {', '.join(lacking)} cannot be had on this host; leave it out")
     unwanted = names.without_dependents([name for name in changes if not changes[name]])
     for name in unwanted:
         for leaf, subleaf, register, mask in names.find(name):

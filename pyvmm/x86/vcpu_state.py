@@ -132,8 +132,13 @@ def read(vcpu: Vcpu) -> Record:
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    found = vcpu.get_msrs() | vcpu.get_msrs(UNLISTED_MSRS)
-    state.msrs = [Record(index=i, data=data) for i, data in found.items()]
+    # Most of the unlisted ones are 0, as they are in a new vCPU but for the default type.
+    unlisted = {
+        i: data
+        for i, data in vcpu.get_msrs(UNLISTED_MSRS).items()
+        if data or i == MSR_MTRR_DEF_TYPE
+    }
+    state.msrs = [Record(index=i, data=data) for i, data in (vcpu.get_msrs() | unlisted).items()]
     state.nmsrs = len(state.msrs)
     # Last of the registers: the calls above may move an event from one place to another.
     state.events = vcpu.get_vcpu_events()
