@@ -303,7 +303,8 @@ class BlockFile:
             if not count:
                 break
             done += count
-            part = _slice(buffers, done, total)
+            if done < total:
+                part = _slice(buffers, done, total)
         return done
 
     def _bounce(self, call: Call, buffers: Buffers, offset: int, reading: bool) -> int:

@@ -59,6 +59,9 @@ UNMAP = 1  # flag of a write-zeroes segment
 MAX_RANGE = 1 << 22
 MAX_SEGMENTS = 32
 WORKERS = 16
+#: Bytes that are copied on the device's own thread. Copies of more than that go on beside each
+#: other, which is worth a change of threads.
+INLINE_MAX = 128 << 10
 DRAIN_TIMEOUT_S = 10.0
 
 _HEADER = struct.Struct("<I4xQ")
@@ -178,7 +181,7 @@ class VirtioBlk(VirtioDevice):
             elif kind == T_OUT:
                 status = self._write(chain, sector)
             elif kind == T_FLUSH:
-                status = self._submit(self.file.flush, chain)
+                status = self._flush(chain)
             elif kind == T_GET_ID:
                 text = self.options.serial.encode().ljust(ID_SIZE, b"\0")
                 chain.write(text[:size])
@@ -197,7 +200,7 @@ class VirtioBlk(VirtioDevice):
             return S_IOERR
         buffers = _cut_end(chain.writable_views())
         offset = sector * SECTOR
-        if self.file.read_cached(buffers, offset):
+        if size <= INLINE_MAX and self.file.read_cached(buffers, offset):
             return S_OK
         return self._submit(lambda: self.file.read(buffers, offset), chain)
 
@@ -208,10 +211,15 @@ class VirtioBlk(VirtioDevice):
         buffers = _cut_start(chain.readable_views(), _HEADER.size)
         offset = sector * SECTOR
         durable = not self.is_writeback
-        if self.file.writes_to_cache and not durable:
+        if size <= INLINE_MAX and self.file.writes_to_cache and not durable:
             self.file.write(buffers, offset)
             return S_OK
         return self._submit(lambda: self.file.write(buffers, offset, durable=durable), chain)
+
+    def _flush(self, chain: Chain) -> int | None:
+        if self.file.is_memory:
+            return S_OK
+        return self._submit(self.file.flush, chain)
 
     def _clear(self, chain: Chain, kind: int) -> int | None:
         size = chain.readable_size - _HEADER.size
@@ -254,10 +262,7 @@ class VirtioBlk(VirtioDevice):
     # ---- work that waits for the host ------------------------------------------------------
 
     def _submit(self, call: Callable[[], None], chain: Chain | None) -> int | None:
-        """Have a worker make ``call`` and return the chain; the status if it was done here."""
-        if self.file.is_memory:
-            call()
-            return S_OK
+        """Have a worker make ``call`` and return the chain; there is no status yet."""
         self._workers.submit(lambda: self._work(call, chain))
         return None
 
