@@ -23,7 +23,7 @@ static const struct program programs[] = {
     {"shell", shell},     {"counter", counter}, {"ticker", ticker},   {"halt", halt},
     {"memhash", memhash}, {"timers", timers},   {"pingpong", pingpong}, {"piospin", piospin},
     {"torture", torture}, {"selftest", selftest}, {"exit", exit_program},
-    {"virtio-rng", virtio_rng},
+    {"virtio-rng", virtio_rng}, {"virtio-console", virtio_console},
 };
 
 /* At the port that most test guests configure, and at QEMU's default. */
