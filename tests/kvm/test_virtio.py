@@ -91,3 +91,29 @@ def test_console_echo(vm, tmp_path, ports):
     finally:
         for peer in peers:
             peer.close()
+
+
+# ---- an evil guest -------------------------------------------------------------------------
+
+VICTIMS = [
+    *("-device", "virtio-rng-device") * 2,
+    *("-chardev", "null,id=first", "-device", "virtio-serial-device"),
+    *("-device", "virtconsole,chardev=first"),
+    *("-chardev", "ringbuf,id=second", "-device", "virtio-serial-device"),
+    *("-device", "virtserialport,chardev=second,name=org.test"),
+]
+
+
+@SMP
+@pytest.mark.parametrize("seed", [1, 2])
+def test_evil_guest_harms_nobody_but_itself(vm, smp, seed):
+    machine = vm(*VICTIMS, append=f"virtio-attack step=32 seed={seed}", smp=smp)
+    machine.expect(r"attack \d+ broken [1-9]\d*\r\n")
+    before, footprint = machine.memory_kib("Anonymous"), machine.footprint()
+    for _ in range(6):
+        machine.expect(r"attack \d+ broken \d+\r\n")
+        assert machine.status == "running"
+    assert machine.footprint() == footprint
+    assert machine.memory_kib("Anonymous") - before < 1024
+    assert b"FAIL" not in machine.serial
+    assert machine.stderr() == ""

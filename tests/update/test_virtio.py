@@ -92,3 +92,17 @@ def test_console_echo_under_updates_is_complete(vm, tmp_path, ports):
     finally:
         for peer in peers:
             peer.close()
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_evil_guest_does_not_keep_updates_away(vm, smp):
+    devices = ["-device", "virtio-rng-device"] * 2
+    devices += ["-chardev", "null,id=first", "-device", "virtio-serial-device"]
+    devices += ["-device", "virtconsole,chardev=first", "-device", "virtserialport,name=org.test"]
+    machine = vm(*devices, append="virtio-attack step=8", smp=smp)
+    for _ in range(10):
+        machine.expect(r"attack \d+ broken \d+\r\n")
+        machine.update()
+    machine.expect(r"attack \d+ broken \d+\r\n")
+    assert b"FAIL" not in machine.serial
+    assert machine.stderr() == ""
