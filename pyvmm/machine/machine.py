@@ -60,6 +60,8 @@ class Machine(CpuEvents):
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.backends: list[RamBackend] = []
         self.devices: list[Device] = []
+        # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
+        self.virtio_mmio: list[tuple[int, int, int]] = []
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []

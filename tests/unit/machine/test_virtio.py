@@ -50,6 +50,23 @@ def test_shape_has_the_virtio_devices_in_order():
     assert other["-device"] != shape["-device"]
 
 
+def test_shape_has_the_ports():
+    def shape(*words):
+        return (
+            options.parse(["-serial", "none", *words]).shape().get("-device virtio-serial-device")
+        )
+
+    assert shape("-device", "virtio-rng-device") is None
+    port = ["-device", "virtserialport,name=a"]
+    assert shape(*SERIAL, "-device", "virtconsole", *port) == (
+        "2 ports: 0 virtconsole, 1 virtserialport a"
+    )
+    assert shape(*SERIAL) == "1 ports:"
+    assert shape("-device", "virtio-serial-device,max_ports=4", *port) == (
+        "4 ports: 1 virtserialport a"
+    )
+
+
 def test_ports_find_their_numbers():
     console, port = ["-device", "virtconsole,id=c"], ["-device", "virtserialport,id=p"]
     assert ports(*SERIAL) == ({}, 1)
