@@ -62,6 +62,8 @@ class Machine(CpuEvents):
         self.backends: list[RamBackend] = []
         self.drives: dict[str, BlockFile] = {}
         self.devices: list[Device] = []
+        # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
+        self.virtio_mmio: list[tuple[int, int, int]] = []
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []
