@@ -169,3 +169,37 @@ def test_an_image_has_one_writer(vm, tmp_path):
     machine.expect("pass 2 ok")
     machine.hmp_quit()
     vm(*drive(path), append="virtio-blk").expect("pass 0 ok")
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_evil_guest_harms_nothing_but_its_own_data(vm, tmp_path, smp):
+    options = ["-device", "virtio-rng-device"]
+    for name, keys in (("a", ""), ("b", ",cache=none,discard=unmap"), ("c", ",readonly=on")):
+        path = image(tmp_path, name)
+        path.write_bytes(os.urandom(SIZE))
+        options += ["-drive", f"file={path},format=raw{keys}"]
+    kept = (tmp_path / "c").read_bytes()
+    machine = vm(*options, append="virtio-attack step=32 seed=3", smp=smp)
+    machine.expect(r"attack \d+ broken [1-9]\d*\r\n")
+    before, fds = machine.memory_kib("Anonymous"), machine.footprint()[0]
+    for _ in range(6):
+        machine.expect(r"attack \d+ broken \d+\r\n")
+        assert machine.status == "running"
+    assert machine.footprint()[0] == fds
+    assert machine.memory_kib("Anonymous") - before < 4096
+    assert b"FAIL" not in machine.serial
+    assert machine.stderr() == ""
+    assert (tmp_path / "c").read_bytes() == kept
+    assert all((tmp_path / name).stat().st_size == SIZE for name in "ab")
+
+
+def test_evil_guest_and_updates(vm, tmp_path):
+    options = ["-device", "virtio-rng-device"]
+    for name, keys in (("a", ""), ("b", ",cache=none")):
+        options += ["-drive", f"file={image(tmp_path, name)},format=raw{keys}"]
+    machine = vm(*options, append="virtio-attack step=8 seed=5", smp=2)
+    for _ in range(5):
+        machine.expect(r"attack \d+ broken \d+\r\n")
+        machine.update()
+    machine.expect(r"attack \d+ broken \d+\r\n")
+    assert b"FAIL" not in machine.serial
