@@ -40,11 +40,15 @@ class Disk:
             setattr(self.config, key, value)
         self.file = BlockFile(self.config, FdStore())
         self.properties = {"drive": "disk", **properties}
+        self.errors = []
         self.driver = VirtioDriver(self.device())
         self.driver.start(features)
 
     def device(self):
-        return VirtioBlk(self.loop, self.file, BlkConfig(self.properties))
+        def on_error(operation, error):
+            self.errors.append((operation, error.errno))
+
+        return VirtioBlk(self.loop, self.file, BlkConfig(self.properties), on_error)
 
     def ask(self, kind, sector=0, data=b"", room=0, *, split=(), indirect=False):
         """One request: its status and what was read. ``split``: lengths of the buffers."""
@@ -354,7 +358,12 @@ def test_errors_of_the_host(disk, kind, monkeypatch):
     for name in ("preadv", "pwritev", "fdatasync"):
         monkeypatch.setattr(os, name, broken)
     assert one.ask(blk.T_IN, 0, room=512)[0] == blk.S_IOERR
+    assert one.errors == [("read", errno.EIO)]
     assert one.ask(blk.T_OUT, 0, b"x" * 512)[0] == blk.S_IOERR
+    assert one.errors == [("read", errno.EIO)]  # about once a second
+    monkeypatch.setattr(blk, "ERROR_INTERVAL_S", 0)
+    assert one.ask(blk.T_OUT, 0, b"x" * 512)[0] == blk.S_IOERR
+    assert one.errors[1:] == [("write", errno.EIO)]
     # Memory has nothing to flush.
     assert one.ask(blk.T_FLUSH)[0] == (blk.S_OK if kind == "tmpfs" else blk.S_IOERR)
     monkeypatch.undo()
@@ -500,6 +509,21 @@ def test_an_update_loses_nothing_and_repeats_nothing(disk, kind):
     assert one.contents()[: 80 * 512] == b"".join(pattern(4096, at) for at in range(0, 80, 8))
     assert one.driver.config(32, 1) == b"\0"
     assert one.ask(blk.T_IN, 8, room=4096) == (0, pattern(4096, 8))
+
+
+def test_an_update_does_not_forget_that_a_flush_failed(disk, monkeypatch):
+    def broken(_fd):
+        raise OSError(errno.EIO, "broken")
+
+    one = disk()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", broken)
+        assert one.ask(blk.T_FLUSH)[0] == blk.S_IOERR
+    saved = one.driver.encode()
+    one.file.lost = 0
+    one.driver.decode(saved)
+    one.driver.transport.start()
+    assert one.ask(blk.T_FLUSH)[0] == blk.S_IOERR
 
 
 @pytest.mark.parametrize(
