@@ -76,8 +76,8 @@ def test_a_full_host_is_told_of(vm, path):
     drive += ["-device", "virtio-blk-device,drive=disk", *QMP]
     program = faulty("pyvmm.backends.block:BlockFile.write", full)
     machine = vm(*drive, append="virtio-blk depth=4", program=program)
+    machine.expect("pass 1 ok")
     with Qmp(machine.folder / "qmp.sock") as qmp:
-        machine.expect("pass 1 ok")
         (disk,) = qmp.execute("query-block")
         (machine.folder / "full").touch()
         machine.expect("FAIL pass .* write of block .*: status 1")
