@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 
@@ -203,3 +204,57 @@ def test_evil_guest_and_updates(vm, tmp_path):
         machine.update()
     machine.expect(r"attack \d+ broken \d+\r\n")
     assert b"FAIL" not in machine.serial
+
+
+@pytest.fixture
+def loop_device(tmp_path):
+    """A block device of 1 MiB."""
+    if os.getuid() or not shutil.which("losetup"):
+        pytest.skip("needs root and losetup")
+    made = subprocess.run(
+        ["losetup", "--show", "-f", image(tmp_path, "loop.img")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(f"losetup: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+def test_block_device_over_an_update(loop_device, vm):
+    node = f"driver=host_device,node-name=disk,filename={loop_device},cache.direct=on,discard=unmap"
+    options = ["-blockdev", node, "-device", "virtio-blk-device,drive=disk"]
+    machine = vm(*options, append="virtio-blk zero depth=16")
+    machine.expect("pass 1 ok")
+    machine.update()
+    machine.seen = len(machine.serial)
+    machine.expect(r"pass \d+ ok")
+    machine.expect(r"pass \d+ ok")
+
+
+@pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="needs QEMU")
+def test_qemu_and_pyvmm_keep_each_other_from_an_image(vm, tmp_path):
+    path = image(tmp_path)
+    qemu = ["qemu-system-x86_64", "-display", "none", "-nodefaults", "-machine", "microvm", "-S"]
+    qemu += ["-global", "virtio-mmio.force-legacy=false", "-qmp", "stdio"]
+    qemu += ["-drive", f"file={path},format=raw,if=none,id=d", "-device"]
+    qemu += ["virtio-blk-device,drive=d"]
+    machine = vm(*drive(path), append="virtio-blk")
+    machine.expect("pass 0 ok")
+    refused = subprocess.run(
+        qemu, capture_output=True, text=True, check=False, timeout=process.DEADLINE_S
+    )
+    assert 'Failed to get "write" lock' in refused.stderr
+    machine.hmp_quit()
+    with subprocess.Popen(qemu, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert b"QMP" in other.stdout.readline()
+        own = subprocess.run(
+            [process.pyvmm(), "run", "-serial", "null", "-monitor", "none", *drive(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        other.kill()
+    assert "the image is in use by another process" in own.stderr
