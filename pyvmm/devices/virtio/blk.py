@@ -56,9 +56,10 @@ S_UNSUPP = 2
 SECTOR = 512
 ID_SIZE = 20
 UNMAP = 1  # flag of a write-zeroes segment
-#: Sectors and segments in one discard or write-zeroes request.
-MAX_RANGE = 1 << 22
-MAX_SEGMENTS = 32
+#: Sectors of a segment, and segments of a request. Where zeroes have to be written, one request
+#: must not take so long that a drain does not see its end.
+MAX_DISCARD, MAX_DISCARD_SEGMENTS = 1 << 22, 32
+MAX_ZEROES, MAX_ZEROES_SEGMENTS = 1 << 19, 1
 WORKERS = 16
 #: Bytes that are copied on the device's own thread. Copies of more than that go on beside each
 #: other, which is worth a change of threads.
@@ -159,11 +160,11 @@ class VirtioBlk(VirtioDevice):
             0,
             self.is_writeback,
             1,
-            MAX_RANGE,
-            MAX_SEGMENTS,
+            MAX_DISCARD,
+            MAX_DISCARD_SEGMENTS,
             block,
-            MAX_RANGE,
-            MAX_SEGMENTS,
+            MAX_ZEROES,
+            MAX_ZEROES_SEGMENTS,
             self.file.config.unmap,
         )
         return config[offset : offset + size]
@@ -242,16 +243,19 @@ class VirtioBlk(VirtioDevice):
         size = chain.readable_size - _HEADER.size
         if self.file.read_only:
             return S_IOERR
-        if not self.features & (F_DISCARD if kind == T_DISCARD else F_WRITE_ZEROES):
+        feature, sectors, most = F_WRITE_ZEROES, MAX_ZEROES, MAX_ZEROES_SEGMENTS
+        if kind == T_DISCARD:
+            feature, sectors, most = F_DISCARD, MAX_DISCARD, MAX_DISCARD_SEGMENTS
+        if not self.features & feature:
             return S_UNSUPP
-        if not size or size % _SEGMENT.size or size > MAX_SEGMENTS * _SEGMENT.size:
+        if not size or size % _SEGMENT.size or size > most * _SEGMENT.size:
             return S_IOERR
         segments = list(_SEGMENT.iter_unpack(chain.read(size, skip=_HEADER.size)))
         for sector, count, flags in segments:
             # What a device does not know it must not guess (5.2.6.2).
             if flags & ~UNMAP or (kind == T_DISCARD and flags):
                 return S_UNSUPP
-            if count > MAX_RANGE or not self._is_inside(sector, count * SECTOR):
+            if count > sectors or not self._is_inside(sector, count * SECTOR):
                 return S_IOERR
         file, durable = self.file, not self.is_writeback
 

@@ -230,7 +230,7 @@ def test_configuration_space(disk):
     config = struct.unpack("<QIIIIBBHIBxHIIIIIB3x", disk().driver.config(0, 60))
     assert config == (
         *(SECTORS, 0, 254, 0, 512, 0, 0, 0, 0, 1, 1),
-        *(blk.MAX_RANGE, blk.MAX_SEGMENTS, 1, blk.MAX_RANGE, blk.MAX_SEGMENTS, 0),
+        *(1 << 22, 32, 1, 1 << 19, 1, 0),
     )
 
 
@@ -405,8 +405,9 @@ def test_a_bug_does_not_leave_the_guest_waiting(disk, monkeypatch, capsys):
         ((blk.T_DISCARD, 0, segment((1 << 64) - 1, 0xFFFFFFFF), 0), blk.S_IOERR),
         ((blk.T_WRITE_ZEROES, 0, segment(0, 8, 2), 0), blk.S_UNSUPP),
         ((blk.T_WRITE_ZEROES, 0, segment(0, 0xFFFFFFFF), 0), blk.S_IOERR),
+        ((blk.T_WRITE_ZEROES, 0, segment(0, 8) * 2, 0), blk.S_IOERR),
         # Nothing is done of a list with one that cannot be.
-        ((blk.T_WRITE_ZEROES, 0, segment(0, 8) + segment(SECTORS, 8), 0), blk.S_IOERR),
+        ((blk.T_DISCARD, 0, segment(0, 8) + segment(SECTORS, 8), 0), blk.S_IOERR),
     ],
 )
 def test_requests_that_cannot_be(disk, kind, request_, status):
