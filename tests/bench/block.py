@@ -29,7 +29,7 @@ class QemuDisk(Qemu):
     def base(self):
         return [
             *(self.program, "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "microvm,accel=kvm,acpi=on,ioapic2=off,rtc=off", "-cpu", "host"),
+            *("-machine", "microvm,accel=kvm,acpi=on,ioapic2=off,rtc=off"),
             *("-global", "virtio-mmio.force-legacy=false", "-m", f"{self.size // MIB}M"),
             *("-kernel", builtin.path(builtin.GUEST)),
         ]
