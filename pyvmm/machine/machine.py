@@ -172,12 +172,14 @@ class Machine(CpuEvents):
     def pause_cpus(self) -> None:
         """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
 
-        :raises HostError: a device cannot finish its work; all goes on
+        :raises InternalError: one does not come (a file that it writes to hangs); all run on
+        :raises HostError: a device cannot finish its work; all run on
         """
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
+                self.resume_cpus()
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
         try:
             for device in self.devices:
@@ -323,7 +325,7 @@ class Machine(CpuEvents):
         if self.runstate.running:
             try:
                 self.pause(state)
-            except HostError as error:
+            except (HostError, InternalError) as error:
                 self.warn(str(error))
 
     def warn(self, text: str) -> None:
@@ -336,7 +338,11 @@ class Machine(CpuEvents):
     def close(self) -> None:
         """Give everything back; the guest is gone. Never raises."""
         for cpu in self.cpus:
-            cpu.close()
+            cpu.end()
+        # All of them first: one that still runs may be about to stop the others.
+        if all(cpu.wait_stopped() for cpu in self.cpus):
+            for cpu in self.cpus:
+                cpu.close()
         stuck = False
         for device in self.devices:
             try:

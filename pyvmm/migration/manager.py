@@ -185,9 +185,12 @@ class Migration:
             raise MigrationError(reason)
         try:
             from pyvmm.migration import preflight
-        except OSError as error:
-            raise MigrationError(f"The preflight cannot be made: {error.strerror}") from None
+        except (ImportError, OSError) as error:
+            problem = getattr(error, "strerror", None) or error
+            raise MigrationError(f"The preflight cannot be made: {problem}") from None
         preflight.check_descriptors()
+        if any("\0" in word for word in argv):
+            raise MigrationError("A word of a command cannot contain NUL")
         path = program.find(argv[0])
         target.prepare()
         self.progress.begin()
@@ -205,9 +208,10 @@ class Migration:
                     raise result
                 preflight.compare(own, result, target)
                 preflight.check_descriptors()
-            except MigrationError as error:
+            except Exception as error:
+                # Another program's answer may be of any form, and the guest runs.
                 target.discard(self.machine.fds)
-                self._fail(str(error))
+                self._fail(_explain(error))
                 return
             self._update(argv, path, target)
 
@@ -379,7 +383,13 @@ class Migration:
             raise CommandError("'-incoming' was not specified on the command line")
         if not self._deferred:
             raise CommandError("The incoming migration has already been started")
-        self._load(parse(uri))
+        source = parse(uri)
+        self.progress.error = None
+        try:
+            self._load(source)
+        except PyvmmError as error:
+            self._note_failure(str(error))
+            raise
         self._deferred = False
 
     def _load(self, source: Target) -> None:

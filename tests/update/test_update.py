@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import guests, pyvmm, run_cli, wait_until
+from harness import guests, process, pyvmm, run_cli, wait_until
 
 COUNTER = 0x200000
 STATE = "file:vm.state"
@@ -48,8 +48,9 @@ class Watcher:
 
 def memfd(machine, name):
     """Path of a descriptor of that memfd."""
-    folder = Path(f"/proc/{machine.pid}/fd")
-    return next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{name} "))
+    found = process.descriptors(machine.pid).items()
+    fd = next(fd for fd, target in found if target.startswith(f"/memfd:{name} "))
+    return Path(f"/proc/{machine.pid}/fd/{fd}")
 
 
 @pytest.mark.parametrize("smp", [1, 2])
@@ -274,8 +275,10 @@ def test_incoming_that_waits_for_its_uri(vm):
     assert machine.hmp(f"migrate {STATE}") == ""
     assert machine.status == "paused (inmigrate)"
     assert machine.hmp("migrate_incoming file:nowhere").startswith("Error: ")
+    assert "Status: \t\tfailed" in machine.hmp("info migrate")
     assert machine.hmp(f"migrate_incoming {STATE}") == ""
     machine.wait_status("running")
+    assert "nowhere" not in machine.hmp("info migrate")
     seen = len(machine.serial)
     wait_until(lambda: machine.status and len(machine.serial) > seen, "a tick")
 
