@@ -1,7 +1,8 @@
 /* virtio-blk: a disk by virtio. Each pass writes every block anew with what only that block and
  * that pass have, several requests under way, and reads it back; the pass before is checked before it is
  * overwritten. Then a flush. Read-only disks are checked for pass 0. Arguments: disk=N the nth disk,
- * depth=N requests under way, kb=N of each, mb=N of the disk, zero: write-zeroes and discard, too. */
+ * depth=N requests under way, kb=N of each, mb=N of the disk, zero: write-zeroes and discard, too.
+ * bench=read or write: none of this, but as many requests as can be in ms=N, anywhere or (seq) in order. */
 #include "virtio.h"
 
 #define MAX_DEPTH 64
@@ -148,6 +149,34 @@ static void refused(u64 capacity)
         fail("writing a read-only disk: status %u", single.status);
 }
 
+static void bench(u32 type)
+{
+    u64 done = 0, seed = 1, start, length, took = 0;
+    u32 next = 0, under_way;
+    bool seq = opt("seq");
+    calibrate();
+    length = opt_num("ms", 1000) * (tsc_hz / 1000);
+    start = rdtsc();
+    for (under_way = 0; under_way < depth; under_way++)
+        submit(&requests[under_way], type, (u64)(next++ % blocks) * (size / SECTOR), requests[under_way].data, size);
+    vq_kick(queue);
+    while (under_way) {
+        struct request *r = wait();
+        if (r->status)
+            fail("bench: status %u", r->status);
+        done++;
+        took = rdtsc() - start;
+        if (took >= length) {
+            under_way--;
+            continue;
+        }
+        seed = seed * 6364136223846793005ul + 1442695040888963407ul;
+        submit(r, type, (u64)(seq ? next++ % blocks : (seed >> 33) % blocks) * (size / SECTOR), r->data, size);
+        vq_kick(queue);
+    }
+    print("blk bench %lu requests of %u in %lu ms\n", done, size, took / (tsc_hz / 1000));
+}
+
 void virtio_blk(void)
 {
     static char id[21];
@@ -169,6 +198,10 @@ void virtio_blk(void)
     if (request(GET_ID, 0, id, 20))
         fail("no id: status %u", single.status);
     print("disk '%s' %lu sectors%s, %u blocks of %u\n", id, capacity, readonly ? " read-only" : "", blocks, size);
+    if (opt("bench")) {
+        bench(strcmp(opt("bench"), "write") ? IN : OUT);
+        return;
+    }
     refused(capacity);
     /* keep: the disk holds pass N, from a run before. */
     u64 pass = opt_num("keep", 0);

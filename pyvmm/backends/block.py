@@ -56,6 +56,8 @@ class BlockFile:
     :ivar size: bytes, a multiple of 512: the last sector of a file may lie beyond its end
     :ivar alignment: bytes; offsets and lengths of requests must be multiples
     :ivar is_device: whether it is a block device
+    :ivar lost: the error of an fdatasync that failed: flushes fail from then on, since the
+        kernel tells only once that it lost something; 0 if none did
     :ivar is_memory: whether nothing on it ever waits (tmpfs)
     """
 
@@ -69,8 +71,7 @@ class BlockFile:
         self.read_only = config.read_only
         self._fds = fds
         self._name = f"block/{config.id}"
-        # After an fdatasync that failed, the kernel no longer knows what was lost.
-        self._lost = 0
+        self.lost = 0
         inherited = fds.take(self._name)
         if inherited is None:
             if fds.is_incoming:
@@ -147,13 +148,13 @@ class BlockFile:
         """Make durable what was written."""
         if self.config.no_flush or self.read_only:
             return
-        if self._lost:
-            raise OSError(self._lost, os.strerror(self._lost))
+        if self.lost:
+            raise OSError(self.lost, os.strerror(self.lost))
         try:
             os.fdatasync(self.fd)
         except OSError as error:
             if not self.config.direct:
-                self._lost = error.errno or errno.EIO
+                self.lost = error.errno or errno.EIO
             raise
 
     def discard(self, offset: int, length: int) -> None:
@@ -303,7 +304,8 @@ class BlockFile:
             if not count:
                 break
             done += count
-            part = _slice(buffers, done, total)
+            if done < total:
+                part = _slice(buffers, done, total)
         return done
 
     def _bounce(self, call: Call, buffers: Buffers, offset: int, reading: bool) -> int:

@@ -98,4 +98,12 @@ class MachineConfig:
                     key=lambda driver: "~" if driver.startswith("virt") else driver,
                 )
             ),
+            **self._ports(),
         }
+
+    def _ports(self) -> dict[str, str]:
+        if not any(device.driver == "virtio-serial-device" for device in self.devices):
+            return {}
+        from pyvmm.machine import virtio
+
+        return {"-device virtio-serial-device": virtio.shape(self.devices)}

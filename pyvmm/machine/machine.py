@@ -335,7 +335,7 @@ class Machine(CpuEvents):
         if self.runstate.running:
             try:
                 self.pause(state)
-            except HostError as error:
+            except (HostError, InternalError) as error:
                 self.warn(str(error))
 
     def warn(self, text: str) -> None:

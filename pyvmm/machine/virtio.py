@@ -118,6 +118,20 @@ def check_devices(devices: list[DeviceConfig]) -> None:
             raise ConfigError(f"-device: the id {shorten(id)} is given twice; rename one")
 
 
+def shape(devices: list[DeviceConfig]) -> str:
+    """What of them an update must keep, beside which devices there are: the ports."""
+    found = []
+    for device in devices:
+        if device.driver == virtio_console.SERIAL:
+            ports, count = virtio_console.ports(devices, device)
+            names = [
+                f"{number} {port.driver} {port.properties.get('name', '')}".rstrip()
+                for number, port in ports.items()
+            ]
+            found.append(f"{count} ports: {', '.join(names)}".rstrip())
+    return "; ".join(found)
+
+
 def slots(devices: list[DeviceConfig]) -> list[tuple[DeviceConfig, int, int]]:
     """Each virtio device with the address of its registers and its GSI. The order of the
     options decides, so an update must keep it."""
@@ -165,6 +179,7 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
     )
     transport.id = config.properties.get("id", "")
     machine.devices.append(transport)
+    machine.virtio_mmio.append((base, mmio.SIZE, gsi))
     machine.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
     vm = machine.platform.vm
     for index, fd in enumerate(kick_fds):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+
 from pyvmm.backends.block_config import BLK_PROPERTIES as PROPERTIES
 from pyvmm.backends.block_config import BlkConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.backends.block import BlockFile
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.machine.machine import Machine
@@ -26,7 +29,30 @@ def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> Vir
     from pyvmm.devices.virtio.blk import VirtioBlk
 
     config = BlkConfig(properties)
-    return VirtioBlk(loop, machine.drives[config.drive], config)
+    file = machine.drives[config.drive]
+
+    def report(operation: str, error: OSError) -> None:
+        machine.loop.call_soon(lambda: _emit(machine, file, operation, error))
+
+    return VirtioBlk(loop, file, config, report)
+
+
+def _emit(machine: Machine, file: BlockFile, operation: str, error: OSError) -> None:
+    id = file.config.id
+    properties = [device.properties() for device in machine.devices]
+    index = [one.get("drive") for one in properties].index(id)
+    machine.emit(
+        "BLOCK_IO_ERROR",
+        {
+            "qom-path": f"/machine/unattached/device[{index}]",
+            "device": id if file.config.is_drive else "",
+            **({} if file.config.is_drive else {"node-name": id}),
+            "operation": operation,
+            "action": "report",
+            "nospace": error.errno == errno.ENOSPC,
+            "reason": error.strerror or str(error),
+        },
+    )
 
 
 def check(properties: dict[str, str], _where: str) -> None:

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 
+from block import bench_block
 from boards import bench_exits, bench_start
 from memory import bench_memory
 from pause import bench_pause, bench_phases, bench_qemu
@@ -22,6 +23,7 @@ BENCHMARKS = {
     "memory": bench_memory,
     "exits": bench_exits,
     "qemu": bench_qemu,
+    "block": bench_block,
 }
 
 # Above this load per CPU something else competes with what is measured.

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from faults.tools import BACK, faulty, replaced, update
+from faults.tools import BACK, QMP, Qmp, faulty, replaced, update
 
 HANG = "import os, time\nwhile os.path.exists('hung'): time.sleep(0.01)"
 SHORT = "import pyvmm.devices.virtio.blk as blk\nblk.DRAIN_TIMEOUT_S = 0.3"
@@ -68,3 +68,26 @@ def test_an_update_that_fails_in_the_new_image_goes_back_to_the_disk(vm, path):
         machine.expect(r"pass \d+ ok")
     done = passes(machine)
     assert done == list(range(len(done)))
+
+
+def test_a_full_host_is_told_of(vm, path):
+    full = "import os\nif os.path.exists('full'): raise OSError(28, 'No space left on device')"
+    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none"]
+    drive += ["-device", "virtio-blk-device,drive=disk", *QMP]
+    program = faulty("pyvmm.backends.block:BlockFile.write", full)
+    machine = vm(*drive, append="virtio-blk depth=4", program=program)
+    machine.expect("pass 1 ok")
+    with Qmp(machine.folder / "qmp.sock") as qmp:
+        (disk,) = qmp.execute("query-block")
+        (machine.folder / "full").touch()
+        machine.expect("FAIL pass .* write of block .*: status 1")
+        while (message := qmp.next()).get("event") != "BLOCK_IO_ERROR":
+            pass
+    assert message["data"] == {
+        "qom-path": disk["qdev"],
+        "device": "disk",
+        "operation": "write",
+        "action": "report",
+        "nospace": True,
+        "reason": "No space left on device",
+    }

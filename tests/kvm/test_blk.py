@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import struct
 import subprocess
 
@@ -169,3 +170,91 @@ def test_an_image_has_one_writer(vm, tmp_path):
     machine.expect("pass 2 ok")
     machine.hmp_quit()
     vm(*drive(path), append="virtio-blk").expect("pass 0 ok")
+
+
+@pytest.mark.parametrize("smp", [1, 2])
+def test_evil_guest_harms_nothing_but_its_own_data(vm, tmp_path, smp):
+    options = ["-device", "virtio-rng-device"]
+    for name, keys in (("a", ""), ("b", ",cache=none,discard=unmap"), ("c", ",readonly=on")):
+        path = image(tmp_path, name)
+        path.write_bytes(os.urandom(SIZE))
+        options += ["-drive", f"file={path},format=raw{keys}"]
+    kept = (tmp_path / "c").read_bytes()
+    machine = vm(*options, append="virtio-attack step=32 seed=3", smp=smp)
+    machine.expect(r"attack \d+ broken [1-9]\d*\r\n")
+    before, fds = machine.memory_kib("Anonymous"), machine.footprint()[0]
+    for _ in range(6):
+        machine.expect(r"attack \d+ broken \d+\r\n")
+        assert machine.status == "running"
+    assert machine.footprint()[0] == fds
+    assert machine.memory_kib("Anonymous") - before < 4096
+    assert b"FAIL" not in machine.serial
+    assert machine.stderr() == ""
+    assert (tmp_path / "c").read_bytes() == kept
+    assert all((tmp_path / name).stat().st_size == SIZE for name in "ab")
+
+
+def test_evil_guest_and_updates(vm, tmp_path):
+    options = ["-device", "virtio-rng-device"]
+    for name, keys in (("a", ""), ("b", ",cache=none")):
+        options += ["-drive", f"file={image(tmp_path, name)},format=raw{keys}"]
+    machine = vm(*options, append="virtio-attack step=8 seed=5", smp=2)
+    for _ in range(5):
+        machine.expect(r"attack \d+ broken \d+\r\n")
+        machine.update()
+    machine.expect(r"attack \d+ broken \d+\r\n")
+    assert b"FAIL" not in machine.serial
+
+
+@pytest.fixture
+def loop_device(tmp_path):
+    """A block device of 1 MiB."""
+    if os.getuid() or not shutil.which("losetup"):
+        pytest.skip("needs root and losetup")
+    made = subprocess.run(
+        ["losetup", "--show", "-f", image(tmp_path, "loop.img")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(f"losetup: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+
+
+def test_block_device_over_an_update(loop_device, vm):
+    node = f"driver=host_device,node-name=disk,filename={loop_device},cache.direct=on,discard=unmap"
+    options = ["-blockdev", node, "-device", "virtio-blk-device,drive=disk"]
+    machine = vm(*options, append="virtio-blk zero depth=16")
+    machine.expect("pass 1 ok")
+    machine.update()
+    machine.seen = len(machine.serial)
+    machine.expect(r"pass \d+ ok")
+    machine.expect(r"pass \d+ ok")
+
+
+@pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="needs QEMU")
+def test_qemu_and_pyvmm_keep_each_other_from_an_image(vm, tmp_path):
+    path = image(tmp_path)
+    qemu = ["qemu-system-x86_64", "-display", "none", "-nodefaults", "-machine", "microvm", "-S"]
+    qemu += ["-global", "virtio-mmio.force-legacy=false", "-qmp", "stdio"]
+    qemu += ["-drive", f"file={path},format=raw,if=none,id=d", "-device"]
+    qemu += ["virtio-blk-device,drive=d"]
+    machine = vm(*drive(path), append="virtio-blk")
+    machine.expect("pass 0 ok")
+    refused = subprocess.run(
+        qemu, capture_output=True, text=True, check=False, timeout=process.DEADLINE_S
+    )
+    assert 'Failed to get "write" lock' in refused.stderr
+    machine.hmp_quit()
+    with subprocess.Popen(qemu, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert b"QMP" in other.stdout.readline()
+        own = subprocess.run(
+            [process.pyvmm(), "run", "-serial", "null", "-monitor", "none", *drive(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        other.kill()
+    assert "the image is in use by another process" in own.stderr

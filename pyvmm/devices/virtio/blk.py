@@ -14,6 +14,7 @@ wait for these). None of them allocates what the guest chose.
 from __future__ import annotations
 
 import struct
+import time
 
 from pyvmm.core.threads import report_crash
 from pyvmm.core.workers import Workers
@@ -55,11 +56,16 @@ S_UNSUPP = 2
 SECTOR = 512
 ID_SIZE = 20
 UNMAP = 1  # flag of a write-zeroes segment
-#: Sectors and segments in one discard or write-zeroes request.
-MAX_RANGE = 1 << 22
-MAX_SEGMENTS = 32
+#: Sectors of a segment, and segments of a request. Where zeroes have to be written, one request
+#: must not take so long that a drain does not see its end.
+MAX_DISCARD, MAX_DISCARD_SEGMENTS = 1 << 22, 32
+MAX_ZEROES, MAX_ZEROES_SEGMENTS = 1 << 19, 1
 WORKERS = 16
+#: Bytes that are copied on the device's own thread. Copies of more than that go on beside each
+#: other, which is worth a change of threads.
+INLINE_MAX = 128 << 10
 DRAIN_TIMEOUT_S = 10.0
+ERROR_INTERVAL_S = 1.0
 
 _HEADER = struct.Struct("<I4xQ")
 _SEGMENT = struct.Struct("<QII")
@@ -68,7 +74,7 @@ _SEGMENT = struct.Struct("<QII")
 _CONFIG = struct.Struct("<QIII I BBHI Bx H III IIB3x")
 _WRITEBACK = 32  # offset of that byte
 
-_STATE = [u64("capacity"), u32("block_size"), boolean("writeback")]
+_STATE = [u64("capacity"), u32("block_size"), boolean("writeback"), u32("flush_error")]
 
 
 class VirtioBlk(VirtioDevice):
@@ -76,6 +82,8 @@ class VirtioBlk(VirtioDevice):
 
     :param file: the image
     :param config: the properties of the ``-device``
+    :param on_error: told of what the host could not do: ``read`` or ``write``, and why; on any
+        thread, about once a second at most
     :ivar capacity: in sectors of 512 bytes, as the guest knows it
     :ivar block_size: logical block size in bytes
     :ivar writeback: the driver's choice: whether writes may wait for a flush
@@ -86,7 +94,13 @@ class VirtioBlk(VirtioDevice):
     name = "virtio-blk-device"
     vmstate = Description("virtio-blk", _STATE)
 
-    def __init__(self, loop: EventLoop, file: BlockFile, config: BlkConfig) -> None:
+    def __init__(
+        self,
+        loop: EventLoop,
+        file: BlockFile,
+        config: BlkConfig,
+        on_error: Callable[[str, OSError], None] = lambda _operation, _error: None,
+    ) -> None:
         super().__init__(loop)
         self.file = file
         self.options = config
@@ -109,6 +123,8 @@ class VirtioBlk(VirtioDevice):
             self.features |= (config.discard and F_DISCARD) | (
                 config.write_zeroes and F_WRITE_ZEROES
             )
+        self._on_error = on_error
+        self._told_at = -ERROR_INTERVAL_S
         self._workers = Workers(f"blk {config.drive}", WORKERS)
 
     def properties(self) -> dict[str, Any]:
@@ -144,11 +160,11 @@ class VirtioBlk(VirtioDevice):
             0,
             self.is_writeback,
             1,
-            MAX_RANGE,
-            MAX_SEGMENTS,
+            MAX_DISCARD,
+            MAX_DISCARD_SEGMENTS,
             block,
-            MAX_RANGE,
-            MAX_SEGMENTS,
+            MAX_ZEROES,
+            MAX_ZEROES_SEGMENTS,
             self.file.config.unmap,
         )
         return config[offset : offset + size]
@@ -160,7 +176,7 @@ class VirtioBlk(VirtioDevice):
         if before and not self.writeback:
             # The driver will not flush any more what was written until now.
             with self.lock:
-                self._submit(self.file.flush, None)
+                self._submit(self.file.flush, T_FLUSH, None)
 
     def on_reset(self) -> None:
         self.writeback = self._default_writeback
@@ -178,7 +194,7 @@ class VirtioBlk(VirtioDevice):
             elif kind == T_OUT:
                 status = self._write(chain, sector)
             elif kind == T_FLUSH:
-                status = self._submit(self.file.flush, chain)
+                status = self._flush(chain)
             elif kind == T_GET_ID:
                 text = self.options.serial.encode().ljust(ID_SIZE, b"\0")
                 chain.write(text[:size])
@@ -187,7 +203,8 @@ class VirtioBlk(VirtioDevice):
                 status = self._clear(chain, kind)
             else:
                 status = S_UNSUPP
-        except OSError:
+        except OSError as error:
+            self._report(kind, error)
             status = S_IOERR
         if status is not None:
             self._finish(queue, chain, status)
@@ -197,9 +214,9 @@ class VirtioBlk(VirtioDevice):
             return S_IOERR
         buffers = _cut_end(chain.writable_views())
         offset = sector * SECTOR
-        if self.file.read_cached(buffers, offset):
+        if size <= INLINE_MAX and self.file.read_cached(buffers, offset):
             return S_OK
-        return self._submit(lambda: self.file.read(buffers, offset), chain)
+        return self._submit(lambda: self.file.read(buffers, offset), T_IN, chain)
 
     def _write(self, chain: Chain, sector: int) -> int | None:
         size = chain.readable_size - _HEADER.size
@@ -208,25 +225,37 @@ class VirtioBlk(VirtioDevice):
         buffers = _cut_start(chain.readable_views(), _HEADER.size)
         offset = sector * SECTOR
         durable = not self.is_writeback
-        if self.file.writes_to_cache and not durable:
+        if size <= INLINE_MAX and self.file.writes_to_cache and not durable:
             self.file.write(buffers, offset)
             return S_OK
-        return self._submit(lambda: self.file.write(buffers, offset, durable=durable), chain)
+
+        def write() -> None:
+            self.file.write(buffers, offset, durable=durable)
+
+        return self._submit(write, T_OUT, chain)
+
+    def _flush(self, chain: Chain) -> int | None:
+        if self.file.is_memory:
+            return S_OK
+        return self._submit(self.file.flush, T_FLUSH, chain)
 
     def _clear(self, chain: Chain, kind: int) -> int | None:
         size = chain.readable_size - _HEADER.size
         if self.file.read_only:
             return S_IOERR
-        if not self.features & (F_DISCARD if kind == T_DISCARD else F_WRITE_ZEROES):
+        feature, sectors, most = F_WRITE_ZEROES, MAX_ZEROES, MAX_ZEROES_SEGMENTS
+        if kind == T_DISCARD:
+            feature, sectors, most = F_DISCARD, MAX_DISCARD, MAX_DISCARD_SEGMENTS
+        if not self.features & feature:
             return S_UNSUPP
-        if not size or size % _SEGMENT.size or size > MAX_SEGMENTS * _SEGMENT.size:
+        if not size or size % _SEGMENT.size or size > most * _SEGMENT.size:
             return S_IOERR
         segments = list(_SEGMENT.iter_unpack(chain.read(size, skip=_HEADER.size)))
         for sector, count, flags in segments:
             # What a device does not know it must not guess (5.2.6.2).
             if flags & ~UNMAP or (kind == T_DISCARD and flags):
                 return S_UNSUPP
-            if count > MAX_RANGE or not self._is_inside(sector, count * SECTOR):
+            if count > sectors or not self._is_inside(sector, count * SECTOR):
                 return S_IOERR
         file, durable = self.file, not self.is_writeback
 
@@ -239,7 +268,7 @@ class VirtioBlk(VirtioDevice):
             if durable:
                 file.flush()
 
-        return self._submit(clear, chain)
+        return self._submit(clear, kind, chain)
 
     def _is_inside(self, sector: int, size: int) -> bool:
         aligned = not (sector * SECTOR | size) % self.block_size
@@ -253,21 +282,18 @@ class VirtioBlk(VirtioDevice):
 
     # ---- work that waits for the host ------------------------------------------------------
 
-    def _submit(self, call: Callable[[], None], chain: Chain | None) -> int | None:
-        """Have a worker make ``call`` and return the chain; the status if it was done here."""
-        if self.file.is_memory:
-            call()
-            return S_OK
-        self._workers.submit(lambda: self._work(call, chain))
+    def _submit(self, call: Callable[[], None], kind: int, chain: Chain | None) -> int | None:
+        """Have a worker make ``call`` and return the chain; there is no status yet."""
+        self._workers.submit(lambda: self._work(call, kind, chain))
         return None
 
-    def _work(self, call: Callable[[], None], chain: Chain | None) -> None:
+    def _work(self, call: Callable[[], None], kind: int, chain: Chain | None) -> None:
         status = S_IOERR
         try:
             call()
             status = S_OK
-        except OSError:
-            pass
+        except OSError as error:
+            self._report(kind, error)
         except Exception as error:
             # The guest waits for an answer all the same.
             report_crash(error)
@@ -277,6 +303,12 @@ class VirtioBlk(VirtioDevice):
     def _return(self, chain: Chain, status: int) -> None:
         self._finish(self.queues[0], chain, status)
         self.notify_used(0)
+
+    def _report(self, kind: int, error: OSError) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= ERROR_INTERVAL_S:
+            self._told_at = now
+            self._on_error("read" if kind == T_IN else "write", error)
 
     def drain(self) -> None:
         """Wait for the workers.
@@ -292,6 +324,15 @@ class VirtioBlk(VirtioDevice):
         self._workers.close()
 
     # ---- state -----------------------------------------------------------------------------
+
+    @property
+    def flush_error(self) -> int:
+        """Why flushes fail for good, as an error number; 0 if they do not."""
+        return self.file.lost
+
+    def load(self, state: Record) -> None:
+        self.capacity, self.block_size = state.capacity, state.block_size
+        self.writeback, self.file.lost = state.writeback, state.flush_error
 
     def _check(self, state: Record) -> None:
         block = state.block_size

@@ -56,9 +56,11 @@ QUEUE_SIZE = 128
 CONTROL_SIZE = 32
 CONTROL_IN, CONTROL_OUT = 2, 3
 
-#: Output copied at once, and served without giving others a turn.
+#: Output copied at once, and served without giving others a turn; a chain, however short,
+#: counts for more than its bytes.
 CHUNK = 64 << 10
 TURN = 1 << 20
+CHAIN = TURN // (2 * QUEUE_SIZE)
 #: What a buffer of input is taken to hold, and how much is asked for at once.
 BUFFER = 4 << 10
 MOST_INPUT = 16 << 10
@@ -164,15 +166,16 @@ class Port(Frontend):
         """Give input to the driver, as far as there are buffers."""
         queue = self.device.queues[self.input_index]
         data = self.unread + data
-        while data:
-            chain = queue.pop()
-            if chain is None:
-                if not queue.enable_notifications():
-                    break
-                continue
-            taken = chain.write(data)
-            queue.push(chain.head, taken)
-            data = data[taken:]
+        for _ in range(queue.size):
+            chain = queue.pop() if data else None
+            if chain is not None:
+                taken = chain.write(data)
+                queue.push(chain.head, taken)
+                data = data[taken:]
+            elif not data or not queue.enable_notifications():
+                break
+        else:
+            self.device.kick(self.input_index)
         self.unread = data[:MOST_INPUT]
         self.device.notify_used(self.input_index)
 
@@ -191,8 +194,7 @@ class Port(Frontend):
             data = chain.read(CHUNK, self.sent)
             taken = len(data) if self.chardev is None else self.chardev.write(data)
             self.sent += taken
-            # An empty chain takes its share of the turn, too.
-            left -= taken + 64
+            left -= max(taken, CHAIN)
             if not data or self.sent >= chain.readable_size:
                 self.sent = 0
                 queue.push(chain.head, 0)

@@ -217,11 +217,10 @@ class Queue:
             return 0
         return min(self._avail_ring[1] - self.last_avail_idx & 0xFFFF, self.size)
 
-    def unpop(self) -> None:
-        """Put the chain back that was taken last: the next :meth:`pop` gives it again. What was
-        returned must have been taken before it."""
-        if self.in_flight:
-            self.last_avail_idx = self.last_avail_idx - 1 & 0xFFFF
+    def unpop(self, count: int = 1) -> None:
+        """Put the chains back that were taken last and not returned: the next :meth:`pop` gives
+        them again."""
+        self.last_avail_idx = self.last_avail_idx - min(count, self.in_flight) & 0xFFFF
 
     def push(self, head: int, written: int) -> None:
         """Return a chain to the driver.

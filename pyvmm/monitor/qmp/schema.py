@@ -47,6 +47,15 @@ EVENTS: dict[str, Shape] = {
     "RESET": _ENDED,
     "SHUTDOWN": _ENDED,
     "GUEST_PANICKED": {"action": ("pause", "poweroff", "run")},
+    "BLOCK_IO_ERROR": {
+        "qom-path": "str",
+        "device": "str",
+        "*node-name": "str",
+        "operation": ("read", "write"),
+        "action": ("report",),
+        "*nospace": "bool",
+        "reason": "str",
+    },
     "MIGRATION": {"status": STATUSES, "*error-desc": "str", "*error-where": "str"},
     "MIGRATION_PASS": {"pass": "int"},
 }

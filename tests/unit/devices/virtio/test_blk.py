@@ -40,11 +40,15 @@ class Disk:
             setattr(self.config, key, value)
         self.file = BlockFile(self.config, FdStore())
         self.properties = {"drive": "disk", **properties}
+        self.errors = []
         self.driver = VirtioDriver(self.device())
         self.driver.start(features)
 
     def device(self):
-        return VirtioBlk(self.loop, self.file, BlkConfig(self.properties))
+        def on_error(operation, error):
+            self.errors.append((operation, error.errno))
+
+        return VirtioBlk(self.loop, self.file, BlkConfig(self.properties), on_error)
 
     def ask(self, kind, sector=0, data=b"", room=0, *, split=(), indirect=False):
         """One request: its status and what was read. ``split``: lengths of the buffers."""
@@ -177,6 +181,20 @@ def test_workers_serve_several_requests_at_a_time(disk, monkeypatch):
     assert [request.data() for request, _ in one.wait(4)] == [b"\0"] * 4
 
 
+@pytest.mark.parametrize(
+    ("size", "with_workers"), [(blk.INLINE_MAX, False), (blk.INLINE_MAX + 512, True)]
+)
+def test_large_copies_go_on_beside_each_other(disk, monkeypatch, size, with_workers):
+    one = disk(pattern(SIZE))
+    given = []
+    real = Workers.submit
+    monkeypatch.setattr(Workers, "submit", lambda *args: (given.append(None), real(*args)))
+    assert one.ask(blk.T_IN, 0, room=size) == (0, pattern(size))
+    assert one.ask(blk.T_OUT, 0, bytes(size)) == (0, b"")
+    assert len(given) == 2 * with_workers
+    assert one.contents() == bytes(size) + pattern(SIZE)[size:]
+
+
 def test_serial_number(disk):
     assert disk(serial="abc").ask(blk.T_GET_ID, room=20) == (0, b"abc".ljust(20, b"\0"))
 
@@ -212,7 +230,7 @@ def test_configuration_space(disk):
     config = struct.unpack("<QIIIIBBHIBxHIIIIIB3x", disk().driver.config(0, 60))
     assert config == (
         *(SECTORS, 0, 254, 0, 512, 0, 0, 0, 0, 1, 1),
-        *(blk.MAX_RANGE, blk.MAX_SEGMENTS, 1, blk.MAX_RANGE, blk.MAX_SEGMENTS, 0),
+        *(1 << 22, 32, 1, 1 << 19, 1, 0),
     )
 
 
@@ -340,8 +358,14 @@ def test_errors_of_the_host(disk, kind, monkeypatch):
     for name in ("preadv", "pwritev", "fdatasync"):
         monkeypatch.setattr(os, name, broken)
     assert one.ask(blk.T_IN, 0, room=512)[0] == blk.S_IOERR
+    assert one.errors == [("read", errno.EIO)]
     assert one.ask(blk.T_OUT, 0, b"x" * 512)[0] == blk.S_IOERR
-    assert one.ask(blk.T_FLUSH)[0] == blk.S_IOERR
+    assert one.errors == [("read", errno.EIO)]  # about once a second
+    monkeypatch.setattr(blk, "ERROR_INTERVAL_S", 0)
+    assert one.ask(blk.T_OUT, 0, b"x" * 512)[0] == blk.S_IOERR
+    assert one.errors[1:] == [("write", errno.EIO)]
+    # Memory has nothing to flush.
+    assert one.ask(blk.T_FLUSH)[0] == (blk.S_OK if kind == "tmpfs" else blk.S_IOERR)
     monkeypatch.undo()
     assert one.ask(blk.T_IN, 0, room=512)[0] == blk.S_OK
 
@@ -381,8 +405,9 @@ def test_a_bug_does_not_leave_the_guest_waiting(disk, monkeypatch, capsys):
         ((blk.T_DISCARD, 0, segment((1 << 64) - 1, 0xFFFFFFFF), 0), blk.S_IOERR),
         ((blk.T_WRITE_ZEROES, 0, segment(0, 8, 2), 0), blk.S_UNSUPP),
         ((blk.T_WRITE_ZEROES, 0, segment(0, 0xFFFFFFFF), 0), blk.S_IOERR),
+        ((blk.T_WRITE_ZEROES, 0, segment(0, 8) * 2, 0), blk.S_IOERR),
         # Nothing is done of a list with one that cannot be.
-        ((blk.T_WRITE_ZEROES, 0, segment(0, 8) + segment(SECTORS, 8), 0), blk.S_IOERR),
+        ((blk.T_DISCARD, 0, segment(0, 8) + segment(SECTORS, 8), 0), blk.S_IOERR),
     ],
 )
 def test_requests_that_cannot_be(disk, kind, request_, status):
@@ -485,6 +510,21 @@ def test_an_update_loses_nothing_and_repeats_nothing(disk, kind):
     assert one.contents()[: 80 * 512] == b"".join(pattern(4096, at) for at in range(0, 80, 8))
     assert one.driver.config(32, 1) == b"\0"
     assert one.ask(blk.T_IN, 8, room=4096) == (0, pattern(4096, 8))
+
+
+def test_an_update_does_not_forget_that_a_flush_failed(disk, monkeypatch):
+    def broken(_fd):
+        raise OSError(errno.EIO, "broken")
+
+    one = disk()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", broken)
+        assert one.ask(blk.T_FLUSH)[0] == blk.S_IOERR
+    saved = one.driver.encode()
+    one.file.lost = 0
+    one.driver.decode(saved)
+    one.driver.transport.start()
+    assert one.ask(blk.T_FLUSH)[0] == blk.S_IOERR
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from pyvmm.devices.virtio.console import (
     Port,
     VirtioConsole,
 )
+from pyvmm.devices.virtio.queue import Queue
 from pyvmm.errors import VmStateError
 from pyvmm.testing.memory_chardev import MemoryChardev
 from pyvmm.testing.virtio_driver import VirtioDriver
@@ -281,6 +282,36 @@ def test_emergency_write(plug, loop):
     assert chardev.take_output() == b"panic"
     driver.write(mmio.CONFIG, 1)
     assert chardev.take_output() == b""
+
+
+@pytest.mark.parametrize("index", [IN, OUT])
+def test_driver_that_never_stops_does_not_keep_the_loop(console, index):
+    """Buffers without bytes, each given again as soon as it is taken."""
+    it = console()
+    queue = it.queues[index]
+    taken = []
+
+    class Endless(Queue):
+        __slots__ = ()
+
+        def pop(self):
+            chain = super().pop()
+            if chain is not None:
+                taken.append(chain.head)
+                queue.offer(chain.head)
+            return chain
+
+    it.driver.device.queues[index].__class__ = Endless
+    queue.add([(0x100, 0)])
+    if index == IN:
+        it.chardevs[0].feed(b"for nobody")
+    queue.kick()
+    it.loop.run_once(0)
+    assert 0 < len(taken) <= 3 * queue.size
+    before = len(taken)
+    it.loop.run_once(0)
+    assert before < len(taken) <= before + 3 * queue.size
+    it.driver.write(mmio.STATUS, 0)
 
 
 # ---- ports ---------------------------------------------------------------------------------
