@@ -9,7 +9,7 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-PACKAGES := python3 python3-venv python3-dev gcc binutils libc6-dev linux-libc-dev tmux
+PACKAGES := python3 python3-venv python3-dev gcc binutils libc6-dev linux-libc-dev tmux acpica-tools
 
 # Start-up is inside the pause of a live update, so bytecode must be cached whatever the caller's
 # environment says (Python takes the empty string as unset).
@@ -91,11 +91,11 @@ $(BIN)/python:
 	@$(prerequisites)
 	@$(PYTHON) -m venv --clear $(VENV)
 
-# Debian's packages are installed where that is possible and otherwise named. Only the terminal
-# tests need tmux.
+# Debian's packages are installed where that is possible and otherwise named. Only tests need
+# tmux and iasl.
 define prerequisites
 lacking() { \
-	for command in $(PYTHON) gcc ld $$1; do \
+	for command in $(PYTHON) gcc ld "$$@"; do \
 		command -v $$command >/dev/null || echo $$command; \
 	done; \
 	for header in stdio.h linux/kvm.h; do \
@@ -105,7 +105,7 @@ lacking() { \
 	$(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' \
 		2>/dev/null || echo Python.h; \
 }; \
-if [ -n "$$(lacking tmux)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+if [ -n "$$(lacking tmux iasl)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	echo "installing $(PACKAGES)"; \
 	{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 		apt-get -qq install -y --no-install-recommends $(PACKAGES); } >/dev/null || true; \

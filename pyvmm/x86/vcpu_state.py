@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 
 MSR_TSC = 0x10
 MSR_TSC_DEADLINE = 0x6E0
+MSR_MTRR_DEF_TYPE = 0x2FF
+#: What KVM keeps for a vCPU without listing it everywhere (SDM volume 4, table 2-2): default
+#: type, variable and fixed MTRRs; MCi_CTL of all banks there may be.
+UNLISTED_MSRS = (
+    *(MSR_MTRR_DEF_TYPE, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270)),
+    *range(0x400, 0x480, 4),
+)
 MAX_MSRS = 4096
 MAX_XSAVE = 1 << 20
 MAX_CPUID = 256
@@ -125,7 +132,8 @@ def read(vcpu: Vcpu) -> Record:
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    state.msrs = [Record(index=i, data=data) for i, data in vcpu.get_msrs().items()]
+    found = vcpu.get_msrs() | vcpu.get_msrs(UNLISTED_MSRS)
+    state.msrs = [Record(index=i, data=data) for i, data in found.items()]
     state.nmsrs = len(state.msrs)
     # Last of the registers: the calls above may move an event from one place to another.
     state.events = vcpu.get_vcpu_events()
