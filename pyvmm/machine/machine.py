@@ -171,12 +171,14 @@ class Machine(CpuEvents):
     def pause_cpus(self) -> None:
         """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
 
+        :raises InternalError: a vCPU does not come (a file that it writes to hangs); all run on
         :raises HostError: a device cannot finish its work; all goes on
         """
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
+                self.resume_cpus()
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
         try:
             for device in self.devices:
