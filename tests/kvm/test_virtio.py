@@ -102,12 +102,15 @@ VICTIMS = [
     *("-device", "virtconsole,chardev=first"),
     *("-chardev", "ringbuf,id=second", "-device", "virtio-serial-device"),
     *("-device", "virtserialport,chardev=second,name=org.test"),
+    *("-drive", "file=../disk,format=raw,if=virtio"),
 ]
 
 
 @SMP
 @pytest.mark.parametrize("seed", [1, 2])
-def test_evil_guest_harms_nobody_but_itself(vm, smp, seed):
+def test_evil_guest_harms_nobody_but_itself(vm, tmp_path, smp, seed):
+    with open(tmp_path / "disk", "wb") as disk:
+        disk.truncate(8 << 20)
     machine = vm(*VICTIMS, append=f"virtio-attack step=32 seed={seed}", smp=smp)
     machine.expect(r"attack \d+ broken [1-9]\d*\r\n")
     before, footprint = machine.memory_kib("Anonymous"), machine.footprint()
