@@ -140,6 +140,7 @@ class FakeMachine:
                 properties=lambda: {"chardev": "serial0", "iobase": 0x3F8, "wakeup": False},
             )
         ]
+        self.netdevs: Any = None
         self.chardevs = ChardevSet(self.loop, self.fds, lambda: None)
         self.cpus = [FakeCpu(index) for index in range(cpus)]
         self.acts: list[str] = []

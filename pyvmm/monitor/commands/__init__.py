@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from pyvmm.monitor.commands import chardev, devices, fds, human, memory, migration, qom, status
+from pyvmm.monitor.commands import (
+    chardev,
+    devices,
+    fds,
+    human,
+    memory,
+    migration,
+    network,
+    qom,
+    status,
+)
 from pyvmm.monitor.registry import Registry
 
 
@@ -14,6 +24,7 @@ def build_registry() -> Registry:
             *devices.COMMANDS,
             *qom.COMMANDS,
             *chardev.COMMANDS,
+            *network.COMMANDS,
             *fds.COMMANDS,
             *memory.COMMANDS,
             *migration.COMMANDS,
