@@ -44,11 +44,16 @@ COM_PORTS = ((layout.COM1, layout.IRQ_COM1), (layout.COM2, layout.IRQ_COM2))
 
 
 def build(
-    config: MachineConfig, loop: EventLoop, fds: FdStore, chardev_states: dict[str, bytes]
+    config: MachineConfig,
+    loop: EventLoop,
+    fds: FdStore,
+    chardev_states: dict[str, bytes],
+    netdev_states: dict[str, bytes],
 ) -> Machine:
     """A machine ready to start, or to have a state loaded into it.
 
     :param chardev_states: host-side state that the image before left, by chardev id
+    :param netdev_states: the same of network back ends
     :raises PyvmmError: naming the option or what the host lacks; nothing is left behind
     """
     machine = Machine(config, loop, fds)
@@ -58,9 +63,13 @@ def build(
         # Memory before the VM: a wrong -object is found while there is nothing to undo.
         machine.memory = add_memory(machine)
         machine.platform = Platform(machine.system, machine.memory, config.smp)
-        # Chardevs before devices: each device is given its own.
+        # Chardevs and back ends before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)
+        if config.netdevs:
+            from pyvmm.machine import netdev
+
+            netdev.add_netdevs(machine, netdev_states)
         add_devices(machine)
         # The serial ports come first on a mux: the console begins with the focus.
         machine.monitors = [

@@ -6,6 +6,7 @@ from pyvmm.boot.loader import KernelConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.backends.net.config import NetdevConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.memory.config import RamConfig
 
@@ -61,6 +62,7 @@ class MachineConfig:
         self.chardevs: list[ChardevConfig] = []
         self.serials: list[ChardevConfig | None] = []  # None is a port with nobody there
         self.monitors: list[MonitorConfig] = []
+        self.netdevs: list[NetdevConfig] = []
         self.devices: list[DeviceConfig] = []
         self.incoming = ""  # URI, "defer", or none
         self.start_paused = False
@@ -74,6 +76,8 @@ class MachineConfig:
             "-smp": str(self.smp),
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
+            # What a back end can do is part of what the guest was told.
+            "-netdev": ", ".join(f"{netdev.kind} {netdev.id}" for netdev in self.netdevs),
             # Of virtio devices the order decides where they are.
             "-device": ",".join(
                 sorted(

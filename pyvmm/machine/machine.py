@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.backends.net.factory import NetdevSet
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
@@ -63,6 +64,7 @@ class Machine(CpuEvents):
         # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
         self.virtio_mmio: list[tuple[int, int, int]] = []
         self.chardevs = ChardevSet(loop, fds, self.quit)
+        self.netdevs: NetdevSet | None = None
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []
         self.exit_code = 0
@@ -327,6 +329,8 @@ class Machine(CpuEvents):
             cpu.close()
         for device in self.devices:
             device.close()
+        if self.netdevs is not None:
+            self.netdevs.close()
         self.chardevs.close()
         if hasattr(self, "platform"):
             self.platform.close()
