@@ -65,6 +65,7 @@ class Connector:
         self._reconnect_s = reconnect_s
         self._nodelay = nodelay
         self._listener: _socket.socket | None = None
+        self._inherited: _socket.socket | None = None
         self._calling: _socket.socket | None = None
         self._timer: Timer | None = None
         self._closed = False
@@ -76,10 +77,22 @@ class Connector:
             reconnect, also if nobody answers
         :raises VmStateError: if an inherited descriptor is not the socket it should be
         """
+        try:
+            return self._open()
+        except BaseException:
+            # What was inherited stays open: the old image needs it for its return.
+            if self._listener is not None and self._listener is self._inherited:
+                self._listener = None
+                self._fds.forget(self._name, LISTENER)
+                self._fds.drop(self._inherited.detach())
+            raise
+
+    def _open(self) -> bool:
         if self.server:
-            self._listener = self._take(LISTENER, listening=True)
+            self._listener = self._inherited = self._take(LISTENER, listening=True)
             if self._listener is not None and not self.address.matches(self._listener):
-                self._listener.close()  # the new command line gives another address
+                # The new command line gives another address.
+                self._fds.drop(self._listener.detach())
                 self._listener = None
             if self._listener is None:
                 self._listener = self.address.listen()
@@ -130,7 +143,7 @@ class Connector:
         if fd is None:
             return None
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            os.close(fd)
+            self._fds.drop(fd)
             raise VmStateError(self._name, f"inherited descriptor {fd} is no socket")
         sock = _socket.socket(fileno=fd)
         if (
@@ -138,7 +151,7 @@ class Connector:
             or sock.type != _socket.SOCK_STREAM
             or bool(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN)) != listening
         ):
-            sock.close()
+            self._fds.drop(sock.detach())
             raise VmStateError(self._name, f"inherited descriptor {fd} is a socket of another kind")
         sock.setblocking(False)
         return sock

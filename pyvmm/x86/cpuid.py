@@ -1,4 +1,5 @@
-"""What the guest's CPUID says: all that KVM can offer on this host, plus who the CPU is.
+"""What the guest's CPUID says: all that KVM can offer on this host but virtualization of its
+own, plus who the CPU is.
 
 SDM volume 2, CPUID; KVM's own leaves are in Documentation/virt/kvm/x86/cpuid.rst.
 """
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import System
 
 LEAF_FEATURES = 0x1
+LEAF_AMD_FEATURES = 0x8000_0001
 LEAF_TOPOLOGY = (0xB, 0x1F)
+ECX_VMX = 1 << 5
+ECX_SVM = 1 << 2
 ECX_TSC_DEADLINE = 1 << 24
 ECX_HYPERVISOR = 1 << 31
 EDX_HTT = 1 << 28
@@ -26,6 +30,11 @@ def host_cpuid(system: System) -> Any:
     for entry in _entries(cpuid):
         if entry.function == LEAF_FEATURES:
             entry.ecx |= ECX_HYPERVISOR | (ECX_TSC_DEADLINE if deadline else 0)
+            # What a guest's own guests are in the middle of is no part of the state: an update
+            # would lose them.
+            entry.ecx &= ~ECX_VMX
+        elif entry.function == LEAF_AMD_FEATURES:
+            entry.ecx &= ~ECX_SVM
     return cpuid
 
 

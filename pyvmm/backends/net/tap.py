@@ -96,6 +96,7 @@ class TapBackend(NetBackend):
         except VmStateError as error:
             if inherited is None:
                 raise ConfigError(f"{option}: fd={fd}: {error.problem}; give a tap's") from None
+            fds.drop(inherited)  # for the way back
             raise
         self.has_offloads = bool(flags & IFF_VNET_HDR) and vnet_hdr
         # Without IFF_VNET_HDR nothing stands before a frame; otherwise 10 bytes, unless told.

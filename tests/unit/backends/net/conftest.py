@@ -100,6 +100,7 @@ class Image:
                 backend.close()
                 backend.close()
             assert not self.fds.kept(), "kept after close"
+            self.fds.close_unclaimed()
             self.loop.close()
 
 
