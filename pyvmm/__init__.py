@@ -27,7 +27,7 @@ rank  packages                     what they know
 1     _native, vmstate             the cffi boundary; how state is described
 2     core, cpr                    event loop, buses, run states; what an exec carries over
 3     kvm, memory                  KVM's API, one class a descriptor; guest RAM
-4     chardev, backends            byte streams to the host; its files and networks
+4     chardev, backends            byte streams to the host; what is behind disks and networks
 5     devices, x86, boot           device models (never KVM), CPU state, kernel loaders
 6     machine                      where KVM meets the devices
 7     migration                    saving, loading, live update

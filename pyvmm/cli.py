@@ -161,7 +161,8 @@ def serve(
     monitors: list[MonitorFrontend] = []
     publication: Publication | None = None
     try:
-        machine = builder.build(config, EventLoop(), fds, _strip(values, "chardev/"))
+        states = (_strip(values, prefix) for prefix in ("chardev/", "netdev/"))
+        machine = builder.build(config, EventLoop(), fds, *states)
         handle_signals(machine)
         # Whatever started it (python -m, an update): this is how ps shows it.
         name_thread("pyvmm")

@@ -44,11 +44,16 @@ COM_PORTS = ((layout.COM1, layout.IRQ_COM1), (layout.COM2, layout.IRQ_COM2))
 
 
 def build(
-    config: MachineConfig, loop: EventLoop, fds: FdStore, chardev_states: dict[str, bytes]
+    config: MachineConfig,
+    loop: EventLoop,
+    fds: FdStore,
+    chardev_states: dict[str, bytes],
+    netdev_states: dict[str, bytes],
 ) -> Machine:
     """A machine ready to start, or to have a state loaded into it.
 
     :param chardev_states: host-side state that the image before left, by chardev id
+    :param netdev_states: the same of network back ends
     :raises PyvmmError: naming the option or what the host lacks; nothing is left behind
     """
     machine = Machine(config, loop, fds)
@@ -60,10 +65,14 @@ def build(
         machine.platform = Platform(
             machine.system, machine.memory, config.topology, config.cpu_changes
         )
-        # Chardevs before devices: each device is given its own.
+        # Chardevs and back ends before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)
         add_drives(machine)
+        if config.netdevs:
+            from pyvmm.machine import netdev
+
+            netdev.add_netdevs(machine, netdev_states)
         add_devices(machine)
         # The serial ports come first on a mux: the console begins with the focus.
         machine.monitors = [

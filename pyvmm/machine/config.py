@@ -8,6 +8,7 @@ from pyvmm.x86.cpuid import Topology
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.backends.block_config import BlockConfig
+    from pyvmm.backends.net.config import NetdevConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.memory.config import RamConfig
 
@@ -71,6 +72,7 @@ class MachineConfig:
         self.serials: list[ChardevConfig | None] = []  # None is a port with nobody there
         self.monitors: list[MonitorConfig] = []
         self.drives: list[BlockConfig] = []
+        self.netdevs: list[NetdevConfig] = []
         self.devices: list[DeviceConfig] = []
         self.incoming = ""  # URI, "defer", or none
         self.start_paused = False
@@ -91,6 +93,8 @@ class MachineConfig:
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
             "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
+            # What a back end can do is part of what the guest was told.
+            "-netdev": ", ".join(f"{netdev.kind} {netdev.id}" for netdev in self.netdevs),
             # Of virtio devices the order decides where they are.
             "-device": ",".join(
                 sorted(

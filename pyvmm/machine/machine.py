@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backends.block import BlockFile
+    from pyvmm.backends.net.factory import NetdevSet
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
@@ -64,6 +65,7 @@ class Machine(CpuEvents):
         # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
         self.virtio_mmio: list[tuple[int, int, int]] = []
         self.chardevs = ChardevSet(loop, fds, self.quit)
+        self.netdevs: NetdevSet | None = None
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []
         self.exit_code = 0
@@ -361,6 +363,8 @@ class Machine(CpuEvents):
                 # The host still reads or writes guest memory.
                 self.warn(str(error))
                 stuck = True
+        if self.netdevs is not None:
+            self.netdevs.close()
         self.chardevs.close()
         for drive in self.drives.values():
             drive.close()

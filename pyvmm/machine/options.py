@@ -190,6 +190,11 @@ class Options:
     def _chardev(self, value: str, option: str) -> None:
         self.config.chardevs.append(parse_chardev(value, option))
 
+    def _netdev(self, value: str, option: str) -> None:
+        from pyvmm.backends.net.config import parse_netdev
+
+        self.config.netdevs.append(parse_netdev(value, option))
+
     def _serial(self, value: str, option: str) -> None:
         number = len(self.config.serials)
         if number == MAX_SERIALS:
@@ -331,6 +336,10 @@ class Options:
             if "chardev" in device.properties
         ]
         check_chardevs(requests)
+        if config.netdevs or any(device.driver.startswith("virtio-") for device in config.devices):
+            from pyvmm.machine import netdev
+
+            netdev.check_all(config)
 
     def _complete_block(self) -> None:
         config = self.config
@@ -375,7 +384,8 @@ class Options:
 
 
 #: Options that may be given more than once.
-REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mon", "device"} | {
+REPEATABLE = {"object", "netdev", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mon"} | {
+    "device",
     "action",
     "drive",
     "blockdev",
@@ -411,6 +421,11 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "chardev": ("stdio|pty|socket|file|null|ringbuf,id=ID[,mux=on][,KEY=VALUE...]",
                 "byte stream to the host, for the options below as chardev:ID",
                 Options._chardev),
+    "netdev": ("tap|stream|passt,id=ID[,KEY=VALUE...]",
+               "network, for -device virtio-net-device,netdev=ID: tap,ifname=NAME|fd=N;\n"
+               "stream,addr.type=unix,addr.path=PATH|addr.type=inet,addr.host=HOST,addr.port=N,\n"
+               "server=on|off; passt[,tcp-ports=2222:22], which needs no privileges",
+               Options._netdev),
     "serial": ("DEV", "serial port on DEV: stdio, mon:stdio (with the monitor), pty, null, none,\n"
                "file:PATH, unix:PATH,server=on,wait=off, tcp:HOST:PORT,..., chardev:ID",
                Options._serial),

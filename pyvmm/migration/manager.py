@@ -331,6 +331,7 @@ class Migration:
 
     def _values(self) -> dict[str, bytes]:
         chardevs = self.machine.chardevs.save_state()
+        netdevs = self.machine.netdevs.save_state() if self.machine.netdevs else {}
         monitors = {id: passenger.save_state() for id, passenger in self.passengers.items()}
         return {
             "progress": self.progress.pack(),
@@ -339,6 +340,7 @@ class Migration:
             ).encode(),
             "holders": b"".join(pid.to_bytes(4) for pid in self._ended),
             **{f"chardev/{id}": value for id, value in chardevs.items()},
+            **{f"netdev/{id}": value for id, value in netdevs.items()},
             **{f"monitor/{id}": value for id, value in monitors.items()},
             **{f"{ADDED}{id}": value for id, value in self.machine.chardevs.save_added().items()},
         }

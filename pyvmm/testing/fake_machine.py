@@ -143,6 +143,7 @@ class FakeMachine:
             )
         ]
         self.drives: dict[str, BlockFile] = {}
+        self.netdevs: Any = None
         self.chardevs = ChardevSet(self.loop, self.fds, lambda: None)
         self.cpus = [FakeCpu(index) for index in range(cpus)]
         self.acts: list[str] = []

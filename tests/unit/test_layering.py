@@ -28,7 +28,12 @@ RANKS = {
     for name in names
 }
 #: Part -> parts of its own rank that it may import.
-SIDEWAYS = {"_util": {"errors"}, "boot": {"x86"}, "cli": {"api", "state", "verbs"}}
+SIDEWAYS = {
+    "_util": {"errors"},
+    "backends": {"chardev"},
+    "boot": {"x86"},
+    "cli": {"api", "state", "verbs"},
+}
 #: Part -> lower parts that it must not import all the same.
 FORBIDDEN = {"devices": {"kvm"}}
 

@@ -236,6 +236,18 @@ class Queue:
         # The element before the index: x86 keeps the order of stores.
         self._used_ring[1] = self.used_idx
 
+    def push_all(self, chains: list[tuple[int, int]]) -> None:
+        """Return several chains, ``(head, written)`` each, that the driver must find together."""
+        if not self.ready:
+            return
+        elements = self._used_elements
+        for head, written in chains:
+            at = 2 * (self.used_idx & self.size - 1)
+            elements[at + 1] = head
+            elements[at + 2] = written
+            self.used_idx = self.used_idx + 1 & 0xFFFF
+        self._used_ring[1] = self.used_idx
+
     def needs_interrupt(self) -> bool:
         """Whether the driver wants an interrupt for what was pushed since the last call."""
         old, new = self._signalled, self.used_idx

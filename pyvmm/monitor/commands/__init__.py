@@ -10,6 +10,7 @@ from pyvmm.monitor.commands import (
     human,
     memory,
     migration,
+    network,
     qom,
     status,
 )
@@ -25,6 +26,7 @@ def build_registry() -> Registry:
             *qom.COMMANDS,
             *chardev.COMMANDS,
             *block.COMMANDS,
+            *network.COMMANDS,
             *fds.COMMANDS,
             *memory.COMMANDS,
             *migration.COMMANDS,

@@ -300,6 +300,13 @@ _INFO = (
         _shown("query-name", lambda data: f"{data.get('name', '')}\n"),
     ),
     HumanCommand(
+        "network",
+        "",
+        "",
+        "show the network devices and what they are connected to",
+        _shown("x-query-network", render.network),
+    ),
+    HumanCommand(
         "qtree",
         "",
         "",

@@ -54,6 +54,22 @@ def block(data: list[Data]) -> str:
     return "\n".join(entries)
 
 
+def network(data: list[Data]) -> str:
+    """``info network``: a back end stands below the device that sits on it."""
+    lines = []
+    for entry in data:
+        words = [f"type={entry['type']}", *(f"{k}={v}" for k, v in entry["properties"].items())]
+        line = f"{entry['id']}: index=0,{','.join(words)}"
+        if "nic" in entry:
+            nic = entry["nic"]
+            lines.append(
+                f"{nic['name']}: index=0,type=nic,model={nic['model']},macaddr={nic['mac']}"
+            )
+            line = f" \\ {line}"
+        lines.append(line)
+    return "".join(f"{line}\n" for line in lines)
+
+
 def memdev(data: list[Data]) -> str:
     """``info memdev``."""
 

@@ -82,12 +82,11 @@ class Image:
         kept = self.fds.kept()
         inherited = {key: os.dup(fd) for key, fd in kept.items()}
         for chardev in [*self._made, *(chardev for _id, chardev in self.chardevs.items())]:
-            listener = getattr(chardev, "_listener", None)
-            if listener is not None:
-                listener.detach()
-            calling = getattr(chardev, "_calling", None)
-            if calling is not None:
-                calling.close()  # close-on-exec
+            connector = getattr(chardev, "connector", None)
+            if connector is not None and connector._listener is not None:
+                connector._listener.detach()
+            if connector is not None and connector._calling is not None:
+                connector._calling.close()  # close-on-exec
         for fd in kept.values():
             self.loop.remove(fd)
             os.close(fd)

@@ -432,7 +432,7 @@ def test_refused_tcp_call_is_tried_again_later(image):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = TcpAddress("127.0.0.1", listener.getsockname()[1], "-chardev")
     chardev = image.make(SocketChardev, address=address, reconnect_s=100)
-    image.until(lambda: chardev._timer is not None)
+    image.until(lambda: chardev.connector._timer is not None)
     assert not chardev.connected
 
 

@@ -1,0 +1,1 @@
+"""The host side of network devices: ``base`` says what each kind offers."""

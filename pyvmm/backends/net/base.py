@@ -1,0 +1,115 @@
+"""What every network back end offers, and what sits on one.
+
+A frame travels with a ``virtio_net_hdr`` before it (virtio 1.3, 5.1.6: 12 bytes), whatever
+the back end: it is all zero where a back end has no offloads. Frames are pulled: the front
+end takes as many as it has room for, and the rest stays in the kernel. Everything belongs to
+the loop's thread, on which the front end's methods are called too, at times from within its own
+calls.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+
+#: ``struct virtio_net_hdr`` with num_buffers.
+HEADER = 12
+#: The longest frame that is passed on (QEMU's limit too), the header not counted.
+MAX_FRAME = 4096 + 65536
+#: Of preadv(2) and its like: UIO_MAXIOV.
+MAX_PARTS = 1024
+
+
+class NetFrontend:
+    """What sits on a back end: a network device."""
+
+    def handle_frames(self) -> None:
+        """Frames may be there: take them with ``peek`` and ``consume``, or stop watching."""
+
+    def handle_writable(self) -> None:
+        """Frames are taken again after a ``send`` that said False."""
+
+    def handle_link(self, up: bool) -> None:
+        """The peer came or went."""
+
+
+class NetBackend:
+    """One back end. It touches nothing before :meth:`start`.
+
+    :param id: the name given on the command line
+    :param fds: preserves its descriptors over an exec, under the name ``netdev/ID``
+    """
+
+    #: ``type`` in ``info network``.
+    kind = ""
+    #: Whether headers say something: checksum and segmentation offload.
+    has_offloads = False
+    #: Whether somebody is at the other end.
+    link_up = True
+
+    def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
+        self.id = id
+        self.loop = loop
+        self.fds = fds
+        self.frontend: NetFrontend | None = None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What ``info network`` prints behind the type, in QEMU's names."""
+        return {}
+
+    def peek(self) -> memoryview | None:
+        """The next frame with its header, to be read and written until :meth:`consume`;
+        None if there is none now."""
+        raise NotImplementedError
+
+    def consume(self) -> None:
+        """The frame that :meth:`peek` gave has been passed on, or is to be dropped."""
+        raise NotImplementedError
+
+    def send(self, parts: list[memoryview]) -> bool:
+        """Pass a header and its frame on, at most :data:`MAX_PARTS` parts and
+        :data:`MAX_FRAME` bytes; they are free again afterwards.
+
+        :returns: False if it has to be sent again after ``handle_writable``; what nobody
+            takes at the other end is dropped
+        """
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Go to work: the state is complete. Frames may be there already."""
+        raise NotImplementedError
+
+    def watch(self, wanted: bool) -> None:
+        """Call ``handle_frames`` when frames come; or do not, and leave them where they
+        are."""
+        raise NotImplementedError
+
+    def set_offloads(self, *, csum: bool, tso4: bool, tso6: bool, ecn: bool) -> None:
+        """What the guest accepts in the headers of frames that it receives. Any thread."""
+
+    def save_state(self) -> bytes:
+        """What an exec must carry over beside the descriptors."""
+        return b""
+
+    def load_state(self, state: bytes) -> None:
+        """Take over what :meth:`save_state` gave in the image before; before it starts.
+
+        :raises VmStateError: if it is not possible state
+        """
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+
+
+def skip(parts: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of *parts* without their first *count* bytes."""
+    for index, part in enumerate(parts):
+        if len(part) > count:
+            return [part[count:], *parts[index + 1 :]]
+        count -= len(part)
+    return []

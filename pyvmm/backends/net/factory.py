@@ -1,0 +1,103 @@
+"""All network back ends of a machine: made from configurations, found by name, saved, closed.
+
+Loop thread only.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.backends.net.base import NetBackend
+    from pyvmm.backends.net.config import NetdevConfig
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+
+
+class NetdevSet:
+    """The back ends, in the order in which they were made."""
+
+    def __init__(self, loop: EventLoop, fds: FdStore) -> None:
+        self._loop = loop
+        self._fds = fds
+        self._netdevs: dict[str, NetBackend] = {}
+
+    def create(self, config: NetdevConfig) -> NetBackend:
+        """Make one.
+
+        :raises ConfigError: if what it names cannot be opened
+        :raises VmStateError: if an inherited descriptor is of another kind
+        """
+        netdev = self._netdevs[config.id] = _make(config, self._loop, self._fds)
+        return netdev
+
+    def get(self, id: str) -> NetBackend:
+        """The back end of that name, which there is."""
+        return self._netdevs[id]
+
+    def items(self) -> list[tuple[str, NetBackend]]:
+        """Names and back ends."""
+        return list(self._netdevs.items())
+
+    def save_state(self) -> dict[str, bytes]:
+        """What is to be carried over an exec beside descriptors, by name."""
+        states = {id: netdev.save_state() for id, netdev in self.items()}
+        return {id: state for id, state in states.items() if state}
+
+    def load_state(self, states: dict[str, bytes]) -> None:
+        """Take over what the image before saved. State of one that is gone is dropped.
+
+        :raises VmStateError: if a state is not possible
+        """
+        for id, state in states.items():
+            if id in self._netdevs:
+                self._netdevs[id].load_state(state)
+
+    def close(self) -> None:
+        """Close all."""
+        while self._netdevs:
+            _id, netdev = self._netdevs.popitem()
+            netdev.close()
+
+
+def _make(config: NetdevConfig, loop: EventLoop, fds: FdStore) -> NetBackend:
+    # Modules are imported as they are needed: a live update waits for each.
+    if config.kind == "tap":
+        from pyvmm.backends.net.tap import TapBackend
+
+        return TapBackend(
+            config.id,
+            loop,
+            fds,
+            ifname=config.text("ifname"),
+            fd=config.number("fd", -1),
+            vnet_hdr=config.flag("vnet_hdr", True),
+            option=config.option,
+        )
+    if config.kind == "passt":
+        from pyvmm.backends.net.passt import PROGRAM, PasstBackend
+
+        return PasstBackend(
+            config.id,
+            loop,
+            fds,
+            program=config.text("path") or PROGRAM,
+            arguments=config.passt_arguments(),
+            option=config.option,
+        )
+    from pyvmm.backends.net.stream import SocketBackend
+    from pyvmm.chardev.address import Address, TcpAddress, UnixAddress
+
+    address: Address
+    if config.text("addr.path"):
+        address = UnixAddress(config.text("addr.path"), config.option)
+    else:
+        host, port = config.text("addr.host"), config.number("addr.port")
+        address = TcpAddress(host, port, config.option)
+    return SocketBackend(
+        config.id,
+        loop,
+        fds,
+        address=address,
+        server=config.flag("server"),
+        reconnect_s=config.reconnect_s,
+    )

@@ -1,0 +1,126 @@
+"""``-netdev passt``: networking without privileges, by the program of that name.
+
+passt is started with one end of a pair of sockets, goes into the background, and ends when the
+other end closes: with the VM, however that ends, and not with a live update, which keeps the
+socket. Left out: starting it again should it end by itself; the link is down then, until the
+next update.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+import sys
+
+from pyvmm.backends.net.stream import StreamBackend
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from typing import Any
+
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+else:
+    import _signal  # what signal wraps in enums, at the cost of importing enum
+
+PROGRAM = "passt"
+DEADLINE_S = 10
+_FD = 3
+_LONGEST_ERROR = 4096
+
+
+class PasstBackend(StreamBackend):
+    """A stream to a passt of its own.
+
+    :param arguments: further arguments for it
+    :param option: the option that asks for it, for errors
+    :raises ConfigError: if it does not start
+    """
+
+    kind = "passt"
+
+    def __init__(
+        self,
+        id: str,
+        loop: EventLoop,
+        fds: FdStore,
+        *,
+        program: str = PROGRAM,
+        arguments: list[str] | None = None,
+        option: str = "-netdev passt",
+    ) -> None:
+        super().__init__(id, loop, fds)
+        fd = fds.take(self._name)
+        if fd is None:
+            try:
+                fd = launch(program, arguments or [], option)
+            except ConfigError as error:
+                if not fds.is_incoming:
+                    raise
+                # It had ended before the update, which the guest must survive.
+                sys.stderr.write(f"pyvmm: {error}\n")
+                return
+        fds.keep(self._name, fd)
+        self.open_stream(fd)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"state": "connected" if self.link_up else "ended"}
+
+
+def launch(program: str, arguments: list[str], option: str) -> int:
+    """Start passt; our end of its socket.
+
+    :raises ConfigError: with its own words if it does not start
+    """
+    ours, theirs = _socket.socketpair()
+    # Not a pipe: what it leaves behind in the background may hold it open.
+    output = os.memfd_create("passt-output", os.MFD_CLOEXEC)
+    try:
+        argv = [program, "--quiet", *arguments, "--fd", str(_FD)]
+        try:
+            pid = os.posix_spawnp(
+                program,
+                argv,
+                os.environ,
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, output, 1),
+                    (os.POSIX_SPAWN_DUP2, output, 2),
+                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), _FD),
+                ],
+                setsigmask=[],
+                setsigdef=[_signal.SIGPIPE],
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"{option}: cannot start {program}: {error.strerror}; install the package passt,"
+                " or give path=FILE"
+            ) from None
+        status = _wait(pid)
+        if status != 0:
+            text = os.pread(output, _LONGEST_ERROR, 0).decode("utf-8", "replace")
+            lines = [line for line in text.splitlines() if "syslog" not in line]
+            last = lines[-1].strip() if lines else f"exit status {status}"
+            raise ConfigError(f"{option}: {program} does not start: {last}")
+        # It must see the end of the stream when we end.
+        ours.setblocking(False)
+        return ours.detach()
+    finally:
+        ours.close()
+        theirs.close()
+        os.close(output)
+
+
+def _wait(pid: int) -> int:
+    """Exit code, negative for a signal: it comes as soon as passt is in the background."""
+    watch = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(watch, select.POLLIN)
+    if not poll.poll(DEADLINE_S * 1000):
+        os.kill(pid, _signal.SIGKILL)
+    os.close(watch)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,275 @@
+"""The network device (virtio 1.3, 5.1): one pair of queues on a network back end.
+
+Frames go by without being looked at: from the guest's buffers straight to the back end, and
+from the back end's buffer into as many of the guest's as they need. Checksum and segmentation
+offloads are offered if the back end has them. Left out: control queue (so the device is always
+promiscuous), multiqueue, RSS, UDP segmentation.
+
+What an evil guest can try: frames that are no frames (dropped), headers that make no sense (the
+kernel behind a tap checks them and drops the frame), queues that never end (a kick is worth one
+round of the queue), buffers too small for anything (a frame that all of the queue has no room
+for is dropped; one that it has no room for now waits, and with it all others, in the host).
+
+``handle_…`` run on the loop's thread, register accesses and resets on vCPU threads.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.backends.net.base import HEADER, MAX_FRAME, MAX_PARTS, NetFrontend
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.errors import GuestError
+from pyvmm.vmstate.fields import Buffer, Description, Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pyvmm.backends.net.base import NetBackend
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.devices.virtio.queue import Chain, Queue
+
+RX, TX = 0, 1
+QUEUE_SIZE = 256
+
+# Feature bits (5.1.3).
+F_CSUM = 1 << 0
+F_GUEST_CSUM = 1 << 1
+F_MTU = 1 << 3
+F_MAC = 1 << 5
+F_GUEST_TSO4 = 1 << 7
+F_GUEST_TSO6 = 1 << 8
+F_GUEST_ECN = 1 << 9
+F_HOST_TSO4 = 1 << 11
+F_HOST_TSO6 = 1 << 12
+F_HOST_ECN = 1 << 13
+F_MRG_RXBUF = 1 << 15
+F_STATUS = 1 << 16
+
+#: By QEMU's property; all are on unless they are switched off.
+FLAGS = {
+    "mrg_rxbuf": F_MRG_RXBUF,
+    "status": F_STATUS,
+    "csum": F_CSUM,
+    "guest_csum": F_GUEST_CSUM,
+    "guest_tso4": F_GUEST_TSO4,
+    "guest_tso6": F_GUEST_TSO6,
+    "guest_ecn": F_GUEST_ECN,
+    "host_tso4": F_HOST_TSO4,
+    "host_tso6": F_HOST_TSO6,
+    "host_ecn": F_HOST_ECN,
+}
+#: What only a back end with offloads can do.
+OFFLOADS = sum(FLAGS.values()) & ~(F_MRG_RXBUF | F_STATUS)
+# What a feature is nothing without (5.1.3.1): any of these.
+_REQUIRED = (
+    (F_GUEST_TSO4 | F_GUEST_TSO6, F_GUEST_CSUM),
+    (F_GUEST_ECN, F_GUEST_TSO4 | F_GUEST_TSO6),
+    (F_HOST_TSO4 | F_HOST_TSO6, F_CSUM),
+    (F_HOST_ECN, F_HOST_TSO4 | F_HOST_TSO6),
+)
+
+S_LINK_UP = 1
+
+#: The least that an Ethernet frame has: its addresses and type.
+MIN_FRAME = 14
+_CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
+_NUM_BUFFERS = slice(10, 12)
+_BUDGET = 64
+
+
+class VirtioNet(VirtioDevice, NetFrontend):
+    """The device.
+
+    :param backend: where its frames go to and come from
+    :param mac: its address, 6 bytes
+    :param mtu: the largest packet that the network takes; 0 if that is not said
+    :param features: which of :data:`FLAGS` are offered, as far as the back end can do them
+    """
+
+    virtio_id = 1
+    name = "virtio-net-device"
+    # The guest knows it: it stays, whatever the next command line counts up to.
+    vmstate = Description("virtio-net", [Buffer("mac", 6)])
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        backend: NetBackend,
+        mac: bytes,
+        *,
+        mtu: int = 0,
+        features: int = sum(FLAGS.values()),
+        rx_queue_size: int = QUEUE_SIZE,
+        tx_queue_size: int = QUEUE_SIZE,
+    ) -> None:
+        super().__init__(loop)
+        self.backend = backend
+        self.mac = mac
+        self.mtu = mtu
+        self.queue_sizes = (rx_queue_size, tx_queue_size)
+        if not backend.has_offloads:
+            features &= ~OFFLOADS
+        for feature, required in _REQUIRED:
+            features &= ~(0 if features & required else feature)
+        self.features = features | F_MAC | (F_MTU if mtu else 0)
+        # Receive buffers, with their sizes, taken for a frame that they have no room for yet.
+        self._parked: list[tuple[Chain, int]] = []
+        self._room = 0
+        self._update_config()
+        backend.frontend = self
+
+    def properties(self) -> dict[str, Any]:
+        mac = ":".join(f"{byte:02x}" for byte in self.mac)
+        return {"mac": mac, "netdev": self.backend.id, "host_mtu": self.mtu}
+
+    # ---- the life of the device ------------------------------------------------------------
+
+    def on_activate(self) -> None:
+        self._set_offloads(self.driver_features)
+        self.kick(RX)  # there may be frames, and there is no kick if there are buffers already
+
+    def on_reset(self) -> None:
+        self._parked.clear()
+        self._room = 0
+        self._set_offloads(0)
+
+    def drain(self) -> None:
+        with self.lock:
+            for _ in self._parked:
+                self.queues[RX].unpop()
+            self._parked.clear()
+            self._room = 0
+
+    def resume(self) -> None:
+        # Not now: this may be a vCPU's thread, and a new image must not touch the host's side
+        # before there is no way back.
+        self.loop.call_soon(self.backend.start)
+
+    def load(self, state: Record) -> None:
+        self.mac = state.mac
+        self._update_config()
+        self._set_offloads(self.driver_features)
+
+    # ---- frames ----------------------------------------------------------------------------
+
+    def handle_queue(self, index: int) -> None:
+        if index == RX:
+            self._receive()
+        else:
+            self._transmit(self.queues[TX])
+
+    def handle_frames(self) -> None:
+        if self.running:
+            self.work(self._receive)
+        else:
+            self.backend.watch(False)  # until the kick that follows
+
+    def handle_writable(self) -> None:
+        self.kick(TX)
+
+    def handle_link(self, up: bool) -> None:
+        self._update_config()
+        if self.driver_features & F_STATUS:
+            self.notify_config()
+        if up:
+            self.kick(RX)
+
+    def _receive(self) -> None:
+        queue, backend = self.queues[RX], self.backend
+        if not self.running or not queue.ready:
+            backend.watch(False)
+            return
+        queue.disable_notifications()
+        for _ in range(_BUDGET):
+            frame = backend.peek()
+            if frame is None:
+                backend.watch(True)
+                break
+            if len(frame) >= HEADER + MIN_FRAME and not self._deliver(queue, frame):
+                backend.watch(False)
+                break
+            backend.consume()
+        else:
+            self.kick(RX)
+        self.notify_used(RX)
+
+    def _deliver(self, queue: Queue, frame: memoryview) -> bool:
+        """Put a frame into the driver's buffers; False if there are not enough yet."""
+        parked = self._parked
+        mergeable = self.driver_features & F_MRG_RXBUF
+        while self._room < len(frame):
+            if parked and (not mergeable or len(parked) == queue.size):
+                return True  # there never will be: it is dropped
+            chain = queue.pop()
+            if chain is not None:
+                if chain.readable:
+                    raise GuestError("a receive buffer that is for reading")
+                size = chain.writable_size
+                parked.append((chain, size))
+                self._room += size
+            elif not queue.enable_notifications():
+                return False
+        self._fill(queue, frame)
+        return True
+
+    def _fill(self, queue: Queue, frame: memoryview) -> None:
+        used: list[tuple[int, int]] = []
+        rest = len(frame)
+        for chain, size in self._parked:
+            if not rest:
+                break
+            used.append((chain.head, min(size, rest)))
+            rest -= used[-1][1]
+            self._room -= size
+        frame[_NUM_BUFFERS] = len(used).to_bytes(2, "little")
+        at = 0
+        for (chain, _), (_, written) in zip(self._parked, used, strict=False):
+            chain.write(frame[at : at + written])
+            at += written
+        del self._parked[: len(used)]
+        # The driver takes num_buffers of them at once (5.1.6.3.2).
+        queue.push_all(used)
+
+    def _transmit(self, queue: Queue) -> None:
+        queue.disable_notifications()
+        for _ in range(queue.size):
+            chain = queue.pop()
+            if chain is None:
+                if not queue.enable_notifications():
+                    break
+            elif self._send(chain):
+                queue.push(chain.head, 0)
+            else:
+                queue.unpop()  # until handle_writable
+                break
+        else:
+            self.kick(TX)
+        self.notify_used(TX)
+
+    def _send(self, chain: Chain) -> bool:
+        size = chain.readable_size
+        if size < HEADER:
+            raise GuestError(f"a frame of {size} bytes, without its header")
+        if not HEADER + MIN_FRAME <= size <= HEADER + MAX_FRAME:
+            return True
+        parts = chain.readable_views()
+        if len(parts) >= MAX_PARTS:
+            parts = [memoryview(b"".join(parts))]
+        return self.backend.send(parts)
+
+    # ---- what the driver was told ----------------------------------------------------------
+
+    def _set_offloads(self, accepted: int) -> None:
+        self.backend.set_offloads(
+            csum=bool(accepted & F_GUEST_CSUM),
+            tso4=bool(accepted & F_GUEST_TSO4),
+            tso6=bool(accepted & F_GUEST_TSO6),
+            ecn=bool(accepted & F_GUEST_ECN),
+        )
+
+    def _update_config(self) -> None:
+        status = S_LINK_UP if self.backend.link_up else 0
+        # Fields of features that are not offered do not exist, but have their places.
+        self.config = _CONFIG.pack(self.mac, status, 0, self.mtu)
