@@ -9,7 +9,7 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-PACKAGES := python3 python3-venv python3-dev gcc binutils libc6-dev linux-libc-dev tmux
+PACKAGES := python3 python3-venv python3-dev gcc binutils libc6-dev linux-libc-dev tmux acpica-tools
 
 # Start-up is inside the pause of a live update, so bytecode must be cached whatever the caller's
 # environment says (Python takes the empty string as unset).
@@ -21,7 +21,7 @@ MAKEFLAGS += --no-print-directory
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: run test check lint types fix bench soak build venv guests firmware wheel clean
+.PHONY: run test test-linux check lint types fix bench soak build venv guests firmware wheel clean
 
 run: build  ## boot the built-in guest, console and monitor on this terminal (Ctrl-a h helps)
 	@PATH="$(abspath $(BIN)):$$PATH" exec pyvmm run -serial mon:stdio $(ARGS)
@@ -32,6 +32,13 @@ test: build  ## lint, types and all tests, with the real /dev/kvm where there is
 	$(MAKE) types || failed=1; \
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS) || failed=1; \
 	exit $$failed
+
+# The tests where Linux boots: this host's /dev/kvm if that can, else one in an emulated machine.
+LINUX_TESTS ?= tests/linux tests/kvm/test_bindings.py
+
+test-linux: build  ## tests with a Linux guest, in an emulated machine where KVM cannot run Linux
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests \
+		$(BIN)/python -m pytest -p nested.plugin $(LINUX_TESTS) $(ARGS)
 
 check: build lint types  ## lint, types and unit tests; changes nothing
 	@$(BIN)/python -m pytest -m "not slow" tests/unit $(ARGS)
@@ -91,11 +98,11 @@ $(BIN)/python:
 	@$(prerequisites)
 	@$(PYTHON) -m venv --clear $(VENV)
 
-# Debian's packages are installed where that is possible and otherwise named. Only the terminal
-# tests need tmux.
+# Debian's packages are installed where that is possible and otherwise named. Only tests need
+# tmux and iasl.
 define prerequisites
 lacking() { \
-	for command in $(PYTHON) gcc ld $$1; do \
+	for command in $(PYTHON) gcc ld "$$@"; do \
 		command -v $$command >/dev/null || echo $$command; \
 	done; \
 	for header in stdio.h linux/kvm.h; do \
@@ -105,7 +112,7 @@ lacking() { \
 	$(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' \
 		2>/dev/null || echo Python.h; \
 }; \
-if [ -n "$$(lacking tmux)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+if [ -n "$$(lacking tmux iasl)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	echo "installing $(PACKAGES)"; \
 	{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
 		apt-get -qq install -y --no-install-recommends $(PACKAGES); } >/dev/null || true; \

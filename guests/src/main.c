@@ -23,7 +23,7 @@ static const struct program programs[] = {
     {"shell", shell},     {"counter", counter}, {"ticker", ticker},   {"halt", halt},
     {"memhash", memhash}, {"timers", timers},   {"pingpong", pingpong}, {"piospin", piospin},
     {"torture", torture}, {"selftest", selftest}, {"exit", exit_program},
-    {"virtio-rng", virtio_rng}, {"virtio-console", virtio_console},
+    {"virtio-rng", virtio_rng}, {"virtio-blk", virtio_blk}, {"virtio-console", virtio_console},
     {"virtio-net", virtio_net}, {"virtio-attack", virtio_attack},
 };
 

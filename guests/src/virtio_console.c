@@ -75,6 +75,27 @@ static void lines(void)
         vq_wait(tx, &len);
 }
 
+/* As much as the device takes: for measurements. */
+static void flood(void)
+{
+    u64 size = opt_num("size", 4096), bytes = 0, step = opt_num("step", 16) << 20, next = step;
+    u8 *space = ram_alloc(LINES * size), *at;
+    u32 len, under_way = 0;
+    memset(space, 'x', LINES * size);
+    for (;;) {
+        at = under_way < LINES ? space + under_way++ * size : vq_wait(tx, &len);
+        struct vbuf buf = {at, (u32)size, 0};
+        vq_add(tx, &buf, 1, at);
+        vq_kick(tx);
+        if ((bytes += size) < next)
+            continue;
+        print("flood %lu MiB %lu ms\n", bytes >> 20, uptime_ms());
+        next += step;
+        if (last_round(bytes / step))
+            return;
+    }
+}
+
 static void echo(void)
 {
     u8 *space = ram_alloc(BUFFERS * BUFFER), *at;
@@ -116,6 +137,8 @@ void virtio_console(void)
     const char *mode = opt("mode");
     if (mode && !strcmp(mode, "echo"))
         echo();
+    else if (mode && !strcmp(mode, "flood"))
+        flood();
     else
         lines();
 }

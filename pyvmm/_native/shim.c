@@ -4,6 +4,8 @@
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
 #include <linux/kvm.h>
 #include <sched.h>
 #include <signal.h>
@@ -14,6 +16,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <x86intrin.h>
 
 /* struct kvm_irqchip and struct kvm_run end in anonymous unions, which cffi cannot name. The
@@ -125,6 +128,19 @@ static int pyvmm_unmap(void *address, size_t size)
 static int pyvmm_name_thread(const char *name)
 {
 	return prctl(PR_SET_NAME, name) < 0 ? -errno : 0;
+}
+
+/* Python's os has neither: holes and zeroes in files, and what file system a file is on. */
+static int pyvmm_fallocate(int fd, int mode, int64_t offset, int64_t length)
+{
+	return fallocate(fd, mode, offset, length) < 0 ? -errno : 0;
+}
+
+static int64_t pyvmm_fs_type(int fd)
+{
+	struct statfs status;
+
+	return fstatfs(fd, &status) < 0 ? -errno : (int64_t)status.f_type;
 }
 
 /* Orders an earlier store before a later load, which x86 alone does not. */

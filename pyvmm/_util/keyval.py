@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
+LARGEST_ID = 100
+
 
 def parse_keyval(
     text: str, option: str, *, implied_key: str = "", flags: Collection[str] = ()
@@ -69,12 +71,31 @@ def check_text(text: str, option: str) -> None:
 def check_keys(values: Iterable[str], known: Collection[str], option: str) -> None:
     """Refuse keys that are not among *known*, listing those.
 
-    :raises ConfigError: naming the first unknown key
+    :raises ConfigError: naming the first unknown key, and the one that may have been meant
     """
     for key in values:
         if key not in known:
+            from difflib import get_close_matches
+
             listed = ", ".join(known) or "none"
-            raise ConfigError(f"{option}: {shorten(key)} is not known here; the keys are {listed}")
+            close = get_close_matches(key[:60], known, 1)
+            mend = f"did you mean {close[0]}? The" if close else "the"
+            raise ConfigError(
+                f"{option}: {shorten(key)} is not known here; {mend} keys are {listed}"
+            )
+
+
+def check_id(id: str, option: str) -> None:
+    """Refuse what is no name: a letter, then letters, digits, and any of ``-._``.
+
+    :raises ConfigError: with the mend
+    """
+    plain = id.translate(str.maketrans("", "", "-._"))
+    if not (id.isascii() and id[:1].isalpha() and plain.isalnum() and len(id) <= LARGEST_ID):
+        raise ConfigError(
+            f"{option}: id={shorten(id)} is no name; give a letter and then letters, digits,"
+            " '-', '.' or '_'"
+        )
 
 
 def parse_bool(value: str, option: str, key: str) -> bool:

@@ -1,1 +1,1 @@
-"""The host side of disks and networks: files, taps, sockets."""
+"""The host side of devices: image files, taps, sockets. It knows nothing of guests."""

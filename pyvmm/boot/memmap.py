@@ -10,20 +10,22 @@ if TYPE_CHECKING:
 
 RAM = 1
 RESERVED = 2
+ACPI = 3  # to be had once the tables in it were read
 
 
 def memory_map(memory: GuestMemory) -> list[tuple[int, int, int]]:
     """Return ``(start, size, type)`` in bytes, in rising order, without overlaps.
 
-    Reserved are the end of conventional memory with all that lies between it and 1 MiB, and
-    the top of the 32-bit space.
+    At the end of conventional memory are the firmware's tables. Reserved are what follows up to
+    1 MiB, and the top of the 32-bit space.
     """
     entries = [
+        (layout.TABLES_START, layout.EBDA_START - layout.TABLES_START, ACPI),
         (layout.EBDA_START, layout.HIGH_START - layout.EBDA_START, RESERVED),
         (layout.RESERVED_START, layout.ABOVE_4G_START - layout.RESERVED_START, RESERVED),
     ]
     for region in memory.regions:
         if not region.readonly:
-            end = layout.EBDA_START if region.end == layout.VGA_START else region.end
+            end = layout.TABLES_START if region.end == layout.VGA_START else region.end
             entries.append((region.gpa, end - region.gpa, RAM))
     return sorted(entries)

@@ -13,7 +13,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import ImageFile
+    from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
 BOOT_MAGIC = 0x2BADB002
@@ -45,7 +45,7 @@ class Header:
         self.raw = raw
 
 
-def find_header(image: ImageFile) -> Header | None:
+def find_header(image: Image) -> Header | None:
     """Return the header in the first 8 KiB, or None if the file has none (3.1).
 
     :raises ConfigError: it demands what is not there, or its addresses contradict each other
@@ -101,7 +101,7 @@ def write_info(
     )  # fmt: skip
     fields = [0] * 22
     fields[0] = _INFO_MEMORY | _INFO_CMDLINE | _INFO_MMAP | _INFO_LOADER
-    fields[1] = layout.EBDA_START >> 10  # mem_lower, KiB
+    fields[1] = layout.TABLES_START >> 10  # mem_lower, KiB
     fields[2] = extended >> 10  # mem_upper, KiB from 1 MiB up to the first hole
     fields[4] = cmdline
     module = MODULE.pack(0, 0, 0, 0)

@@ -1,7 +1,7 @@
 """PVH: enters a 32-bit protected-mode kernel at the address in its Xen note.
 
 What the guest is given is Xen's public start_info, version 1 (include/public/arch-x86/hvm/
-start_info.h). Left out: ACPI tables (rsdp_paddr is 0) and more than one module.
+start_info.h). Left out: more than one module.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ def find_entry(kernel: elf.Elf) -> int | None:
     return None
 
 
-def write_start_info(memory: GuestMemory, cmdline: int, initrd: tuple[int, int] | None) -> int:
+def write_start_info(
+    memory: GuestMemory, cmdline: int, initrd: tuple[int, int] | None, rsdp: int = 0
+) -> int:
     """Write start_info and what it points to; return its address, which goes into ``ebx``.
 
     :param cmdline: address of the command line
     :param initrd: address and size of the only module
+    :param rsdp: address of the ACPI tables' root pointer, 0 if there are none
     """
     memmap = memory_map(memory)
     module_at = layout.START_INFO + START_INFO.size
@@ -46,7 +49,7 @@ def write_start_info(memory: GuestMemory, cmdline: int, initrd: tuple[int, int] 
     info = START_INFO.pack(
         MAGIC, _VERSION, 0,
         1 if initrd else 0, module_at if initrd else 0,
-        cmdline, 0,
+        cmdline, rsdp,
         memmap_at, len(memmap), 0,
     )  # fmt: skip
     module = MODULE.pack(*(initrd or (0, 0)), 0, 0)

@@ -6,7 +6,15 @@ beforehand. Every value is checked here; the factory only reads them.
 
 from __future__ import annotations
 
-from pyvmm._util.keyval import check_keys, check_text, parse_bool, parse_int, parse_keyval, shorten
+from pyvmm._util.keyval import (
+    check_id,
+    check_keys,
+    check_text,
+    parse_bool,
+    parse_int,
+    parse_keyval,
+    shorten,
+)
 from pyvmm._util.sizes import parse_size
 from pyvmm.errors import ConfigError
 
@@ -16,7 +24,6 @@ if TYPE_CHECKING:
 
 _TEXT, _FLAG, _PORT, _SECONDS, _SIZE = "text", "flag", "port", "seconds", "size"
 _LARGEST_SIZE = 16 << 20  # of a ringbuf, which is carried over an update as state
-_LARGEST_ID = 100
 
 # The keys of each kind, beside id.
 KINDS: dict[str, dict[str, str]] = {
@@ -138,7 +145,7 @@ def parse_chardev(text: str, option: str = "-chardev") -> ChardevConfig:
     id = values.pop("id", "")
     if not id:
         raise ConfigError(f"{option} {kind}: id= is missing; give the chardev a name, id=NAME")
-    _check_id(id, option)
+    check_id(id, option)
     return ChardevConfig(kind, id, values, option)
 
 
@@ -158,7 +165,7 @@ def parse_chardev_short(text: str, option: str, id: str) -> ChardevConfig | None
     if rest == "none" and not options:
         return None
     if kind == "chardev" and colon and not options:
-        _check_id(value, option)
+        check_id(value, option)
         return ChardevConfig("chardev", value, {}, option)
     if rest == "stdio":
         if options:
@@ -240,13 +247,3 @@ def _parse_address(kind: str, text: str, option: str) -> dict[str, str]:
 
 def _flags(kinds: Iterable[dict[str, str]]) -> list[str]:
     return [key for keys in kinds for key, form in keys.items() if form == _FLAG]
-
-
-def _check_id(id: str, option: str) -> None:
-    """QEMU's names: a letter, then letters, digits, and any of ``-._``."""
-    plain = id.translate(str.maketrans("", "", "-._"))
-    if not (id.isascii() and id[:1].isalpha() and plain.isalnum() and len(id) <= _LARGEST_ID):
-        raise ConfigError(
-            f"{option}: id={shorten(id)} is no name; give a letter and then letters, digits,"
-            " '-', '.' or '_'"
-        )

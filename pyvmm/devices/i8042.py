@@ -29,16 +29,19 @@ STATUS_MASK = 0x1D
 
 CMD_READ_MODE = 0x20
 CMD_WRITE_MODE = 0x60
+CMD_TEST_MOUSE_PORT = 0xA9
 CMD_SELF_TEST = 0xAA
 CMD_TEST_KEYBOARD = 0xAB
 CMD_READ_OUTPUT_PORT = 0xD0
 CMD_WRITE_OUTPUT_PORT = 0xD1
+CMD_WRITE_MOUSE_BUFFER = 0xD3
 CMD_DISABLE_A20 = 0xDD
 CMD_ENABLE_A20 = 0xDF
 CMD_PULSE = 0xF0  # to 0xff: pulls the output port's bits low that are 0 in the command
-TAKES_DATA = (CMD_WRITE_MODE, CMD_WRITE_OUTPUT_PORT)
+TAKES_DATA = (CMD_WRITE_MODE, CMD_WRITE_OUTPUT_PORT, CMD_WRITE_MOUSE_BUFFER)
 
 SELF_TEST_OK = 0x55
+PORT_TEST_CLOCK_LOW = 0x01
 OUTPORT_NO_RESET = 0x01
 OUTPORT_A20 = 0x02
 OUTPORT_RESET = 0xCF
@@ -97,6 +100,10 @@ class I8042(Device):
                 self.mode = value
             elif command == CMD_WRITE_OUTPUT_PORT:
                 self._set_outport(value)
+            elif command == CMD_WRITE_MOUSE_BUFFER:
+                # Comes back as if from the keyboard: there is no port for a mouse. Systems
+                # look for one so, and wait for seconds if nothing comes.
+                self._answer(value)
 
     def _command(self, value: int) -> None:
         self.write_cmd = value if value in TAKES_DATA else 0
@@ -107,6 +114,8 @@ class I8042(Device):
             self._answer(SELF_TEST_OK)
         elif value == CMD_TEST_KEYBOARD:
             self._answer(0)
+        elif value == CMD_TEST_MOUSE_PORT:
+            self._answer(PORT_TEST_CLOCK_LOW)
         elif value == CMD_READ_OUTPUT_PORT:
             self._answer(self.outport)
         elif value == CMD_DISABLE_A20:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.boot import builtin, loader, rom
+from pyvmm.boot import builtin, rom
 from pyvmm.chardev.config import ChardevConfig
 from pyvmm.chardev.null import NullChardev
 from pyvmm.core.bus import Bus
@@ -62,10 +62,13 @@ def build(
         machine.system = open_system(fds)
         # Memory before the VM: a wrong -object is found while there is nothing to undo.
         machine.memory = add_memory(machine)
-        machine.platform = Platform(machine.system, machine.memory, config.smp)
+        machine.platform = Platform(
+            machine.system, machine.memory, config.topology, config.cpu_changes
+        )
         # Chardevs and back ends before devices: each device is given its own.
         for chardev in config.chardevs:
             machine.chardevs.create(chardev)
+        add_drives(machine)
         if config.netdevs:
             from pyvmm.machine import netdev
 
@@ -86,7 +89,7 @@ def build(
         ]
         # In a live update memory has it all already, the kernel, its data and its changes.
         if not config.incoming:
-            loader.load(machine.memory, config.kernel)
+            machine.load_guest()
     except BaseException:
         # What was inherited stays open: the old image needs it for its return.
         if not fds.is_incoming:
@@ -142,6 +145,15 @@ def add_memory(machine: Machine) -> GuestMemory:
     return memory
 
 
+def add_drives(machine: Machine) -> None:
+    """The disk images."""
+    if machine.config.drives:
+        from pyvmm.backends.block import BlockFile
+
+        for drive in machine.config.drives:
+            machine.drives[drive.id] = BlockFile(drive, machine.fds)
+
+
 def add_devices(machine: Machine) -> None:
     """The buses and what is on them."""
     config = machine.config
@@ -155,7 +167,7 @@ def add_devices(machine: Machine) -> None:
             chardev = machine.chardevs.claim(chardev_config)
         serial = Serial(_irq(machine, irq), chardev, iobase=ports[0], index=number)
         _add(machine, serial, *ports)
-    rtc = Rtc()
+    rtc = Rtc(_irq(machine, layout.IRQ_RTC), machine.loop)
     low = min(config.memory_size, layout.BELOW_4G_END)
     rtc.set_memory_size(low, config.memory_size - low)
     _add(machine, rtc, *layout.CMOS)

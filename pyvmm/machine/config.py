@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pyvmm.boot.loader import KernelConfig
+from pyvmm.boot.config import KernelConfig
+from pyvmm.x86.cpuid import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.backends.block_config import BlockConfig
     from pyvmm.backends.net.config import NetdevConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.memory.config import RamConfig
@@ -45,6 +47,11 @@ class DeviceConfig:
         self.driver = driver
         self.properties = properties
 
+    def shape(self) -> str:
+        """What has to stay the same over a live update: which disk is which, too."""
+        drive = self.properties.get("drive")
+        return f"{self.driver} ({drive})" if drive else self.driver
+
 
 class MachineConfig:
     """Everything that ``pyvmm run`` was told. Sizes in bytes."""
@@ -56,12 +63,15 @@ class MachineConfig:
         self.objects: list[RamConfig] = []
         self.memory_backend = ""  # id of the object that is main memory
         self.anon_alloc = "memfd"  # where memory without an object comes from: memfd, mmap
-        self.smp = 1
+        self.topology = Topology(1, 1, 1)
+        self.cpu_changes: dict[str, bool] = {}  # features that -cpu wants, and does not want
+        self.acpi = True  # whether the guest finds ACPI tables
         self.kernel = KernelConfig()
         self.bios = ""
         self.chardevs: list[ChardevConfig] = []
         self.serials: list[ChardevConfig | None] = []  # None is a port with nobody there
         self.monitors: list[MonitorConfig] = []
+        self.drives: list[BlockConfig] = []
         self.netdevs: list[NetdevConfig] = []
         self.devices: list[DeviceConfig] = []
         self.incoming = ""  # URI, "defer", or none
@@ -69,19 +79,26 @@ class MachineConfig:
         self.only_migratable = False
         self.actions = {event: values[0] for event, values in ACTIONS.items()}
 
+    @property
+    def smp(self) -> int:
+        """Number of vCPUs."""
+        return self.topology.count
+
     def shape(self) -> dict[str, str]:
         """What the next image of a live update must have too, by the option that says it."""
         return {
             "-m": str(self.memory_size),
-            "-smp": str(self.smp),
+            "-smp": str(self.topology),
+            "-cpu": ",".join(["host", *("-+"[on] + name for name, on in self.cpu_changes.items())]),
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
+            "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
             # What a back end can do is part of what the guest was told.
             "-netdev": ", ".join(f"{netdev.kind} {netdev.id}" for netdev in self.netdevs),
             # Of virtio devices the order decides where they are.
             "-device": ",".join(
                 sorted(
-                    [device.driver for device in self.devices],
+                    [device.shape() for device in self.devices],
                     key=lambda driver: "~" if driver.startswith("virt") else driver,
                 )
             ),

@@ -11,11 +11,10 @@ from __future__ import annotations
 import sys
 
 from pyvmm._native import lib
-from pyvmm.boot import loader
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import InternalError, PyvmmError, StateError
+from pyvmm.errors import HostError, InternalError, PyvmmError, StateError
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.backends.block import BlockFile
     from pyvmm.backends.net.factory import NetdevSet
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
@@ -60,6 +60,7 @@ class Machine(CpuEvents):
         self.fds = fds
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.backends: list[RamBackend] = []
+        self.drives: dict[str, BlockFile] = {}
         self.devices: list[Device] = []
         # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
         self.virtio_mmio: list[tuple[int, int, int]] = []
@@ -170,14 +171,23 @@ class Machine(CpuEvents):
         self.emit("RESUME", None)
 
     def pause_cpus(self) -> None:
-        """Get all vCPUs out of the guest, with no access half done, and the devices at rest."""
+        """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
+
+        :raises InternalError: a vCPU does not come (a file that it writes to hangs); all run on
+        :raises HostError: a device cannot finish its work; all goes on
+        """
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
+                self.resume_cpus()
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
-        for device in self.devices:
-            device.drain()
+        try:
+            for device in self.devices:
+                device.drain()
+        except HostError:
+            self.resume_cpus()
+            raise
 
     def resume_cpus(self) -> None:
         """Let all vCPUs enter the guest, and the devices work."""
@@ -191,7 +201,18 @@ class Machine(CpuEvents):
         self.platform.reset()
         for device in self.devices:
             device.reset()
-        loader.load(self.memory, self.config.kernel)
+        self.load_guest()
+
+    def load_guest(self) -> None:
+        """Put the firmware's tables and the kernel into memory.
+
+        :raises ConfigError: a file or the command line cannot be used
+        """
+        # An update does without them: memory has it all already.
+        from pyvmm.boot import loader
+        from pyvmm.machine import firmware
+
+        loader.load(self.memory, self.config.kernel, firmware.write_tables(self))
 
     # ---- state -----------------------------------------------------------------------------
 
@@ -314,7 +335,10 @@ class Machine(CpuEvents):
     def _halt(self, state: str) -> None:
         # The operator may have paused the guest in between: its vCPUs are out already.
         if self.runstate.running:
-            self.pause(state)
+            try:
+                self.pause(state)
+            except HostError as error:
+                self.warn(str(error))
 
     def warn(self, text: str) -> None:
         """Tell the operator on standard error."""
@@ -331,17 +355,26 @@ class Machine(CpuEvents):
         if all(cpu.wait_stopped() for cpu in self.cpus):
             for cpu in self.cpus:
                 cpu.close()
+        stuck = False
         for device in self.devices:
-            device.close()
+            try:
+                device.close()
+            except HostError as error:
+                # The host still reads or writes guest memory.
+                self.warn(str(error))
+                stuck = True
         if self.netdevs is not None:
             self.netdevs.close()
         self.chardevs.close()
+        for drive in self.drives.values():
+            drive.close()
         if hasattr(self, "platform"):
             self.platform.close()
         if hasattr(self, "system"):
             self.system.close()
-        for backend in self.backends:
-            backend.close()
+        if not stuck:
+            for backend in self.backends:
+                backend.close()
 
     def _device_sections(self) -> list[Section]:
         counts: dict[str, int] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
 from pyvmm._util.sizes import parse_size
 from pyvmm.boot import builtin
-from pyvmm.boot.loader import KernelConfig
+from pyvmm.boot.config import UNPACKERS, KernelConfig
 from pyvmm.chardev.config import (
     ChardevConfig,
     check_chardevs,
@@ -28,12 +28,20 @@ from pyvmm.machine.config import (
 )
 from pyvmm.memory.config import RamConfig
 from pyvmm.x86 import layout
+from pyvmm.x86.cpuid import Topology
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.backends.block_config import BlockOptions
+
 MAX_CPUS = 255
+BLK = "virtio-blk-device"
+
+MACHINE_PROPERTIES = (
+    "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack"
+)  # fmt: skip
 
 #: Drivers of ``-device`` and their properties.
 DEVICES: dict[str, tuple[str, ...]] = {
@@ -59,7 +67,9 @@ class Options:
         self.config.argv = list(argv)
         self._kernel = self._initrd = ""
         self._append: str | None = None
+        self._unpack = UNPACKERS[0]
         self._given: set[str] = set()
+        self._block: BlockOptions | None = None
 
     def parse(self) -> MachineConfig:
         """Read and check everything.
@@ -107,15 +117,25 @@ class Options:
         keys = parse_keyval(value, option, implied_key="cpus")
         check_keys(keys, ("cpus", "maxcpus", "sockets", "cores", "threads"), option)
         counts = {key: parse_int(keys[key], option, key, 1, MAX_CPUS) for key in keys}
-        product = counts.get("sockets", 1) * counts.get("cores", 1) * counts.get("threads", 1)
-        cpus = counts.get("cpus", product)
-        if counts.get("maxcpus", cpus) != cpus:
+        sockets, threads = counts.get("sockets", 1), counts.get("threads", 1)
+        cpus = counts.get("cpus", 0)
+        # As in QEMU: what is not said is cores, and if these are, sockets.
+        cores = counts.get("cores") or max(cpus // (sockets * threads), 1)
+        if "sockets" not in counts:
+            sockets = max(cpus // (cores * threads), 1)
+        product = sockets * cores * threads
+        if product != (cpus or product) or product > MAX_CPUS:
             raise ConfigError(
-                f"{option}: maxcpus must equal cpus ({cpus}): CPUs are not hotplugged"
+                f"{option}: sockets x cores x threads is {product}, not cpus={cpus or MAX_CPUS}"
             )
-        if product not in (1, cpus):
-            raise ConfigError(f"{option}: sockets x cores x threads is {product}, not cpus={cpus}")
-        self.config.smp = cpus
+        if counts.get("maxcpus", product) != product:
+            raise ConfigError(
+                f"{option}: maxcpus must equal cpus ({product}): CPUs are not hotplugged"
+            )
+        try:
+            self.config.topology = Topology(sockets, cores, threads)
+        except ValueError as error:
+            raise ConfigError(f"{option}: {error}; choose one") from None
 
     def _object(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="qom-type")
@@ -124,7 +144,7 @@ class Options:
 
     def _machine(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="type")
-        check_keys(keys, ("type", "accel", "memory-backend", "anon-alloc", "aux-ram-share"), option)
+        check_keys(keys, MACHINE_PROPERTIES, option)
         kind = keys.get("type", MACHINE_TYPE)
         if kind != MACHINE_TYPE:
             raise ConfigError(f"{option}: {shorten(kind)} is no machine; the one is {MACHINE_TYPE}")
@@ -139,6 +159,11 @@ class Options:
         if alloc not in ("memfd", "mmap"):
             raise ConfigError(f"{option}: anon-alloc={shorten(alloc)}: give memfd or mmap")
         self.config.anon_alloc = alloc
+        unpack = keys.get("kernel-unpack", self._unpack)
+        if unpack not in UNPACKERS:
+            raise ConfigError(f"{option}: kernel-unpack={shorten(unpack)}: give host or guest")
+        self._unpack = unpack
+        self.config.acpi = parse_bool(keys.get("acpi", "on"), option, "acpi")
 
     def _accel(self, value: str, option: str) -> None:
         if value != "kvm":
@@ -146,7 +171,9 @@ class Options:
 
     def _cpu(self, value: str, option: str) -> None:
         if value not in ("host", "max"):
-            raise ConfigError(f"{option}: {shorten(value)} is no CPU; give host or max")
+            from pyvmm.x86 import cpu_features
+
+            self.config.cpu_changes = cpu_features.parse(value, option)
 
     def _set_kernel(self, value: str, option: str) -> None:
         self._kernel = value
@@ -229,6 +256,19 @@ class Options:
             raise ConfigError(f"{where}: there is one already; leave one of them out")
         self.config.devices.append(DeviceConfig(driver, keys))
 
+    def _drive(self, value: str, option: str) -> None:
+        self._block_options().add_drive(value, option)
+
+    def _blockdev(self, value: str, option: str) -> None:
+        self._block_options().add_blockdev(value, option)
+
+    def _block_options(self) -> BlockOptions:
+        # A machine without disks does not pay for their options.
+        from pyvmm.backends.block_config import BlockOptions
+
+        self._block = self._block or BlockOptions()
+        return self._block
+
     def _name(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="guest")
         check_keys(keys, ("guest", "process", "debug-threads"), option)
@@ -285,8 +325,9 @@ class Options:
             kernel = builtin.path(builtin.GUEST)
             # Saves it from waiting for CPUs that do not exist.
             self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
-        config.kernel = KernelConfig(kernel, self._initrd, self._append or "")
+        config.kernel = KernelConfig(kernel, self._initrd, self._append or "", self._unpack)
         self._check_memory()
+        self._complete_block()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
         requests += [monitor.chardev for monitor in config.monitors]
         requests += [
@@ -299,6 +340,21 @@ class Options:
             from pyvmm.machine import netdev
 
             netdev.check_all(config)
+
+    def _complete_block(self) -> None:
+        config = self.config
+        if self._block is None and not any(one.driver == BLK for one in config.devices):
+            return
+        from pyvmm.backends.block_config import BlkConfig, check_block
+
+        block = self._block_options()
+        config.drives = block.complete()
+        for id in block.implied:
+            self._device(f"{BLK},drive={id}", "-drive")
+        check_block(
+            config.drives,
+            [BlkConfig(one.properties) for one in config.devices if one.driver == BLK],
+        )
 
     def _check_memory(self) -> None:
         config = self.config
@@ -331,6 +387,8 @@ class Options:
 REPEATABLE = {"object", "netdev", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mon"} | {
     "device",
     "action",
+    "drive",
+    "blockdev",
     "debugcon",
     "name",
 }
@@ -338,8 +396,9 @@ REPEATABLE = {"object", "netdev", "chardev", "serial", "monitor", "qmp", "qmp-pr
 #: name: (what its value looks like, help, handler)
 OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "m": ("SIZE", "guest memory, e.g. 512M or 4G (default 128M)", Options._memory),
-    "smp": ("N", "number of vCPUs (default 1)", Options._smp),
-    "kernel": ("FILE", "PVH or multiboot kernel, or flat image (default: built in)",
+    "smp": ("N[,sockets=N][,cores=N][,threads=N]", "number of vCPUs (default 1)", Options._smp),
+    "kernel": ("FILE", "Linux bzImage or vmlinux, PVH or multiboot kernel, or flat image\n"
+               "(default: built in)",
                Options._set_kernel),
     "initrd": ("FILE", "initial RAM disk, given to the kernel as its first module",
                Options._set_initrd),
@@ -349,10 +408,16 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
                "memory that -machine memory-backend=ID makes the guest's; the only one is it",
                Options._object),
-    "machine": ("[pyvmm][,memory-backend=ID][,anon-alloc=memfd|mmap][,aux-ram-share=on]",
-                "machine type and its properties", Options._machine),
+    "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]\n"
+                "[,aux-ram-share=on][,kernel-unpack=host|guest]",
+                "machine type and its properties; without ACPI there is still an MP table;\n"
+                "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"
+                "it, or the kernel itself, with KASLR",
+                Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
-    "cpu": ("host|max", "the CPU that the guest sees: this host's", Options._cpu),
+    "cpu": ("host|max[,+FEATURE][,-FEATURE][,FEATURE=on|off...]",
+            "the CPU that the guest sees: this host's; features are named as in QEMU",
+            Options._cpu),
     "chardev": ("stdio|pty|socket|file|null|ringbuf,id=ID[,mux=on][,KEY=VALUE...]",
                 "byte stream to the host, for the options below as chardev:ID",
                 Options._chardev),
@@ -374,6 +439,11 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "add a device; ports sit on the virtio-serial-device in front of them:\n"
                "virtconsole,chardev=ID; virtserialport,chardev=ID,name=NAME",
                Options._device),
+    "drive": ("file=PATH,format=raw[,if=virtio|none][,id=ID][,readonly=on]"
+              "[,cache=none|writeback|...][,discard=unmap]",
+              "disk image; if=none: for a -device virtio-blk-device,drive=ID", Options._drive),
+    "blockdev": ("driver=raw|file|host_device,node-name=ID[,filename=PATH|,file=ID][,...]",
+                 "the same as nodes, with dotted keys or as JSON", Options._blockdev),
     "name": ("NAME", "name of the guest, for lists and monitors", Options._name),
     "incoming": ("file:PATH[,offset=N]|defer", "load a state instead of booting",
                  Options._incoming),

@@ -11,7 +11,7 @@ import os
 
 from pyvmm._util.keyval import check_keys, shorten
 from pyvmm.errors import ConfigError
-from pyvmm.machine import netdev, virtio_console
+from pyvmm.machine import netdev, virtio_blk, virtio_console
 from pyvmm.machine.config import DeviceConfig
 from pyvmm.x86 import layout
 
@@ -68,6 +68,9 @@ def _load_console() -> type[VirtioDevice]:
 
 
 DRIVERS = {
+    "virtio-blk-device": Driver(
+        virtio_blk.PROPERTIES, virtio_blk.load, virtio_blk.create, virtio_blk.check, own_thread=True
+    ),
     "virtio-net-device": Driver(netdev.PROPERTIES, netdev.load, netdev.create, netdev.check),
     "virtio-rng-device": Driver((), _load_rng),
     virtio_console.SERIAL: Driver(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.backends.block import BlockFile
+
 RAM_SIZE = 1 << 20
 
 
@@ -140,6 +142,7 @@ class FakeMachine:
                 properties=lambda: {"chardev": "serial0", "iobase": 0x3F8, "wakeup": False},
             )
         ]
+        self.drives: dict[str, BlockFile] = {}
         self.netdevs: Any = None
         self.chardevs = ChardevSet(self.loop, self.fds, lambda: None)
         self.cpus = [FakeCpu(index) for index in range(cpus)]
@@ -188,6 +191,8 @@ class FakeMachine:
     def close(self) -> None:
         """Give memory and descriptors back."""
         self.chardevs.close()
+        for drive in self.drives.values():
+            drive.close()
         for backend in self.backends:
             backend.close()
         self.loop.close()

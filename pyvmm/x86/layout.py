@@ -35,14 +35,27 @@ START_INFO = 0x6000
 """PVH start_info, its module list and memory map follow; the ROM leaves all this alone."""
 MULTIBOOT_INFO = 0x6000
 """Multiboot information (only one protocol is in use at a time)."""
+ZERO_PAGE = 0x6000
+"""Linux's boot_params, one page, where the other protocols have theirs."""
 BOOT_INFO_END = 0x7000
-"""The structures of either protocol end here at the latest."""
+"""The structures of any protocol end here at the latest."""
+TABLES_START = 0x9_8000
+"""Usable conventional memory ends here (608 KiB): ACPI tables and the MP table up to the EBDA."""
 EBDA_START = 0x9_FC00
-"""Reserved up to VGA_START: usable conventional memory ends here (639 KiB)."""
+"""Reserved up to VGA_START: what has to stay while a system runs, and what is searched here."""
+MP_POINTER = EBDA_START + 0x10
+"""MP floating pointer structure, 16 bytes."""
+RSDP = EBDA_START + 0x20
+"""ACPI's root pointer, 36 bytes."""
+FACS = EBDA_START + 0x80
+"""ACPI's firmware control structure, 64 bytes, aligned to its size."""
 CMDLINE = 0x2_0000
 """The kernel command line, NUL-terminated."""
 CMDLINE_SIZE = 0x1000
 """Room for it, NUL included; Linux itself keeps 2048 bytes."""
+PAGE_TABLES = 0x2_1000
+"""A PML4, a PDPT and four page directories for kernels that are entered in long mode."""
+PAGE_TABLES_END = 0x2_7000
 
 # --- ROM (SDM volume 3, 10.1.4: the first instruction is fetched at 0xfffffff0) ------------------
 
@@ -66,7 +79,8 @@ IRQ_VIRTIO = 16
 # --- Processors and interrupt controllers (where KVM's in-kernel irqchip puts them) --------------
 
 IOAPIC_BASE = 0xFEC0_0000
-"""KVM's IOAPIC; 24 pins."""
+"""KVM's IOAPIC."""
+IOAPIC_PINS = 24
 LAPIC_BASE = 0xFEE0_0000
 """Local APIC at reset (SDM volume 3, 11.4.1)."""
 RESERVED_START = IOAPIC_BASE
@@ -93,6 +107,7 @@ I8042_DATA = (0x60, 1)
 SPEAKER = (0x61, 1)  # in KVM, with the PIT (KVM_PIT_SPEAKER_DUMMY)
 I8042_COMMAND = (0x64, 1)
 CMOS = (0x70, 2)
+CMOS_CENTURY = 0x32  # its index in the clock's RAM
 POST_CODE = (0x80, 1)
 PORT92 = (0x92, 1)
 PORT_92 = (0x92, 1)

@@ -8,22 +8,53 @@ from pyvmm.x86 import cpuid, irqchip, layout, vcpu_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pyvmm.kvm.system import System
+    from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.guest import GuestMemory
 
 
-class Platform:
-    """A VM with memory, irqchip and PIT and ``count`` vCPUs, in the state after power-on.
+MTRR_ENABLE = 1 << 11
+MTRR_WRITE_BACK = 6
 
+
+class Platform:
+    """A VM with memory, irqchip, PIT and vCPUs, in the state after power-on.
+
+    :param cpu_changes: features by QEMU's names that ``-cpu`` wants or does not want
+    :raises ConfigError: KVM does not offer one that is wanted
     :raises KvmError: naming the ioctl that failed
     """
 
-    def __init__(self, system: System, memory: GuestMemory, count: int) -> None:
+    def __init__(
+        self,
+        system: System,
+        memory: GuestMemory,
+        topology: cpuid.Topology,
+        cpu_changes: Mapping[str, bool],
+    ) -> None:
+        count = topology.count
         most = system.check_extension("KVM_CAP_MAX_VCPUS")
         if count > most:
             raise HostError(f"-smp {count}: KVM on this host allows {most} vCPUs")
         self.system = system
         self.vm = system.create_vm()
+        self.vcpus: list[Vcpu] = []
+        try:
+            self._set_up(memory, topology, cpu_changes)
+        except BaseException:
+            # Nobody owns them yet, and the memory's owner can only close what is not in use.
+            for vcpu in self.vcpus:
+                vcpu.close()
+            self.close()
+            raise
+        self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
+        self._chips_on = [(section, section.save()) for section in self.chip_sections()]
+
+    def _set_up(
+        self, memory: GuestMemory, topology: cpuid.Topology, cpu_changes: Mapping[str, bool]
+    ) -> None:
         # First: the irqchip puts itself on KVM's I/O buses, and a memory slot that comes after
         # waits for the grace period of that, some milliseconds of an update's pause.
         self._map(memory)
@@ -33,13 +64,15 @@ class Platform:
         self.vm.set_tss_addr(layout.TSS)
         self.vm.create_irqchip()
         self.vm.create_pit2()
-        self.vcpus = [self.vm.create_vcpu(index) for index in range(count)]
-        offered = cpuid.host_cpuid(system)
+        for index in range(topology.count):
+            self.vcpus.append(self.vm.create_vcpu(index))
+        tsc_khz = self.vcpus[0].get_tsc_khz()
+        offered = cpuid.host_cpuid(self.system, topology, cpu_changes, tsc_khz)
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, count)
+            cpuid.set_identity(offered, vcpu.index, topology)
             vcpu.set_cpuid2(offered)
-        self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
-        self._chips_on = [(section, section.save()) for section in self.chip_sections()]
+            # What firmware leaves: memory is cacheable wherever no range says otherwise.
+            vcpu.set_msrs({vcpu_state.MSR_MTRR_DEF_TYPE: MTRR_ENABLE | MTRR_WRITE_BACK})
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.
@@ -47,7 +80,7 @@ class Platform:
         The TSCs and the clock go on, as they do on a board whose reset line is pulled.
         """
         for vcpu, state in self._power_on:
-            vcpu_state.write(vcpu, state)
+            vcpu_state.reset(vcpu, state)
         for section, state in self._chips_on:
             section.load(state)
 

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 MSR_TSC = 0x10
 MSR_TSC_DEADLINE = 0x6E0
-#: What KVM keeps for a vCPU without listing it (SDM volume 4, table 2-2): fixed and variable
-#: MTRRs and their default type; MCi_CTL of all banks there may be.
+MSR_MTRR_DEF_TYPE = 0x2FF
+#: What KVM keeps for a vCPU without listing it everywhere (SDM volume 4, table 2-2): default
+#: type, variable and fixed MTRRs; MCi_CTL of all banks there may be.
 UNLISTED_MSRS = (
-    *(0x250, 0x258, 0x259, *range(0x268, 0x270), *range(0x200, 0x210), 0x2FF),
+    *(MSR_MTRR_DEF_TYPE, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270)),
     *range(0x400, 0x480, 4),
 )
 MAX_MSRS = 4096
@@ -131,9 +132,8 @@ def read(vcpu: Vcpu) -> Record:
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    # Most of the unlisted ones are 0, as they are in a new vCPU.
-    unlisted = {i: data for i, data in vcpu.get_msrs(UNLISTED_MSRS).items() if data}
-    state.msrs = [Record(index=i, data=data) for i, data in (vcpu.get_msrs() | unlisted).items()]
+    found = vcpu.get_msrs() | vcpu.get_msrs(UNLISTED_MSRS)
+    state.msrs = [Record(index=i, data=data) for i, data in found.items()]
     state.nmsrs = len(state.msrs)
     # Last of the registers: the calls above may move an event from one place to another.
     state.events = vcpu.get_vcpu_events()
@@ -153,15 +153,22 @@ def power_on(vcpu: Vcpu) -> Record:
     state.cpuid = []
     state.nent = 0
     state.has_tsc_offset = False
-    msrs = vcpu.get_msrs() | vcpu.get_msrs(UNLISTED_MSRS)
-    msrs.pop(MSR_TSC, None)
-    state.msrs = [Record(index=i, data=data) for i, data in msrs.items()]
+    state.msrs = [msr for msr in state.msrs if msr.index != MSR_TSC]
     state.nmsrs = len(state.msrs)
     return state
 
 
+def reset(vcpu: Vcpu, state: Any) -> None:
+    """Put a stopped vCPU back to what :func:`power_on` has read.
+
+    :raises MigrationError: naming the vCPU and what KVM refuses
+    """
+    vcpu.set_msrs(dict.fromkeys(vcpu.get_msrs(UNLISTED_MSRS), 0))
+    write(vcpu, state)
+
+
 def write(vcpu: Vcpu, state: Any) -> None:
-    """Give ``state`` to a vCPU that has not run yet, or that is stopped for a reset.
+    """Give ``state`` to a vCPU that has not run yet, or that is reset.
 
     :raises MigrationError: naming the vCPU and what KVM refuses
     """

@@ -3,7 +3,7 @@
 import select
 import socket
 
-from harness.process import Deadline
+from harness.process import DEADLINE_S, Deadline
 
 
 class Peer:
@@ -42,18 +42,18 @@ class Peer:
         """Send all of it; what comes meanwhile is received."""
         self.exchange(data, 0)
 
-    def receive(self, count, *, keep=False):
+    def receive(self, count, *, keep=False, timeout=DEADLINE_S):
         """Wait until ``count`` bytes have come and return them; with ``keep`` they stay in
         :attr:`received`."""
-        self.exchange(b"", count)
+        self.exchange(b"", count, timeout)
         data = bytes(self.received[:count])
         if not keep:
             del self.received[:count]
         return data
 
-    def exchange(self, data, count):
+    def exchange(self, data, count, timeout=DEADLINE_S):
         """Send ``data`` and receive until there are ``count`` bytes; all that has come."""
-        deadline = Deadline()
+        deadline = Deadline(timeout)
         rest = memoryview(data)
         while rest or len(self.received) < count:
             assert not deadline.over, f"{len(rest)} bytes unsent, {len(self.received)} received"

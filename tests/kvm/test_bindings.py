@@ -15,16 +15,19 @@ from pyvmm.core.bus import Bus
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.threads import Event
 from pyvmm.cpr.fdstore import FdStore
-from pyvmm.errors import KvmError
+from pyvmm.errors import InternalError, KvmError
 from pyvmm.kvm import exits
 from pyvmm.kvm.system import System
+from pyvmm.machine import cpu as cpu_module
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.machine.machine import Machine as WholeMachine
 from pyvmm.x86 import cpuid, irqchip, vcpu_state
 
 RAM = 4 << 20
-TSC_AND_TIMER = {0x10, 0x6E0, 0x4B564D00, 0x4B564D01, 0x11, 0x12, 0x3B}
+#: What counts on by itself: TSC, its deadline and adjustment, kvmclock, Hyper-V's run time and
+#: reference counter.
+TSC_AND_TIMER = {0x10, 0x6E0, 0x4B564D00, 0x4B564D01, 0x11, 0x12, 0x3B, 0x40000010, 0x40000020}
 # Long mode in ring 3, as the guest kernel runs: page tables at 0x10000, code at 0x8000.
 PML4, PDPT, PD, GDT, CODE3 = 0x10000, 0x11000, 0x12000, 0x13000, 0x8000
 
@@ -42,9 +45,10 @@ class Machine:
         self.vm.create_irqchip()
         self.vm.create_pit2()
         self.vcpus = [self.vm.create_vcpu(index) for index in range(cpus)]
-        offered = cpuid.host_cpuid(self.system)
+        topology = cpuid.Topology(1, cpus, 1)
+        offered = cpuid.host_cpuid(self.system, topology, {})
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, cpus)
+            cpuid.set_identity(offered, vcpu.index, topology)
             vcpu.set_cpuid2(offered)
 
     @property
@@ -264,7 +268,8 @@ def test_guests_of_the_guest_are_not_offered(machine):
     for leaf, bit in ((1, 5), (0x80000001, 2)):
         next(entry for entry in entries if entry.function == leaf).ecx |= 1 << bit
     machine.system.get_supported_cpuid = lambda: offered
-    assert cpuid.host_cpuid(machine.system) is offered
+    offered = cpuid.host_cpuid(machine.system, cpuid.Topology(1, 1, 1), {})
+    entries = [offered.entries[index] for index in range(offered.nent)]
     for leaf, bit in ((1, 5), (0x80000001, 2)):
         assert not next(entry for entry in entries if entry.function == leaf).ecx & 1 << bit
 
@@ -286,7 +291,7 @@ def test_registers_that_kvm_does_not_list(machine):
     vcpu_state.write(new.vcpu, vcpu_state.read(machine.vcpu))
     assert new.vcpu.get_msrs(values) == values
     new.close()
-    vcpu_state.write(machine.vcpu, start)
+    vcpu_state.reset(machine.vcpu, start)
     assert machine.vcpu.get_msrs(values) == dict.fromkeys(values, 0)
 
 
@@ -310,6 +315,8 @@ def test_cpuid_comes_back(machine):
 
 def test_whole_state_comes_back(machine):
     machine.spin_in_ring_3()
+    ranges = {0x2FF: 0xC06, 0x200: 0x80000000, 0x201: 0xF80000800, 0x250: 0x0606060606060606}
+    assert machine.vcpu.set_msrs(ranges) == []
     state = vcpu_state.read(machine.vcpu)
     other = Machine()
     try:
@@ -318,6 +325,7 @@ def test_whole_state_comes_back(machine):
             left = getattr(machine.vcpu, f"get_{name}")()
             assert same(left, getattr(other.vcpu, f"get_{name}")()), name
         assert machine.vcpu.get_xsave() == other.vcpu.get_xsave()
+        assert other.vcpu.get_msrs(ranges) == ranges
     finally:
         other.close()
 
@@ -618,6 +626,39 @@ def test_device_that_fails_stops_the_vcpu_with_a_verdict(machine):
     assert cpu.wait_stopped()
     cpu.close()
     assert len(events.errors) == 1
+
+
+def test_guest_runs_on_if_one_vcpu_cannot_be_stopped(monkeypatch):
+    monkeypatch.setattr(cpu_module, "STOP_TIMEOUT_S", 0.05)
+    machine = Machine(cpus=2)
+    whole = WholeMachine(MachineConfig(), EventLoop(), FdStore())
+    hanging, go_on = threading.Event(), threading.Event()
+
+    class Hanging(Bus):
+        def write(self, address, size, value):
+            hanging.set()
+            assert go_on.wait(DEADLINE_S)
+
+    ports = Hanging("I/O", 1 << 16)
+    second, first = (Cpu(vcpu, ports, ports, whole) for vcpu in machine.vcpus)
+    whole.cpus = [first, second]
+    machine.load(b"\xba\x34\x12\xee\xeb\xfd")  # mov $0x1234, %dx; 1: out %al, %dx; jmp 1b
+    for cpu in whole.cpus:
+        cpu.start()
+    whole.resume_cpus()
+    assert hanging.wait(DEADLINE_S)
+    with pytest.raises(InternalError, match="does not leave KVM_RUN"):
+        whole.pause_cpus()
+    assert not first._stop
+    with pytest.raises(InternalError, match="vCPU 0 does not leave"):
+        count(second)
+    go_on.set()
+    hanging.clear()
+    assert hanging.wait(DEADLINE_S)
+    monkeypatch.undo()
+    whole.pause_cpus()
+    whole.close()
+    machine.close()
 
 
 def test_no_vcpu_goes_while_another_may_still_kick_it():

@@ -26,8 +26,9 @@ def test_second_slot_and_its_interrupt(vm):
 def test_guest_resets_and_uses_the_device_again(vm):
     machine = vm("-device", "virtio-rng-device", append="virtio-rng step=8")
     for _ in range(3):
-        machine.seen = len(machine.serial)
         machine.expect(r"program virtio-rng on 1 cpus\r\nrng 8\r\n")
+        # The next start is not out before the reset.
+        machine.seen = len(machine.serial)
         machine.hmp("system_reset")
     assert machine.stderr() == ""
 
@@ -101,12 +102,15 @@ VICTIMS = [
     *("-device", "virtconsole,chardev=first"),
     *("-chardev", "ringbuf,id=second", "-device", "virtio-serial-device"),
     *("-device", "virtserialport,chardev=second,name=org.test"),
+    *("-drive", "file=../disk,format=raw,if=virtio"),
 ]
 
 
 @SMP
 @pytest.mark.parametrize("seed", [1, 2])
-def test_evil_guest_harms_nobody_but_itself(vm, smp, seed):
+def test_evil_guest_harms_nobody_but_itself(vm, tmp_path, smp, seed):
+    with open(tmp_path / "disk", "wb") as disk:
+        disk.truncate(8 << 20)
     machine = vm(*VICTIMS, append=f"virtio-attack step=32 seed={seed}", smp=smp)
     machine.expect(r"attack \d+ broken [1-9]\d*\r\n")
     before, footprint = machine.memory_kib("Anonymous"), machine.footprint()

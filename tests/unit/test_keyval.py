@@ -73,7 +73,9 @@ def test_only_config_errors(text):
 
 
 def test_keys_that_are_not_known_are_named_beside_those_that_are():
-    with pytest.raises(ConfigError, match="'pth' is not known here; the keys are path, append"):
+    with pytest.raises(
+        ConfigError, match=r"'pth' is not known here; did you mean path\? The keys are path, append"
+    ):
         check_keys({"path": "x", "pth": "x"}, ("path", "append"), "-chardev")
 
 

@@ -63,6 +63,10 @@ OPTIONS = {
         lambda argv: [*replaced(argv, "2", "1"), *INCOMING],
         "-smp is 1, this machine has 2",
     ),
+    "other CPUs": (
+        lambda argv: [*argv, "-cpu", "host,-kvmclock", *INCOMING],
+        "-cpu is host,-kvmclock, this machine has host",
+    ),
     "another device": (
         lambda argv: [*argv, "-device", "isa-debug-exit", *INCOMING],
         "-device is isa-debug-exit",

@@ -73,7 +73,8 @@ def test_port_io(vm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "updates"), [("real-ticker", UPDATES), ("real-halt", 20), ("real-pio", 20)]
+    ("name", "updates"),
+    [("real-ticker", UPDATES), ("real-halt", 20), ("real-pio", 20), ("real-rtc", 20)],
 )
 def test_real_mode(vm, name, updates):
     soak(vm("-kernel", guests.image(f"{name}.bin")), name, updates)

@@ -376,8 +376,7 @@ class VirtioMmio(Device):
         """Say that the configuration space has changed. Any thread."""
         with self._bits:
             self.config_generation = self.config_generation + 1 & 0xFFFFFFFF
-        if self.status & S_DRIVER_OK:
-            self._interrupt(INT_CONFIG)
+        self._interrupt(INT_CONFIG)
 
     def fail(self, reason: str) -> None:
         """Set DEVICE_NEEDS_RESET. Any thread."""
@@ -388,6 +387,9 @@ class VirtioMmio(Device):
 
     def _interrupt(self, bit: int) -> None:
         with self._bits:
+            # Nobody is told before DRIVER_OK, nor after a reset.
+            if not self.status & S_DRIVER_OK:
+                return
             self.interrupt_status |= bit
         # With every event: the line is edge triggered.
         os.eventfd_write(self.irq_fd, 1)

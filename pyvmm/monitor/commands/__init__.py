@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.monitor.commands import (
+    block,
     chardev,
     devices,
     fds,
@@ -24,6 +25,7 @@ def build_registry() -> Registry:
             *devices.COMMANDS,
             *qom.COMMANDS,
             *chardev.COMMANDS,
+            *block.COMMANDS,
             *network.COMMANDS,
             *fds.COMMANDS,
             *memory.COMMANDS,

@@ -242,6 +242,13 @@ def _capabilities(data: list[dict[str, Any]]) -> str:
 
 _INFO = (
     HumanCommand(
+        "block",
+        "",
+        "",
+        "show the disks and their images",
+        _shown("query-block", render.block),
+    ),
+    HumanCommand(
         "chardev",
         "",
         "",

@@ -37,6 +37,23 @@ def chardev(data: list[Data]) -> str:
     return "".join(f"{entry['label']}: filename={entry['filename']}\n" for entry in data)
 
 
+def block(data: list[Data]) -> str:
+    """``info block``."""
+    entries = []
+    for entry in data:
+        inserted, cache = entry["inserted"], entry["inserted"]["cache"]
+        name = entry["device"] or inserted["node-name"]
+        access = ", read-only" if inserted["ro"] else ""
+        lines = [f"{name}: {inserted['file']} ({inserted['drv']}{access})"]
+        if "qdev" in entry:
+            lines.append(f"    Attached to:      {entry['qdev']}")
+        mode = "writeback" if cache["writeback"] else "writethrough"
+        mode += ", direct" * cache["direct"] + ", ignore flushes" * cache["no-flush"]
+        lines.append(f"    Cache mode:       {mode}")
+        entries.append("".join(f"{line}\n" for line in lines))
+    return "\n".join(entries)
+
+
 def network(data: list[Data]) -> str:
     """``info network``: a back end stands below the device that sits on it."""
     lines = []

@@ -153,7 +153,7 @@ def test_information(initrd):
     at = multiboot.write_info(memory, layout.CMDLINE, initrd)
     info = INFO.parse(memory.read(at, INFO.sizeof()))
     assert info.flags == 1 << 0 | 1 << 2 | 1 << 6 | 1 << 9 | (1 << 3 if initrd else 0)
-    assert (info.mem_lower, info.mem_upper) == (639, 15 * 1024)
+    assert (info.mem_lower, info.mem_upper) == (608, 15 * 1024)
     assert info.cmdline == layout.CMDLINE
     assert memory.read(info.boot_loader_name, 6) == b"pyvmm\0"
     assert (info.syms, info.vbe, info.drives_length) == (bytes(16), bytes(16), 0)
@@ -167,7 +167,8 @@ def test_information(initrd):
         memory.read(info.mmap_addr, info.mmap_length)
     )
     assert [(entry.size, entry.base, entry.length, entry.type) for entry in entries] == [
-        (20, 0, 0x9FC00, 1),
+        (20, 0, 0x98000, 1),
+        (20, 0x98000, 0x7C00, 3),
         (20, 0x9FC00, 0x60400, 2),
         (20, M, 15 * M, 1),
         (20, 0xFEC00000, 0x1400000, 2),

@@ -84,6 +84,15 @@ def test_what_a_driver_asks_at_start(keyboard):
     assert answer(keyboard) == 0x65
 
 
+def test_there_is_no_port_for_a_mouse(keyboard):
+    # As Linux looks for one: an echo that carries the mouse's status bit, or a port that works.
+    command(keyboard, 0xD3, 0x5A)
+    assert keyboard.on_read(COMMAND, 1) & 0x21 == 0x01
+    assert answer(keyboard) == 0x5A
+    command(keyboard, 0xA9)
+    assert answer(keyboard) not in (0, 0xFA, 0xFF)
+
+
 def test_no_keyboard_answers(keyboard):
     for value in range(256):
         keyboard.on_write(DATA, 1, value)

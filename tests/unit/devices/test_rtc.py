@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.devices.rtc import REG_A, REG_B, Rtc
+from pyvmm.devices.rtc import HOURS_ALARM, MINUTES_ALARM, REG_A, REG_B, REG_C, SECONDS_ALARM, Rtc
 from pyvmm.errors import VmStateError
+from pyvmm.testing.fake_irq import FakeIrq
 from pyvmm.vmstate.fields import Cursor
 
 # Thursday 2026-11-19 21:58:07.25 UTC
@@ -25,6 +26,37 @@ class Clock:
         return self.now
 
 
+class Loop:
+    """A main loop whose turns and timers come when a test wants them."""
+
+    def __init__(self):
+        self.calls = []
+        self.timers = []
+
+    def call_soon(self, callback):
+        self.calls.append(callback)
+
+    def call_later(self, delay_s, callback):
+        self.timers.append((delay_s, callback))
+
+    def settle(self):
+        while self.calls:
+            self.calls.pop(0)()
+
+    def fire(self):
+        """Let the only timer come; its delay."""
+        ((delay_s, callback),) = self.timers
+        del self.timers[:]
+        callback()
+        return delay_s
+
+
+def make(clock=time.time):
+    rtc = Rtc(FakeIrq(8), Loop(), clock)
+    rtc.irq, rtc.loop = rtc._irq, rtc._loop
+    return rtc
+
+
 @pytest.fixture
 def clock():
     return Clock()
@@ -32,17 +64,22 @@ def clock():
 
 @pytest.fixture
 def rtc(clock):
-    return Rtc(clock)
+    return make(clock)
 
 
 def read(rtc, index):
-    rtc.on_write(0, 1, index)
-    return rtc.on_read(1, 1)
+    with rtc.lock:
+        rtc.on_write(0, 1, index)
+        value = rtc.on_read(1, 1)
+    rtc.loop.settle()
+    return value
 
 
 def write(rtc, index, value):
-    rtc.on_write(0, 1, index)
-    rtc.on_write(1, 1, value)
+    with rtc.lock:
+        rtc.on_write(0, 1, index)
+        rtc.on_write(1, 1, value)
+    rtc.loop.settle()
 
 
 def shown(rtc):
@@ -63,7 +100,7 @@ def test_time_after_power_on_is_bcd_and_24_hours(rtc):
 
 
 def test_host_clock_is_the_default():
-    rtc = Rtc()
+    rtc = make()
     before = time.time()
     write(rtc, REG_B, 0x06)
     now = shown(rtc)
@@ -208,7 +245,7 @@ def test_memory_size(rtc, low, high, base, extended, above_16m, above_4g):
 )
 def test_any_date_that_is_set_is_shown(when, mode):
     clock = Clock()
-    rtc = Rtc(clock)
+    rtc = make(clock)
     write(rtc, REG_B, 0x86)
     values = {
         "s": when.second,
@@ -230,14 +267,14 @@ def test_any_date_that_is_set_is_shown(when, mode):
 @given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)), max_size=60))
 def test_no_write_makes_it_fail(writes):
     clock = Clock()
-    rtc = Rtc(clock)
+    rtc = make(clock)
     for index, value in writes:
         write(rtc, index, value)
         assert all(0 <= read(rtc, at) <= 255 for at in TIME.values())
         assert len(rtc.cmos_data) == 128
     data = bytearray()
     rtc.vmstate.save(data, rtc.save())
-    other = Rtc(clock)
+    other = make(clock)
     other.load(other.vmstate.load(Cursor(bytes(data)), 1))
     assert shown(other) == shown(rtc)
 
@@ -247,7 +284,7 @@ def test_state_goes_over_while_being_set(rtc, clock, carry):
     write(rtc, REG_B, 0x82)
     write(rtc, TIME["m"], 0x01)
     rtc.on_write(0, 1, TIME["m"])
-    new = Rtc(clock)
+    new = make(clock)
     assert len(carry(rtc, new)) == 128 + 1 + 8
     clock.now += 5
     assert new.on_read(1, 1) == 0x01
@@ -259,7 +296,7 @@ def test_state_goes_over_while_being_set(rtc, clock, carry):
 
 def test_clock_goes_on_over_a_carry(rtc, clock, carry):
     write(rtc, TIME["h"], 0x01)
-    new = Rtc(clock)
+    new = make(clock)
     carry(rtc, new)
     clock.now += 3600
     assert read(new, TIME["h"]) == 0x02
@@ -280,3 +317,209 @@ def test_impossible_state_is_refused(rtc, encode, at, value, problem):
 def test_furthest_offset_that_loads_can_be_shown(rtc, encode, decode, offset):
     data = encode(rtc)[:-8] + offset.to_bytes(8, "big", signed=True)
     assert all(0 <= value <= 255 for value in shown(decode(rtc, data)).values())
+
+
+# ---- interrupts ----------------------------------------------------------------------------
+
+UIE, AIE, PIE, H24 = 0x10, 0x20, 0x40, 0x02
+
+
+def set_alarm(rtc, hour, minute, second):
+    for index, value in ((HOURS_ALARM, hour), (MINUTES_ALARM, minute), (SECONDS_ALARM, second)):
+        write(rtc, index, value)
+
+
+def test_update_ended_interrupt(rtc, clock):
+    write(rtc, REG_B, UIE | H24)
+    for expected in (0.75, 1.0, 1.0):
+        assert not rtc.irq.level
+        clock.now += expected
+        assert rtc.loop.fire() == pytest.approx(expected)
+        assert rtc.irq.level
+        assert rtc.loop.timers == []  # nothing to wait for until register C is read
+        assert read(rtc, REG_C) & 0xB0 == 0x90
+    assert rtc.irq.changes == [True, False] * 3
+
+
+def test_no_timer_without_interrupts(rtc, clock):
+    rtc.resume()
+    clock.now += 10
+    assert read(rtc, REG_C) == 0x50  # what could have come, had it been enabled
+    assert read(rtc, REG_C) == 0
+    set_alarm(rtc, 0x21, 0x58, 0x30)
+    assert (rtc.loop.timers, rtc.irq.changes) == ([], [])
+
+
+def test_flag_from_before_interrupts_at_once(rtc, clock):
+    clock.now += 1
+    write(rtc, REG_B, UIE | H24)
+    assert rtc.irq.level
+    write(rtc, REG_B, H24)
+    assert not rtc.irq.level
+    assert read(rtc, REG_C) & 0x90 == 0x10
+
+
+def test_alarm(rtc, clock):
+    set_alarm(rtc, 0x21, 0x58, 0x09)
+    write(rtc, REG_B, AIE | H24)
+    for expected in (1.0, 0.75):
+        assert not rtc.irq.level
+        clock.now += expected
+        assert rtc.loop.fire() == pytest.approx(expected)
+    assert rtc.irq.level
+    assert read(rtc, REG_C) & 0xA0 == 0xA0
+    clock.now += 24 * 3600 - 1
+    rtc.loop.fire()
+    assert not rtc.irq.level
+    clock.now += 1
+    rtc.loop.fire()
+    assert rtc.irq.level
+
+
+def test_host_clock_that_is_set(rtc, clock):
+    set_alarm(rtc, 0x22, 0x00, 0x00)
+    write(rtc, REG_B, AIE | UIE | H24)
+    clock.now -= 1000
+    rtc.loop.fire()
+    assert not rtc.irq.level
+    clock.now += 3600
+    rtc.loop.fire()
+    assert read(rtc, REG_C) & 0xB0 == 0xB0
+
+
+def any_or(most):
+    return st.one_of(st.none(), st.integers(0, most))
+
+
+@given(
+    st.integers(0, 1 << 33),
+    st.integers(1, 3000),
+    st.sampled_from([0, 2, 4, 6]),
+    st.tuples(any_or(23), any_or(59), any_or(59)),
+)
+def test_alarm_comes_when_all_registers_match(start, passed, mode, alarm):
+    clock = Clock(start)
+    rtc = make(clock)
+    write(rtc, REG_B, mode)
+    values = [0xFF if number is None else number for number in alarm]
+    if alarm[0] is not None and not mode & 2:
+        values[0] = alarm[0] % 12 or 12
+    if not mode & 4:
+        values = [value if value == 0xFF else value // 10 << 4 | value % 10 for value in values]
+    if alarm[0] is not None and not mode & 2 and alarm[0] >= 12:
+        values[0] |= 0x80
+    set_alarm(rtc, *values)
+    expected = any(
+        all(a is None or a == b for a, b in zip(alarm, time.gmtime(now)[3:6], strict=True))
+        for now in range(start + 1, start + passed + 1)
+    )
+    clock.now = start + passed
+    assert bool(read(rtc, REG_C) & 0x20) == expected
+
+
+@pytest.mark.parametrize(
+    "alarm", [(0x24, 0xFF, 0xFF), (0xFF, 0x60, 0xFF), (0xFF, 0xFF, 0x60), (0xBF, 0, 0)]
+)
+def test_alarm_that_never_comes(rtc, clock, alarm):
+    set_alarm(rtc, *alarm)
+    write(rtc, REG_B, AIE | H24)
+    clock.now += 100_000
+    assert rtc.loop.timers == []
+    assert read(rtc, REG_C) & 0x20 == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "wait"),
+    [(6, 1e-3), (3, 1e-3), (1, 3.906e-3), (2, 7.8125e-3), (9, 7.8125e-3), (15, 0.5)],
+)
+def test_periodic_interrupt(rtc, clock, rate, wait):
+    clock.now = START - 0.25
+    rtc.seen = int(clock.now * 32768)
+    write(rtc, REG_A, 0x20 | rate)
+    write(rtc, REG_B, PIE | H24)
+    clock.now += wait
+    assert rtc.loop.fire() == pytest.approx(wait, rel=1e-3)
+    if not rtc.irq.level:  # a float's last bit: a moment too early, so once more
+        clock.now += 0.001
+        rtc.loop.fire()
+    assert rtc.irq.level
+    assert read(rtc, REG_C) & 0xC0 == 0xC0
+
+
+def test_no_rate_is_no_periodic_interrupt(rtc, clock):
+    write(rtc, REG_A, 0x20)
+    write(rtc, REG_B, PIE | H24)
+    clock.now += 100
+    assert rtc.loop.timers == []
+    assert read(rtc, REG_C) == 0x10
+
+
+def test_setting_the_clock_ends_update_interrupts(rtc):
+    write(rtc, REG_B, 0x80 | UIE | H24)
+    assert read(rtc, REG_B) == 0x80 | H24
+    assert rtc.loop.timers == []
+
+
+def test_a_guest_cannot_pile_up_timers(rtc):
+    for value in (UIE, PIE, AIE, 0, UIE | PIE) * 100:
+        write(rtc, REG_B, value)
+        read(rtc, REG_C)
+    assert len(rtc.loop.timers) < 5
+
+
+def test_reset_lets_the_line_go(rtc, clock):
+    write(rtc, REG_B, UIE | H24)
+    clock.now += 1
+    rtc.loop.fire()
+    rtc.reset()
+    assert not rtc.irq.level
+    assert (read(rtc, REG_B), read(rtc, REG_C)) == (H24, 0)
+
+
+def test_alarm_during_an_update_comes_after_it(rtc, clock, carry):
+    set_alarm(rtc, 0x21, 0x58, 0x08)
+    write(rtc, REG_B, AIE | H24)
+    new = make(clock)
+    carry(rtc, new)
+    clock.now += 5
+    new.resume()
+    assert new.irq.changes == [True]
+
+
+def test_furthest_date_with_interrupts_goes_over(rtc, clock, carry):
+    for index, value in ((0x32, 0xFF), (9, 0xFF), (8, 0xFF), (7, 0xFF)):
+        write(rtc, index, value)
+    write(rtc, REG_B, AIE | UIE | H24)
+    new = make(clock)
+    carry(rtc, new)
+    clock.now += 1
+    assert read(new, REG_C) & 0x10
+
+
+def test_line_that_is_high_stays_so_over_an_update(rtc, clock, carry):
+    write(rtc, REG_B, UIE | H24)
+    clock.now += 1
+    rtc.loop.fire()
+    new = make(clock)
+    carry(rtc, new)
+    new.resume()
+    assert (new.irq.level, new.irq.changes, new.loop.timers) == (True, [], [])
+    read(new, REG_C)
+    assert new.irq.changes == [False]
+    assert len(new.loop.timers) == 1
+
+
+def test_state_of_a_version_without_interrupts(rtc, clock, encode, decode):
+    data = encode(rtc)
+    clock.now += 5
+    assert read(decode(make(clock), data), REG_C) & 0x80 == 0
+
+
+@pytest.mark.parametrize(("at", "value"), [(12, 0x01), (137 + 2 + 22 + 4, 0x7F)])
+def test_impossible_interrupt_state_is_refused(rtc, encode, at, value):
+    write(rtc, REG_B, AIE | H24)
+    data = bytearray(encode(rtc))
+    assert len(data) == 137 + 2 + len("mc146818rtc/interrupts") + 4 + 8
+    data[at] = value
+    with pytest.raises(VmStateError, match=r"register C 0x1|seen"):
+        rtc.vmstate.load(Cursor(bytes(data)), 1)

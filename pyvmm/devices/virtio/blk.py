@@ -1,0 +1,318 @@
+"""The block device (virtio 1.3, 5.2): a disk for the guest, on an image file.
+
+Left out: several queues, secure erase, zones, lifetime, and the legacy SCSI commands. Requests
+are served on the device's own loop. Those that the host answers from its page cache are done
+there and then; what has to wait for a disk goes to worker threads, several at a time, and is
+returned in the order in which it ends. Data goes directly between guest memory and the image.
+
+What an evil guest can try: requests without header or status, of any type and framing, beyond
+the disk's end or not of whole blocks, discards with unknown flags and endless lists, buffers
+that it changes meanwhile (it harms its own data), and resets with requests under way (which
+wait for these). None of them allocates what the guest chose.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm.core.threads import report_crash
+from pyvmm.core.workers import Workers
+from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.errors import ConfigError, GuestError, HostError
+from pyvmm.vmstate.fields import Description, boolean, u32, u64
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.backends.block import BlockFile
+    from pyvmm.backends.block_config import BlkConfig
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.devices.virtio.queue import Chain, Queue
+    from pyvmm.vmstate.fields import Record
+
+F_SEG_MAX = 1 << 2
+F_RO = 1 << 5
+F_BLK_SIZE = 1 << 6
+F_FLUSH = 1 << 9
+F_TOPOLOGY = 1 << 10
+F_CONFIG_WCE = 1 << 11
+F_DISCARD = 1 << 13
+F_WRITE_ZEROES = 1 << 14
+
+T_IN = 0
+T_OUT = 1
+T_FLUSH = 4
+T_GET_ID = 8
+T_DISCARD = 11
+T_WRITE_ZEROES = 13
+
+S_OK = 0
+S_IOERR = 1
+S_UNSUPP = 2
+
+SECTOR = 512
+ID_SIZE = 20
+UNMAP = 1  # flag of a write-zeroes segment
+#: Sectors and segments in one discard or write-zeroes request.
+MAX_RANGE = 1 << 22
+MAX_SEGMENTS = 32
+WORKERS = 16
+DRAIN_TIMEOUT_S = 10.0
+
+_HEADER = struct.Struct("<I4xQ")
+_SEGMENT = struct.Struct("<QII")
+# Capacity; size_max, seg_max; geometry; blk_size; topology; writeback; num_queues; the limits
+# of discard and write-zeroes with write_zeroes_may_unmap.
+_CONFIG = struct.Struct("<QIII I BBHI Bx H III IIB3x")
+_WRITEBACK = 32  # offset of that byte
+
+_STATE = [u64("capacity"), u32("block_size"), boolean("writeback")]
+
+
+class VirtioBlk(VirtioDevice):
+    """The device.
+
+    :param file: the image
+    :param config: the properties of the ``-device``
+    :ivar capacity: in sectors of 512 bytes, as the guest knows it
+    :ivar block_size: logical block size in bytes
+    :ivar writeback: the driver's choice: whether writes may wait for a flush
+    :raises ConfigError: a block size that the image cannot do
+    """
+
+    virtio_id = 2
+    name = "virtio-blk-device"
+    vmstate = Description("virtio-blk", _STATE)
+
+    def __init__(self, loop: EventLoop, file: BlockFile, config: BlkConfig) -> None:
+        super().__init__(loop)
+        self.file = file
+        self.options = config
+        self.queue_sizes = (config.queue_size,)
+        self.vmstate = Description("virtio-blk", _STATE, check=self._check)
+        self.block_size = config.block_size or file.alignment
+        if self.block_size % file.alignment:
+            raise ConfigError(
+                f"-device {self.name}: logical_block_size={self.block_size}: the image of"
+                f" {config.drive} has blocks of {file.alignment}; give a multiple"
+            )
+        self.capacity = file.size // self.block_size * (self.block_size // SECTOR)
+        default = file.config.writeback if config.write_cache is None else config.write_cache
+        self._default_writeback = self.writeback = default
+        self.features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
+        self.features |= config.config_wce and F_CONFIG_WCE
+        if file.read_only:
+            self.features |= F_RO
+        else:
+            self.features |= (config.discard and F_DISCARD) | (
+                config.write_zeroes and F_WRITE_ZEROES
+            )
+        self._workers = Workers(f"blk {config.drive}", WORKERS)
+
+    def properties(self) -> dict[str, Any]:
+        return {
+            "drive": self.options.drive,
+            "serial": self.options.serial,
+            "logical_block_size": self.block_size,
+            "write-cache": self.writeback,
+            "capacity": self.capacity * SECTOR,
+        }
+
+    # ---- configuration space ---------------------------------------------------------------
+
+    @property
+    def is_writeback(self) -> bool:
+        """Whether a write is done before it is durable. A driver that cannot flush has to be
+        able to rely on it."""
+        negotiated = self.driver_features
+        return self.writeback and (not negotiated or bool(negotiated & F_FLUSH))
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        physical = max(self.options.physical_block_size, self.block_size)
+        block = self.block_size // SECTOR
+        config = _CONFIG.pack(
+            self.capacity,
+            0,
+            self.queue_sizes[0] - 2,
+            0,
+            self.block_size,
+            (physical // self.block_size).bit_length() - 1,
+            0,
+            0,
+            0,
+            self.is_writeback,
+            1,
+            MAX_RANGE,
+            MAX_SEGMENTS,
+            block,
+            MAX_RANGE,
+            MAX_SEGMENTS,
+            self.file.config.unmap,
+        )
+        return config[offset : offset + size]
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        if offset != _WRITEBACK or not self.driver_features & F_CONFIG_WCE:
+            return
+        before, self.writeback = self.writeback, bool(data[0])
+        if before and not self.writeback:
+            # The driver will not flush any more what was written until now.
+            with self.lock:
+                self._submit(self.file.flush, None)
+
+    def on_reset(self) -> None:
+        self.writeback = self._default_writeback
+
+    # ---- requests; with the lock held ------------------------------------------------------
+
+    def handle_chain(self, queue: Queue, chain: Chain) -> None:
+        size = chain.writable_size - 1
+        if size < 0 or chain.readable_size < _HEADER.size:
+            raise GuestError("a block request without header or status")
+        kind, sector = _HEADER.unpack(chain.read(_HEADER.size))
+        try:
+            if kind == T_IN:
+                status = self._read(chain, sector, size)
+            elif kind == T_OUT:
+                status = self._write(chain, sector)
+            elif kind == T_FLUSH:
+                status = self._submit(self.file.flush, chain)
+            elif kind == T_GET_ID:
+                text = self.options.serial.encode().ljust(ID_SIZE, b"\0")
+                chain.write(text[:size])
+                status = S_OK
+            elif kind in (T_DISCARD, T_WRITE_ZEROES):
+                status = self._clear(chain, kind)
+            else:
+                status = S_UNSUPP
+        except OSError:
+            status = S_IOERR
+        if status is not None:
+            self._finish(queue, chain, status)
+
+    def _read(self, chain: Chain, sector: int, size: int) -> int | None:
+        if not self._is_inside(sector, size):
+            return S_IOERR
+        buffers = _cut_end(chain.writable_views())
+        offset = sector * SECTOR
+        if self.file.read_cached(buffers, offset):
+            return S_OK
+        return self._submit(lambda: self.file.read(buffers, offset), chain)
+
+    def _write(self, chain: Chain, sector: int) -> int | None:
+        size = chain.readable_size - _HEADER.size
+        if self.file.read_only or not self._is_inside(sector, size):
+            return S_IOERR
+        buffers = _cut_start(chain.readable_views(), _HEADER.size)
+        offset = sector * SECTOR
+        durable = not self.is_writeback
+        if self.file.writes_to_cache and not durable:
+            self.file.write(buffers, offset)
+            return S_OK
+        return self._submit(lambda: self.file.write(buffers, offset, durable=durable), chain)
+
+    def _clear(self, chain: Chain, kind: int) -> int | None:
+        size = chain.readable_size - _HEADER.size
+        if self.file.read_only:
+            return S_IOERR
+        if not self.features & (F_DISCARD if kind == T_DISCARD else F_WRITE_ZEROES):
+            return S_UNSUPP
+        if not size or size % _SEGMENT.size or size > MAX_SEGMENTS * _SEGMENT.size:
+            return S_IOERR
+        segments = list(_SEGMENT.iter_unpack(chain.read(size, skip=_HEADER.size)))
+        for sector, count, flags in segments:
+            # What a device does not know it must not guess (5.2.6.2).
+            if flags & ~UNMAP or (kind == T_DISCARD and flags):
+                return S_UNSUPP
+            if count > MAX_RANGE or not self._is_inside(sector, count * SECTOR):
+                return S_IOERR
+        file, durable = self.file, not self.is_writeback
+
+        def clear() -> None:
+            for sector, count, flags in segments:
+                if kind == T_DISCARD:
+                    file.discard(sector * SECTOR, count * SECTOR)
+                else:
+                    file.write_zeroes(sector * SECTOR, count * SECTOR, unmap=bool(flags))
+            if durable:
+                file.flush()
+
+        return self._submit(clear, chain)
+
+    def _is_inside(self, sector: int, size: int) -> bool:
+        aligned = not (sector * SECTOR | size) % self.block_size
+        return aligned and sector * SECTOR + size <= self.capacity * SECTOR
+
+    def _finish(self, queue: Queue, chain: Chain, status: int) -> None:
+        size = chain.writable_size
+        chain.write(bytes((status,)), skip=size - 1)
+        # The status is the last byte, so whatever lies before it counts as written.
+        queue.push(chain.head, size)
+
+    # ---- work that waits for the host ------------------------------------------------------
+
+    def _submit(self, call: Callable[[], None], chain: Chain | None) -> int | None:
+        """Have a worker make ``call`` and return the chain; the status if it was done here."""
+        if self.file.is_memory:
+            call()
+            return S_OK
+        self._workers.submit(lambda: self._work(call, chain))
+        return None
+
+    def _work(self, call: Callable[[], None], chain: Chain | None) -> None:
+        status = S_IOERR
+        try:
+            call()
+            status = S_OK
+        except OSError:
+            pass
+        except Exception as error:
+            # The guest waits for an answer all the same.
+            report_crash(error)
+        if chain is not None:
+            self.work(self._return, chain, status)
+
+    def _return(self, chain: Chain, status: int) -> None:
+        self._finish(self.queues[0], chain, status)
+        self.notify_used(0)
+
+    def drain(self) -> None:
+        """Wait for the workers.
+
+        :raises HostError: the host does not get done with a request
+        """
+        if not self._workers.wait(DRAIN_TIMEOUT_S):
+            raise HostError(
+                f"{self._workers.unfinished} requests to {self.file.config.filename!r} do not end"
+            )
+
+    def close(self) -> None:
+        self._workers.close()
+
+    # ---- state -----------------------------------------------------------------------------
+
+    def _check(self, state: Record) -> None:
+        block = state.block_size
+        if block & (block - 1) or not self.file.alignment <= block <= 4096:
+            raise ValueError(
+                f"block_size {block}: the image has blocks of {self.file.alignment} bytes"
+            )
+        if state.capacity * SECTOR > self.file.size or state.capacity % (block // SECTOR):
+            raise ValueError(
+                f"capacity {state.capacity}: the image has {self.file.size // SECTOR} sectors"
+            )
+
+
+def _cut_end(views: list[memoryview]) -> list[memoryview]:
+    """The buffers without their last byte, the status."""
+    last = views.pop()
+    return [*views, last[:-1]] if len(last) > 1 else views
+
+
+def _cut_start(views: list[memoryview], count: int) -> list[memoryview]:
+    """The buffers without their first ``count`` bytes."""
+    while views and count >= len(views[0]):
+        count -= len(views.pop(0))
+    return [views[0][count:], *views[1:]] if count else views

@@ -1,0 +1,70 @@
+"""Disks of hosts that do not answer, or answer with errors."""
+
+import re
+
+import pytest
+from faults.tools import BACK, faulty, replaced, update
+
+HANG = "import os, time\nwhile os.path.exists('hung'): time.sleep(0.01)"
+SHORT = "import pyvmm.devices.virtio.blk as blk\nblk.DRAIN_TIMEOUT_S = 0.3"
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(1 << 20))
+    return path
+
+
+def start(vm, path, *faults, append="virtio-blk depth=4"):
+    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none"]
+    program = faulty(":", SHORT, *faults)
+    machine = vm(*drive, "-device", "virtio-blk-device,drive=disk", append=append, program=program)
+    machine.expect("pass 1 ok")
+    return machine
+
+
+def passes(machine):
+    return [int(number) for number in re.findall(rb"blk pass (\d+) ok", bytes(machine.serial))]
+
+
+def test_a_disk_that_hangs_holds_up_nothing_but_its_own_requests(vm, path):
+    machine = start(vm, path, "pyvmm.backends.block:BlockFile.flush", HANG)
+    hung = machine.folder / "hung"
+    hung.touch()
+    # Two passes later the guest waits for a flush, whatever it did just now.
+    while not re.search("requests to '.*disk.img' do not end", reply := machine.hmp("stop")):
+        assert reply == ""
+        machine.hmp("cont")
+    assert machine.status == "running"
+    assert "do not end" in machine.hmp("update")
+    assert "do not end" in machine.hmp("system_reset")
+    assert machine.status == "running"
+    hung.unlink()
+    machine.seen = len(machine.serial)
+    machine.expect(r"pass \d+ ok")
+    assert machine.hmp("update") == ""
+    machine.expect(r"pass \d+ ok")
+    done = passes(machine)
+    assert done == list(range(len(done)))
+
+
+def test_the_end_does_not_wait_for_a_disk_that_hangs(vm, path):
+    machine = start(vm, path, "pyvmm.backends.block:BlockFile.flush", HANG)
+    (machine.folder / "hung").touch()
+    while "do not end" not in machine.hmp("stop"):
+        machine.hmp("cont")
+    assert machine.hmp_quit() == 0
+    assert "requests to" in machine.stderr()
+    assert "Traceback" not in machine.stderr()
+
+
+def test_an_update_that_fails_in_the_new_image_goes_back_to_the_disk(vm, path):
+    machine = start(vm, path)
+    for _ in range(3):
+        command = replaced(machine, "pyvmm.devices.virtio.blk:VirtioBlk.load", "1 / 0")
+        assert f"division by zero {BACK}" in update(machine, command)
+        machine.seen = len(machine.serial)
+        machine.expect(r"pass \d+ ok")
+    done = passes(machine)
+    assert done == list(range(len(done)))

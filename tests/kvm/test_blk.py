@@ -1,0 +1,171 @@
+"""Disks as a guest sees them, through a driver of its own on the real /dev/kvm."""
+
+import os
+import re
+import struct
+import subprocess
+
+import pytest
+from harness import process
+
+SIZE = 1 << 20
+
+
+def image(folder, name="disk.img", size=SIZE):
+    path = folder / name
+    path.write_bytes(bytes(size))
+    return path
+
+
+def drive(path, keys="", device=""):
+    return [
+        *("-drive", f"file={path},format=raw,if=none,id=disk{keys}"),
+        *("-device", f"virtio-blk-device,drive=disk{device}"),
+    ]
+
+
+def pattern(word, number):
+    """What the guest program writes as the 64-bit word of a disk in a pass."""
+    value = (word + number * 0x9E3779B97F4A7C15) * 0xFF51AFD7ED558CCD & (1 << 64) - 1
+    return value ^ value >> 32
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "program"),
+    [
+        ("", "", "passes=2 zero"),
+        (",discard=unmap", "", "passes=2 zero"),
+        (",cache=none", "", "passes=2 depth=32"),
+        (",cache=none,discard=unmap", ",queue-size=8", "passes=2 depth=2 zero"),
+        (",cache=writethrough", "", "passes=1 mb=1 depth=16 kb=64"),
+        ("", ",logical_block_size=4096,queue-size=1024", "passes=2 depth=64 kb=4"),
+    ],
+)
+@pytest.mark.parametrize("smp", [1, 2])
+def test_what_a_guest_writes_it_reads(vm, tmp_path, smp, keys, device, program):
+    path = image(tmp_path)
+    machine = vm(
+        *drive(path, keys, f"{device},serial=abc"), append=f"virtio-blk {program}", smp=smp
+    )
+    machine.expect(f"disk 'abc' {SIZE // 512} sectors,")
+    machine.expect("virtio-blk PASS")
+    assert machine.wait_exit() == 0
+    assert machine.stderr() == ""
+    passes = int(re.search(r"passes=(\d+)", program)[1])
+    words = struct.unpack(f"<{SIZE // 8}Q", path.read_bytes())
+    size = int((re.search(r"kb=(\d+)", program) or [0, "4"])[1]) << 10
+    for at, word in enumerate(words):
+        zeroed = "zero" in program and at * 8 // size % 8 == passes % 8
+        assert word == (0 if zeroed else pattern(at, passes)), f"word {at}"
+
+
+def test_image_on_tmpfs(vm, tmp_path):
+    path = f"/dev/shm/pyvmm-test-{os.getpid()}.img"
+    try:
+        with open(path, "wb") as file:
+            file.truncate(SIZE)
+        machine = vm(*drive(path, ",discard=unmap"), append="virtio-blk passes=3 zero depth=32")
+        machine.expect("virtio-blk PASS")
+        assert machine.wait_exit() == 0
+    finally:
+        os.unlink(path)
+
+
+def test_read_only_disk_keeps_what_is_on_it(vm, tmp_path):
+    path = image(tmp_path)
+    assert vm(*drive(path), append="virtio-blk passes=1").wait_exit() == 0
+    before = path.read_bytes()
+    machine = vm(*drive(path, ",readonly=on"), append="virtio-blk keep=1 passes=1")
+    machine.expect("sectors read-only")
+    machine.expect("pass 1 ok\r\nvirtio-blk PASS")
+    assert machine.wait_exit() == 0
+    assert path.read_bytes() == before
+
+
+def test_several_disks_in_the_order_of_the_options(vm, tmp_path):
+    options = []
+    for number in range(3):
+        path = image(tmp_path, f"{number}.img", SIZE * (number + 1))
+        options += ["-blockdev", f"driver=file,node-name=file{number},filename={path}"]
+        options += ["-device", f"virtio-blk-device,drive=file{number},serial=disk{number}"]
+    options += ["-drive", f"file={image(tmp_path, 'last.img', 4 * SIZE)},format=raw"]
+    machine = vm(*options, append="virtio-blk disk=2 passes=1")
+    machine.expect(f"disk 'disk2' {3 * SIZE // 512} sectors")
+    assert machine.wait_exit() == 0
+    machine = vm(*options, append="virtio-blk disk=3 passes=1")
+    machine.expect(f"disk '' {4 * SIZE // 512} sectors")
+    assert machine.wait_exit() == 0
+
+
+def test_a_reset_machine_finds_its_disk_again(vm, tmp_path):
+    machine = vm(*drive(image(tmp_path), ",cache=none"), append="virtio-blk depth=32")
+    for _ in range(5):
+        machine.expect("pass 1 ok")
+        assert machine.hmp("system_reset") == ""
+        machine.expect("program virtio-blk")
+    machine.expect("pass 3 ok")
+
+
+def test_a_paused_guest_goes_on(vm, tmp_path):
+    machine = vm(*drive(image(tmp_path), ",cache=none"), append="virtio-blk depth=32")
+    for number in range(5):
+        machine.expect(f"pass {number} ok")
+        machine.hmp("stop")
+        assert machine.status == "paused"
+        machine.hmp("cont")
+    machine.expect("pass 6 ok")
+
+
+def test_monitors_show_the_disk(vm, tmp_path):
+    path = image(tmp_path)
+    machine = vm(*drive(path, ",cache=none"), append="virtio-blk")
+    machine.expect("pass 0 ok")
+    shown = machine.hmp("info block")
+    assert f"disk: {path} (raw)\n" in shown
+    assert "Cache mode:       writeback, direct\n" in shown
+    assert 'dev: virtio-blk-device, id ""\n' in machine.hmp("info qtree")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["-drive", "file=none.img,format=raw"], "-drive virtio0: 'none.img': No such file"),
+        (["-drive", "file=disk.img,format=qcow2"], "-drive: format='qcow2': only raw images"),
+        (["-device", "virtio-blk-device"], "-device virtio-blk-device: drive= is missing"),
+        (["-device", "virtio-blk-device,drive=x"], "drive='x': there is no such drive"),
+        (["-drive", "file=disk.img,if=none,id=d,discrad=on"], "did you mean discard?"),
+        (
+            [*("-drive", "file=disk.img,id=d"), *("-device", "virtio-blk-device,drive=d")],
+            "drive='d': it has a device already",
+        ),
+        (["-drive", "file=disk.img"] * 2, "'disk.img': the image is in use by another process"),
+    ],
+)
+def test_refused(tmp_path, options, problem):
+    image(tmp_path)
+    result = subprocess.run(
+        [process.pyvmm(), "run", "-serial", "null", "-monitor", "none", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=process.DEADLINE_S,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("pyvmm: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert problem in result.stderr
+
+
+def test_an_image_has_one_writer(vm, tmp_path):
+    path = image(tmp_path)
+    machine = vm(*drive(path), append="virtio-blk")
+    machine.expect("pass 0 ok")
+    other = ["-serial", "null", "-monitor", "none", *drive(path)]
+    result = subprocess.run(
+        [process.pyvmm(), "run", *other], capture_output=True, text=True, check=False
+    )
+    assert "the image is in use by another process; end what writes it" in result.stderr
+    machine.expect("pass 2 ok")
+    machine.hmp_quit()
+    vm(*drive(path), append="virtio-blk").expect("pass 0 ok")
