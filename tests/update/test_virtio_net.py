@@ -165,3 +165,18 @@ def test_passt_lives_through_updates_and_ends_with_the_vm(vm):
                 return True
 
             wait_until(free, "the end of passt", 20)
+
+
+@SMP
+def test_evil_guest_with_a_network_does_not_keep_updates_away(vm, tmp_path, smp):
+    with StreamPeer(tmp_path) as peer:
+        rng = ("-device", "virtio-rng-device")
+        machine = vm(*rng, *peer.options, append="virtio-attack step=8", smp=smp)
+        for _ in range(6):
+            machine.expect(r"attack \d+ broken \d+\r\n")
+            peer.flood(numbered(1), numbered(2, 1500))
+            machine.update()
+        machine.expect(r"attack \d+ broken \d+\r\n")
+        assert "state=connected" in machine.hmp("info network")
+        assert b"FAIL" not in machine.serial
+        assert machine.stderr() == ""

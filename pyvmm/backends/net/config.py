@@ -5,7 +5,7 @@ Pure: nothing is opened. Every value is checked here; the factory only reads the
 
 from __future__ import annotations
 
-from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
+from pyvmm._util.keyval import check_id, check_keys, parse_bool, parse_int, parse_keyval, shorten
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -20,7 +20,6 @@ _LIMITS = {
     _FD: (3, 1 << 20),
     _MTU: (68, 65535),
 }
-_LARGEST_ID = 100
 
 # passt's own options, by QEMU's key. A flag is there to switch something off.
 _PASST_TEXTS = (
@@ -171,12 +170,7 @@ def parse_netdev(text: str, option: str = "-netdev") -> NetdevConfig:
     id = values.pop("id", "")
     if not id:
         raise ConfigError(f"{option} {kind}: id= is missing; give the back end a name, id=NAME")
-    plain = id.translate(str.maketrans("", "", "-._"))
-    if not (id.isascii() and id[:1].isalpha() and plain.isalnum() and len(id) <= _LARGEST_ID):
-        raise ConfigError(
-            f"{option} {kind}: id={shorten(id)} is no name; give a letter and then letters,"
-            " digits, '-', '.' or '_'"
-        )
+    check_id(id, f"{option} {kind}")
     return NetdevConfig(kind, id, values, option)
 
 

@@ -6,9 +6,10 @@ offloads are offered if the back end has them. Left out: control queue (so the d
 promiscuous), multiqueue, RSS, UDP segmentation.
 
 What an evil guest can try: frames that are no frames (dropped), headers that make no sense (the
-kernel behind a tap checks them and drops the frame), queues that never end (a kick is worth one
-round of the queue), buffers too small for anything (a frame that all of the queue has no room
-for is dropped; one that it has no room for now waits, and with it all others, in the host).
+kernel behind a tap checks them and drops the frame), queues that never end (a kick is worth so
+many frames, then others on the loop have their turn), buffers too small for anything (a frame
+that all of the queue has no room for is dropped; one that it has no room for now waits, and with
+it all others, in the host).
 
 ``handle_…`` run on the loop's thread, register accesses and resets on vCPU threads.
 """
@@ -76,7 +77,9 @@ S_LINK_UP = 1
 MIN_FRAME = 14
 _CONFIG = struct.Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
 _NUM_BUFFERS = slice(10, 12)
-_BUDGET = 64
+# What is done at once before others on the loop have their turn.
+_FRAMES = 64
+_BYTES = 256 << 10
 
 
 class VirtioNet(VirtioDevice, NetFrontend):
@@ -182,7 +185,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
             backend.watch(False)
             return
         queue.disable_notifications()
-        for _ in range(_BUDGET):
+        budget = _BYTES
+        while budget > 0:
             frame = backend.peek()
             if frame is None:
                 backend.watch(True)
@@ -191,6 +195,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
                 backend.watch(False)
                 break
             backend.consume()
+            budget -= max(len(frame), _BYTES // _FRAMES)
         else:
             self.kick(RX)
         self.notify_used(RX)
@@ -234,7 +239,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
 
     def _transmit(self, queue: Queue) -> None:
         queue.disable_notifications()
-        for _ in range(queue.size):
+        for _ in range(min(queue.size, _FRAMES)):
             chain = queue.pop()
             if chain is None:
                 if not queue.enable_notifications():

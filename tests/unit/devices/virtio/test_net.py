@@ -257,9 +257,10 @@ def test_full_socket_keeps_frames_in_the_guest(network):
     assert len(n.tx.free) == n.tx.size
 
 
-def test_one_kick_is_worth_one_round(network):
+@pytest.mark.parametrize(("size", "turn"), [(16, 16), (256, 64)])
+def test_one_kick_is_worth_one_turn(network, size, turn):
     """A driver that goes on adding while it is served does not keep the loop for itself."""
-    n = network(tx_queue_size=16)
+    n = network(tx_queue_size=size)
     n.start()
     added = 0
     send = n.backend.send
@@ -275,9 +276,9 @@ def test_one_kick_is_worth_one_round(network):
     n.send(frame(b"first"), kick=False)
     n.tx.kick()
     n.loop.run_once(1)
-    assert added == 16
+    assert added == turn
     n.loop.run_once(1)  # it goes on by itself
-    assert added == 32
+    assert added == 2 * turn
     n.backend.send = send
 
 
