@@ -151,6 +151,10 @@ def serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
     fds = FdStore(carried.fds if carried else None)
+    if carried is None:
+        # Until the main loop is there to end in order; for an update all of them wait.
+        for number in ENDING:
+            _signal.signal(number, end_early)
     # Before anything is opened that a running VM of the same name may be using.
     entry = reserve(config.name) if config.name and carried is None else None
     machine: Machine | None = None
@@ -176,9 +180,7 @@ def serve(
     try:
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        # Not when an update comes: the package on disk may be another version by then.
-        from pyvmm.migration import preflight  # noqa: F401
-
+        import_preflight(machine)
         entry = publication.entry if publication else entry
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
@@ -195,6 +197,11 @@ def serve(
         # Last: from here on another VM may have the name.
         if entry is not None:
             entry.remove()
+
+
+def end_early(number: int, _frame: object) -> None:
+    """A signal that comes before the machine is built: undo what there is of it, and end."""
+    raise SystemExit(128 + number)
 
 
 def handle_signals(machine: Machine) -> None:
@@ -227,6 +234,14 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         # The guest runs already, perhaps for months: it does not end for want of a monitor.
         machine.warn(f"there is no monitor: {type(error).__name__}: {error}")
         return []
+
+
+def import_preflight(machine: Machine) -> None:
+    """Not when an update comes: the package on disk may be another version by then."""
+    try:
+        from pyvmm.migration import preflight  # noqa: F401
+    except Exception as error:
+        machine.warn(f"there can be no update: {type(error).__name__}: {error}")
 
 
 def reserve(name: str) -> Entry:

@@ -97,7 +97,7 @@ def started(mark):
             yield int(process.name)
 
 
-def outlives(pid, grace=5.0):
+def outlives(pid, grace=30.0):
     """The command line of ``pid`` if it does not end within ``grace`` seconds, else ''."""
     try:
         fd = os.pidfd_open(pid)

@@ -6,6 +6,7 @@ system calls release the interpreter lock while they last.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from pyvmm.errors import HostError, InternalError, KvmError
@@ -31,10 +32,12 @@ def ioctl(fd: int, name: str, argument: Any, detail: str = "") -> int:
     :param name: the request's name, e.g. ``KVM_SET_REGS``
     :raises KvmError: with the name and the error number
     """
-    result: int = lib.pyvmm_ioctl(fd, getattr(lib, name), argument)
+    # KVM_CREATE_VM gives up for any signal, also for one that a tracer makes.
+    while (result := lib.pyvmm_ioctl(fd, getattr(lib, name), argument)) == -errno.EINTR:
+        pass
     if result < 0:
         raise KvmError(name, -result, detail)
-    return result
+    return int(result)
 
 
 def ioctl_value(fd: int, name: str, argument: int = 0, detail: str = "") -> int:
@@ -42,10 +45,11 @@ def ioctl_value(fd: int, name: str, argument: int = 0, detail: str = "") -> int:
 
     :raises KvmError: with the name and the error number
     """
-    result: int = lib.pyvmm_ioctl_value(fd, getattr(lib, name), argument)
+    while (result := lib.pyvmm_ioctl_value(fd, getattr(lib, name), argument)) == -errno.EINTR:
+        pass
     if result < 0:
         raise KvmError(name, -result, detail)
-    return result
+    return int(result)
 
 
 def name_thread(name: str) -> None:

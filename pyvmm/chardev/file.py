@@ -44,7 +44,7 @@ class FileChardev(FdChardev):
         if fd is None:
             fd = _open(path, append, option)
         elif stat.S_ISSOCK(os.fstat(fd).st_mode):
-            os.close(fd)
+            fds.drop(fd)
             raise self._error(f"inherited descriptor {fd} is no file")
         else:
             self.resumed = True

@@ -62,6 +62,11 @@ class PtyChardev(FdChardev):
             if path:
                 self._link(option)
         except BaseException:
+            # What was inherited stays open: the old image needs it for its return.
+            if inherited is not None:
+                fds.forget(self._name)
+                fds.drop(inherited)
+                self._master = -1
             self.close()
             raise
         if inherited is None:

@@ -63,20 +63,27 @@ class SocketChardev(FdChardev):
         self._reconnect_s = reconnect_s
         self._nodelay = nodelay
         self._listener: _socket.socket | None = None
+        self._inherited: _socket.socket | None = None
         self._calling: _socket.socket | None = None
         self._timer: Timer | None = None
         self._closed = False
         try:
             self._open()
         except BaseException:
+            # What was inherited stays open: the old image needs it for its return.
+            if self._listener is not None and self._listener is self._inherited:
+                self._listener = None
+                self.fds.forget(self._name, LISTENER)
+                self.fds.drop(self._inherited.detach())
             self.close()
             raise
 
     def _open(self) -> None:
         if self._server:
-            self._listener = self._take(LISTENER, listening=True)
+            self._listener = self._inherited = self._take(LISTENER, listening=True)
             if self._listener is not None and not self.address.matches(self._listener):
-                self._listener.close()  # the new command line gives another address
+                # The new command line gives another address.
+                self.fds.drop(self._listener.detach())
                 self._listener = None
             if self._listener is None:
                 self._listener = self.address.listen()
@@ -140,7 +147,7 @@ class SocketChardev(FdChardev):
         if fd is None:
             return None
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            os.close(fd)
+            self.fds.drop(fd)
             raise self._error(f"inherited descriptor {fd} is no socket")
         sock = _socket.socket(fileno=fd)
         if (
@@ -148,7 +155,7 @@ class SocketChardev(FdChardev):
             or sock.type != _socket.SOCK_STREAM
             or bool(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN)) != listening
         ):
-            sock.close()
+            self.fds.drop(sock.detach())
             raise self._error(f"inherited descriptor {fd} is a socket of another kind")
         sock.setblocking(False)
         return sock

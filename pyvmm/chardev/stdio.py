@@ -17,9 +17,15 @@ from pyvmm.errors import VmStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket as Socket
+    from collections.abc import Callable
+    from typing import TypeVar
+
     from pyvmm.chardev.terminal import Modes
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.fdstore import FdStore
+
+    T = TypeVar("T")
 
 INPUT, OUTPUT = 0, 1
 
@@ -130,24 +136,12 @@ class StdioChardev(FdChardev):
     def _read_fd(self, fd: int, count: int) -> bytes:
         if fd not in self._sockets:
             return os.read(fd, count)
-        import _socket
-
-        sock = _socket.socket(fileno=fd)
-        try:
-            return sock.recv(count, _socket.MSG_DONTWAIT)
-        finally:
-            sock.detach()
+        return _on_socket(fd, lambda sock, flags: sock.recv(count, flags))
 
     def _write_fd(self, fd: int, data: bytes) -> int:
         if fd not in self._sockets:
             return os.write(fd, data)
-        import _socket
-
-        sock = _socket.socket(fileno=fd)
-        try:
-            return sock.send(data, _socket.MSG_DONTWAIT)
-        finally:
-            sock.detach()
+        return _on_socket(fd, lambda sock, flags: sock.send(data, flags))
 
     def _end_input(self) -> None:
         # Only the input is over: `pyvmm run < script` goes on printing.
@@ -163,6 +157,17 @@ class StdioChardev(FdChardev):
         self.fds.forget(self._name, OUTPUT)
         for fd in fds:
             os.close(fd)
+
+
+def _on_socket(fd: int, call: Callable[[Socket, int], T]) -> T:
+    # The socket is shared with others, so it stays blocking and only this call is not.
+    import _socket
+
+    sock = _socket.socket(fileno=fd)
+    try:
+        return call(sock, _socket.MSG_DONTWAIT)
+    finally:
+        sock.detach()
 
 
 def restore_terminal(state: bytes) -> None:

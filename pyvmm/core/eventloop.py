@@ -96,10 +96,12 @@ class EventLoop:
 
     def run_once(self, timeout_s: float | None = None) -> None:
         """Wait for something to do, for ``timeout_s`` at most, and do all that is due."""
-        for fd, revents in self._poll.poll(self._timeout_ms(timeout_s)):
-            # An earlier handler of this round may have removed this one.
-            handler = self._handlers.get(fd)
-            if handler is not None:
+        ready = self._poll.poll(self._timeout_ms(timeout_s))
+        handlers = [self._handlers[fd] for fd, _ in ready]
+        for (fd, revents), handler in zip(ready, handlers, strict=True):
+            # An earlier handler of this round may have removed this one, and its number may
+            # be another file's already, which must not be told of the old one's hang-up.
+            if self._handlers.get(fd) is handler:
                 handler(revents)
         now = time.monotonic()
         while self._timers and self._timers[0].due <= now:

@@ -11,7 +11,10 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable
+else:
+    import _signal  # what signal wraps in enums, at the cost of importing enum
 
 Lock = _thread.allocate_lock
 
@@ -55,9 +58,14 @@ class Event:
 
 
 def spawn(target: Callable[[], None], on_crash: Callable[[BaseException], None]) -> None:
-    """Start a daemon thread. An exception that leaves ``target`` goes to ``on_crash``."""
+    """Start a daemon thread. An exception that leaves ``target`` goes to ``on_crash``.
+
+    Signals are the main thread's affair: what another thread took right before an execve
+    would be gone with it, while the main thread has those that end the VMM wait for it.
+    """
 
     def body() -> None:
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
         try:
             target()
         except BaseException as error:

@@ -27,12 +27,18 @@ class FdStore:
         self.is_incoming = inherited is not None
         self._inherited = dict(inherited or {})
         self._kept: dict[Key, int] = {}
+        self._dropped: list[int] = []
         for fd in self._inherited.values():
             os.set_inheritable(fd, False)
 
     def take(self, name: str, index: int = 0) -> int | None:
         """The inherited descriptor of that name, which the caller owns from now on."""
         return self._inherited.pop((name, index), None)
+
+    def drop(self, fd: int) -> None:
+        """Close what :meth:`take` gave and the taker has no use for; not before
+        :meth:`close_unclaimed`, since the way back hands it to the old image again."""
+        self._dropped.append(fd)
 
     def peek(self, name: str, index: int = 0) -> int | None:
         """The inherited descriptor of that name, which stays the store's."""
@@ -69,9 +75,10 @@ class FdStore:
     def close_unclaimed(self) -> list[Key]:
         """Close inherited descriptors that nobody asked for; their names."""
         names = list(self._inherited)
-        for fd in self._inherited.values():
+        for fd in (*self._inherited.values(), *self._dropped):
             os.close(fd)
         self._inherited.clear()
+        self._dropped.clear()
         return names
 
     def set_inheritable(self, inheritable: bool) -> None:

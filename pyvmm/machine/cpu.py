@@ -71,6 +71,8 @@ class Cpu:
         self._stopped = Event()
         self._go = Event()
         self._call_lock = Lock()
+        # Around what the thread and resume() decide on together.
+        self._guard = Lock()
 
     def start(self) -> None:
         """Start the thread, which goes to its waiting place. It exists until :meth:`close`."""
@@ -80,9 +82,7 @@ class Cpu:
 
         def body() -> None:
             name_thread(f"vcpu-{self.index}")
-            # All signals but the kick are the main thread's, whatever mask was inherited.
-            others = set(_signal.valid_signals()) - {KICK_SIGNAL}
-            _signal.pthread_sigmask(_signal.SIG_SETMASK, others)
+            _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {KICK_SIGNAL})
             self._ident = _thread.get_ident()
             self.thread_id = _thread.get_native_id()
             started.set()
@@ -97,15 +97,17 @@ class Cpu:
         self._kick()
 
     def wait_stopped(self) -> bool:
-        """Wait until the thread is at its waiting place; False if it does not come."""
-        return self._stopped.wait(STOP_TIMEOUT_S)
+        """Wait until the thread is at its waiting place; False if it does not come. A vCPU
+        without a thread is there."""
+        return not self._ident or self._stopped.wait(STOP_TIMEOUT_S)
 
     def resume(self) -> None:
         """Let a stopped vCPU run."""
-        self._stopped.clear()
-        self._stop = False
-        # Before the thread goes: cleared later it could hide a new request to stop.
-        self.vcpu.set_immediate_exit(False)
+        with self._guard:
+            self._stopped.clear()
+            self._stop = False
+            # Before the thread goes: cleared later it could hide a new request to stop.
+            self.vcpu.set_immediate_exit(False)
         self._go.set()
 
     def call(self, function: Callable[[Vcpu], T]) -> T:
@@ -134,13 +136,16 @@ class Cpu:
             raise failure[0]
         return result[0]
 
-    def close(self) -> None:
-        """End the thread and give the vCPU back."""
+    def end(self) -> None:
+        """Let the thread end; does not wait. What is waited for is :meth:`wait_stopped`."""
         self._quit = True
         self.request_stop()
         self._go.set()
-        # A machine that could not be built has no threads yet.
-        if not self._ident or self._stopped.wait(STOP_TIMEOUT_S):
+
+    def close(self) -> None:
+        """End the thread and give the vCPU back, which no thread may kick any more."""
+        self.end()
+        if self.wait_stopped():
             self.vcpu.close()
 
     def _kick(self) -> None:
@@ -158,7 +163,11 @@ class Cpu:
         self._stopped.set()
 
     def _wait(self) -> None:
-        self._stopped.set()
+        with self._guard:
+            # Resumed since it was asked to stop: it must not be taken for stopped in the guest.
+            if not self._stop:
+                return
+            self._stopped.set()
         self._go.wait()
         self._go.clear()
         self._serve()
@@ -171,26 +180,35 @@ class Cpu:
             except KvmError as error:
                 self._fail(str(error))
                 return
-            if isinstance(exit, exits.Io):
-                self._handle_io(exit)
-            elif isinstance(exit, exits.Mmio):
-                self._handle_mmio(exit)
-            elif isinstance(exit, exits.Interrupted):
-                if self._stop or self._work:
-                    break
-            elif isinstance(exit, exits.Shutdown):
-                self._park()
-                self._events.on_shutdown_exit(self.index)
-            elif isinstance(exit, exits.SystemEvent):
-                self._park()
-                self._events.on_system_event(self.index, exit.type)
-            else:
-                self._fail(str(exit))
+            if isinstance(exit, exits.Interrupted):
+                break
+            try:
+                self._handle(exit)
+            except Exception as error:
+                # A bug in a device. The thread lives on, for those who look for the cause.
+                report_crash(error)
+                self._fail(f"vCPU thread failed: {error!r}")
         self._serve()
-        # Cleared first, then looked at: a request in between sets it again.
+        # After every kick, also one whose reason another kick has led to already: the flag
+        # would keep the vCPU out of the guest. Cleared first, then looked at: a request in
+        # between sets it again.
         self.vcpu.set_immediate_exit(False)
         if self._stop or self._work:
             self.vcpu.set_immediate_exit(True)
+
+    def _handle(self, exit: exits.Exit) -> None:
+        if isinstance(exit, exits.Io):
+            self._handle_io(exit)
+        elif isinstance(exit, exits.Mmio):
+            self._handle_mmio(exit)
+        elif isinstance(exit, exits.Shutdown):
+            self._park()
+            self._events.on_shutdown_exit(self.index)
+        elif isinstance(exit, exits.SystemEvent):
+            self._park()
+            self._events.on_system_event(self.index, exit.type)
+        else:
+            self._fail(str(exit))
 
     def _serve(self) -> None:
         while self._work:
@@ -225,5 +243,6 @@ class Cpu:
         # The thread's outermost handler: nothing may wait for it any more.
         report_crash(error)
         self._stop = True
+        self._ident = 0
         self._stopped.set()
         self._events.on_cpu_error(self.index, f"vCPU thread failed: {error!r}")

@@ -326,7 +326,11 @@ class Machine(CpuEvents):
     def close(self) -> None:
         """Give everything back; the guest is gone. Never raises."""
         for cpu in self.cpus:
-            cpu.close()
+            cpu.end()
+        # All of them first: one that still runs may be about to stop the others.
+        if all(cpu.wait_stopped() for cpu in self.cpus):
+            for cpu in self.cpus:
+                cpu.close()
         self.chardevs.close()
         if hasattr(self, "platform"):
             self.platform.close()

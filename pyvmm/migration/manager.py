@@ -185,9 +185,12 @@ class Migration:
             raise MigrationError(reason)
         try:
             from pyvmm.migration import preflight
-        except OSError as error:
-            raise MigrationError(f"The preflight cannot be made: {error.strerror}") from None
+        except (ImportError, OSError) as error:
+            problem = getattr(error, "strerror", None) or error
+            raise MigrationError(f"The preflight cannot be made: {problem}") from None
         preflight.check_descriptors()
+        if any("\0" in word for word in argv):
+            raise MigrationError("A word of a command cannot contain NUL")
         path = program.find(argv[0])
         target.prepare()
         self.progress.begin()
@@ -205,9 +208,10 @@ class Migration:
                     raise result
                 preflight.compare(own, result, target)
                 preflight.check_descriptors()
-            except MigrationError as error:
+            except Exception as error:
+                # Another program's answer may be of any form, and the guest runs.
                 target.discard(self.machine.fds)
-                self._fail(str(error))
+                self._fail(_explain(error))
                 return
             self._update(argv, path, target)
 

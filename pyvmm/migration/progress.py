@@ -45,7 +45,7 @@ class Progress:
     @property
     def active(self) -> bool:
         """Whether a migration is under way."""
-        return self.status in ("setup", "active", "device")
+        return self.status in ("setup", "cancelling", "active", "device")
 
     def mark(self, step: str, at_ns: int = 0) -> None:
         """A step begins now, or began at ``at_ns``."""

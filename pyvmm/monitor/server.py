@@ -61,6 +61,10 @@ class Publication:
         self._servers: list[MonitorServer] = []
         try:
             self._write_info(machine, migration, inherited)
+        except OSError as error:
+            # A full disk, perhaps: 'pyvmm list' knows less, and that is all.
+            machine.warn(f"run directory, {rundir.INFO}: {error.strerror}")
+        try:
             for mode, file in (("readline", rundir.HMP_SOCKET), ("control", rundir.QMP_SOCKET)):
                 address = UnixAddress(self.entry.file(file), f"run directory, {file}")
                 server = MonitorServer(address, mode, machine, migration)

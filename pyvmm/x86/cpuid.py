@@ -1,5 +1,5 @@
-"""What the guest's CPUID says: all that KVM can offer on this host but for what ``-cpu`` takes
-away, how the CPUs lie together, and which of them this is.
+"""What the guest's CPUID says: all that KVM can offer on this host but virtualization of its
+own and what ``-cpu`` takes away, how the CPUs lie together, and which of them this is.
 
 SDM volume 2, CPUID; AMD's leaves are in APM volume 3, appendix E; KVM's own leaves in
 Documentation/virt/kvm/x86/cpuid.rst.
@@ -28,6 +28,8 @@ AMD_SIZES = 0x80000008
 AMD_CACHES = 0x8000001D
 AMD_TOPOLOGY = 0x8000001E
 
+ECX_VMX = 1 << 5
+ECX_SVM = 1 << 2
 ECX_TSC_DEADLINE = 1 << 24
 ECX_HYPERVISOR = 1 << 31
 EDX_HTT = 1 << 28
@@ -93,7 +95,7 @@ def host_cpuid(
 
     :param changes: features that ``-cpu`` wants or does not want
     :param tsc_khz: frequency of the TSC, if it is known
-    :raises ConfigError: KVM does not offer a feature that is wanted
+    :raises ConfigError: a feature that is wanted cannot be had
     """
     cpuid = system.get_supported_cpuid()
     # The in-kernel LAPIC has the deadline timer, but KVM leaves it to the caller to say so.
@@ -101,6 +103,11 @@ def host_cpuid(
     for entry in _entries(cpuid):
         if entry.function == FEATURES:
             entry.ecx |= ECX_HYPERVISOR | (ECX_TSC_DEADLINE if deadline else 0)
+            # What a guest's own guests are in the middle of is no part of the state: an update
+            # would lose them.
+            entry.ecx &= ~ECX_VMX
+        elif entry.function == AMD_FEATURES:
+            entry.ecx &= ~ECX_SVM
         elif entry.function == KVM_BASE and tsc_khz:
             entry.eax = KVM_TIMING  # the last leaf
     if tsc_khz:
@@ -172,9 +179,7 @@ def _change(cpuid: Any, changes: Mapping[str, bool]) -> None:
             elif entry is None or not getattr(entry, register) & mask:
                 lacking.append(name)
     if lacking:
-        raise ConfigError(
-            f"-cpu: KVM on this host does not offer {', '.join(lacking)}; leave it out"
-        )
+        raise ConfigError(f"-cpu: {', '.join(lacking)} cannot be had on this host; leave it out")
     unwanted = names.without_dependents([name for name in changes if not changes[name]])
     for name in unwanted:
         for leaf, subleaf, register, mask in names.find(name):

@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 MSR_TSC = 0x10
 MSR_TSC_DEADLINE = 0x6E0
 MSR_MTRR_DEF_TYPE = 0x2FF
-# State too (SDM volume 3, 12.11), but not all kernels list them: the default type, the eight
-# variable ranges that KVM has, the fixed ones.
-MSRS_MTRR = (MSR_MTRR_DEF_TYPE, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270))
+#: What KVM keeps for a vCPU without listing it (SDM volume 4, table 2-2): fixed and variable
+#: MTRRs and their default type; MCi_CTL of all banks there may be.
+UNLISTED_MSRS = (
+    *(0x250, 0x258, 0x259, *range(0x268, 0x270), *range(0x200, 0x210), 0x2FF),
+    *range(0x400, 0x480, 4),
+)
 MAX_MSRS = 4096
 MAX_XSAVE = 1 << 20
 MAX_CPUID = 256
@@ -129,8 +132,13 @@ def read(vcpu: Vcpu) -> Record:
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    found = vcpu.get_msrs() | vcpu.get_msrs(MSRS_MTRR)
-    state.msrs = [Record(index=i, data=data) for i, data in found.items()]
+    # Most of the unlisted ones are 0, as they are in a new vCPU but for the default type.
+    unlisted = {
+        i: data
+        for i, data in vcpu.get_msrs(UNLISTED_MSRS).items()
+        if data or i == MSR_MTRR_DEF_TYPE
+    }
+    state.msrs = [Record(index=i, data=data) for i, data in (vcpu.get_msrs() | unlisted).items()]
     state.nmsrs = len(state.msrs)
     # Last of the registers: the calls above may move an event from one place to another.
     state.events = vcpu.get_vcpu_events()
@@ -150,7 +158,9 @@ def power_on(vcpu: Vcpu) -> Record:
     state.cpuid = []
     state.nent = 0
     state.has_tsc_offset = False
-    state.msrs = [msr for msr in state.msrs if msr.index != MSR_TSC]
+    msrs = vcpu.get_msrs() | vcpu.get_msrs(UNLISTED_MSRS)
+    msrs.pop(MSR_TSC, None)
+    state.msrs = [Record(index=i, data=data) for i, data in msrs.items()]
     state.nmsrs = len(state.msrs)
     return state
 

@@ -61,11 +61,40 @@ def test_program(ticker, text, mode, why):
     check_refused(machine, [path, "run", *options(machine)], why)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"error": "\ud800"},
+        {"shape": 3},
+        {"sections": {"serial[0]": "new"}},
+        {"incoming": ["memfd:"]},
+        {"sections": 0},
+    ],
+    ids=str,
+)
+def test_answer_in_another_form(ticker, change):
+    # A later version may answer as it likes.
+    machine = ticker(*QMP)
+    code = f"import json; real = json.dumps; json.dumps = lambda value: real(value | {change})"
+    command = replaced(machine, "pyvmm:", code, probe=True)
+    check_refused(machine, command, "Error: ")
+
+
 def test_program_that_is_being_written(ticker):
     machine = ticker(*QMP)
     path = shutil.copy(ELF, machine.folder / "program")
     with open(path, "ab"):
         check_refused(machine, [str(path), "run"], "Text file busy")
+
+
+@pytest.mark.parametrize("command", ["pyv\0mm run", "pyvmm run -name x\0"])
+def test_word_that_is_no_argument(ticker, command):
+    machine = ticker(*QMP)
+    footprint = machine.footprint()
+    assert machine.hmp(f"update {command}") == "Error: A word of a command cannot contain NUL\n"
+    assert machine.footprint() == footprint
+    assert machine.stderr() == ""
+    check_alive(machine)
 
 
 def test_arguments_too_long(ticker):
@@ -164,6 +193,19 @@ def test_cancel_of_a_probe_that_hangs(ticker):
     machine.hmp("migrate_cancel")
     wait_until(lambda: "cancelled" in machine.hmp("info migrate"), "the end of the update")
     assert machine.children() == []
+    check_alive(machine)
+
+
+def test_update_right_behind_a_cancel(ticker):
+    machine = ticker()
+    hang = replaced(machine, "pyvmm:", "import signal; signal.pause()", probe=True)
+    assert machine.hmp("update -d " + " ".join(f"'{word}'" for word in hang)) == ""
+    wait_until(machine.children, "the probe")
+    # In one piece: no moment for the probe to end in between.
+    machine.hmp_send("migrate_cancel\nupdate")
+    assert machine.hmp_reply() == ""
+    assert "in progress" in machine.hmp_reply()
+    wait_until(lambda: "cancelled" in machine.hmp("info migrate"), "the end of the update")
     check_alive(machine)
 
 

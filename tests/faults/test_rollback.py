@@ -1,13 +1,25 @@
 """After the exec, until the guest runs: whatever goes wrong, the old image is back and goes on."""
 
 import os
+import select
 import shutil
+import socket
 import stat
 import sys
 from pathlib import Path
 
 import pytest
-from faults.tools import BACK, QMP, Qmp, check_alive, faulty, options, replaced, update
+from faults.tools import (
+    BACK,
+    QMP,
+    Qmp,
+    check_alive,
+    check_ticking,
+    faulty,
+    options,
+    replaced,
+    update,
+)
 from harness import pyvmm as pyvmm_command
 from harness import wait_until
 
@@ -107,6 +119,43 @@ def test_state_file(ticker):
     machine.set_update([*command, "-incoming", "file:vm.state"])
     assert BACK in machine.hmp("migrate file:vm.state")
     check_alive(machine)
+
+
+DEBUGCON = ("-device", "isa-debugcon,chardev=side")
+SIDE = "socket,id=side,path=side.sock,server=on,wait=off"
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ("file,id=side,path=log", "is no file"),
+        ("pty,id=side", "is no pseudo terminal"),
+        ("socket,id=side,host=127.0.0.1,port=0,server=on,wait=off", "is a socket of another kind"),
+    ],
+)
+def test_connection_that_the_new_command_has_no_use_for(ticker, other, why):
+    # A new image that refuses what it is given must not have closed it.
+    machine = ticker("-chardev", SIDE, *DEBUGCON)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
+        command = [other if word == SIDE else word for word in machine.argv]
+        reply = update(machine, command)
+        assert why in reply
+        assert BACK in reply
+        assert "unix:side.sock,server=on\n" in machine.hmp("info chardev")
+        check_alive(machine)
+        assert not select.select([client], [], [], 0)[0]  # no end of file
+
+
+def test_rollback_of_a_change_of_address(ticker):
+    machine = ticker("-chardev", SIDE, *DEBUGCON)
+    command = replaced(machine, LOADED[0], "raise ValueError('injected')")
+    command = [word.replace("side.sock", "other.sock") for word in command]
+    check_back(machine, command, "ValueError: injected")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
 
 
 def test_two_vcpus(ticker):
@@ -277,6 +326,17 @@ def copy_package(folder):
     for part in ("pyvmm", "guests/build", "firmware/build"):
         shutil.copytree(root / part, folder / "site" / part)
     return folder / "site"
+
+
+def test_package_that_goes_while_the_guest_runs_already(ticker):
+    # Too late for a way back: the guest runs on, without what could not be imported.
+    machine = ticker()
+    gone = "import sys; sys.modules['pyvmm.migration.preflight'] = None"
+    assert update(machine, replaced(machine, "pyvmm.cli:open_monitors", gone)) == ""
+    check_ticking(machine)
+    assert "there can be no update" in machine.stderr()
+    assert "Error: The preflight cannot be made" in update(machine)
+    check_ticking(machine)
 
 
 def test_without_a_holder_for_the_old_memory(ticker):

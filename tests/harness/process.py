@@ -1,5 +1,6 @@
 """The command under test, deadlines, and what /proc tells about a process."""
 
+import contextlib
 import os
 import re
 import select
@@ -72,11 +73,22 @@ def cmdline(pid):
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
 
 
+def _each(folder, read):
+    # What goes away between being listed and being looked at is not there.
+    for entry in Path(folder).iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            yield entry.name, read(entry)
+
+
+def descriptors(pid):
+    """The open descriptors: number -> link target."""
+    return {int(name): target for name, target in _each(f"/proc/{pid}/fd", os.readlink)}
+
+
 def fds(pid):
     """Sorted link targets of the open descriptors, numbers that change at will masked."""
     targets = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
+    for target in descriptors(pid).values():
         target = re.sub(r"^(socket|pipe):\[\d+\]$", r"\1", target)
         targets.append(re.sub(r"^/dev/pts/\d+$", "/dev/pts/N", target))
     return sorted(targets)
@@ -84,17 +96,14 @@ def fds(pid):
 
 def threads(pid):
     """Sorted names of the threads."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sorted((task / "comm").read_text().strip() for task in tasks)
+    tasks = _each(f"/proc/{pid}/task", lambda task: (task / "comm").read_text().strip())
+    return sorted(name for _, name in tasks)
 
 
 def children(pid):
     """Ids of the child processes, those not waited for yet among them."""
-    return [
-        int(child)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    tasks = _each(f"/proc/{pid}/task", lambda task: (task / "children").read_text().split())
+    return [int(child) for _, ids in tasks for child in ids]
 
 
 def memory_kib(pid, kind="Pss", ram_names=("/memfd:",)):

@@ -42,7 +42,7 @@ def test_feature_in_the_first_leaf(vm, tmp_path, sign, printed):
 def test_feature_that_no_kvm_has():
     result = run_cli("run", "-cpu", "host,+ia64", "-nodefaults")
     assert result.returncode != 0
-    assert result.stderr == "pyvmm: -cpu: KVM on this host does not offer ia64; leave it out\n"
+    assert result.stderr == "pyvmm: -cpu: ia64 cannot be had on this host; leave it out\n"
 
 
 def test_memory_is_cacheable(vm, tmp_path):

@@ -1,6 +1,9 @@
 """What a guest's reset, shutdown, panic and crash lead to: run states and exit codes."""
 
+import os
+import pty
 import signal
+import termios
 
 import pytest
 from harness import guests, run_cli, wait_until
@@ -168,6 +171,33 @@ def test_signals_end_it_in_order(vm, number):
     machine.kill(number)
     assert machine.wait_exit() == 128 + number
     assert machine.stderr() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_while_it_waits_for_a_client(vm, tmp_path, number):
+    """Terminal, socket and name are given back before the main loop runs, too."""
+    master, slave = pty.openpty()
+    try:
+        before = termios.tcgetattr(slave)
+        machine = vm(
+            *("-chardev", "stdio,id=tty", "-device", "isa-debugcon,chardev=tty"),
+            *("-serial", "unix:late.sock,server=on,wait=on", "-name", "early"),
+            serial=False,
+            monitor=False,
+            stdin=slave,
+            XDG_RUNTIME_DIR=str(tmp_path),
+        )
+        wait_until(lambda: "waiting for a client" in machine.stderr(), "the wait")
+        assert termios.tcgetattr(slave) != before
+        machine.kill(number)
+        assert machine.wait_exit() == 128 + number
+        assert termios.tcgetattr(slave) == before
+        assert "Traceback" not in machine.stderr()
+        assert not (machine.folder / "late.sock").exists()
+        assert not (tmp_path / "pyvmm" / "early").exists()
+    finally:
+        os.close(master)
+        os.close(slave)
 
 
 def test_quit(vm):

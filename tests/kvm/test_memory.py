@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import run_cli
+from harness import process, run_cli
 
 KINDS = {
     "default": [],
@@ -33,8 +33,9 @@ def test_guest_uses_all_of_it(vm, kind):
 
 
 def memfd(machine, name):
-    folder = Path(f"/proc/{machine.pid}/fd")
-    return next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{name} "))
+    found = process.descriptors(machine.pid).items()
+    fd = next(fd for fd, target in found if target.startswith(f"/memfd:{name} "))
+    return Path(f"/proc/{machine.pid}/fd/{fd}")
 
 
 def test_memory_is_what_the_guest_wrote(vm, tmp_path):

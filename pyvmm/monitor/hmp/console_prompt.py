@@ -31,7 +31,8 @@ from prompt_toolkit.styles import Style
 from pyvmm.core.threads import Event, report_crash
 from pyvmm.monitor.hmp.completion import complete
 from pyvmm.monitor.hmp.console import ERASE_LINE
-from pyvmm.monitor.hmp.lines import MAX_LINE, PROMPT, encode
+from pyvmm.monitor.hmp.lines import PROMPT, encode
+from pyvmm.monitor.hmp.state import MAX_LINE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -186,7 +187,10 @@ class Prompt:
 
     def _call(self, function: Callable[[], object]) -> None:
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(function)
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            pass  # the thread has ended: the main loop hears of it soon, if it does not know
 
     def _show(self) -> None:
         self._wanted.set()

@@ -10,13 +10,19 @@ away leaves nothing to the next one. Main loop thread only.
 
 from __future__ import annotations
 
-import struct
-
 from pyvmm import __version__
 from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, Outbox
-from pyvmm.errors import VmStateError
 from pyvmm.monitor.frontend import MonitorFrontend, take_failure
 from pyvmm.monitor.hmp.interpreter import Interpreter
+from pyvmm.monitor.hmp.state import (
+    AFTER_CR,
+    GREETED,
+    MAX_LINE,
+    MAX_OUTPUT,
+    OVERLONG,
+    OWES_PROMPT,
+    MonitorState,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,77 +31,16 @@ if TYPE_CHECKING:
 
 PROMPT = "(pyvmm) "
 BANNER = f"pyvmm {__version__} monitor - type 'help' for more information\n"
-MAX_LINE = 4096
-
-# What a live update carries over: version, flags, current CPU, place of the cursor in the line;
-# then the lengths of the three texts that follow.
-_HEAD = struct.Struct(">BBHH3I")
-_VERSION = 2
-OWES_PROMPT, _OVERLONG, _AFTER_CR, GREETED = 1, 2, 4, 8
-_ALL_FLAGS = 15
-_MAX_OUTPUT = 1 << 20
 
 
 def encode(text: str) -> bytes:
     """Text of the monitor as it goes over the wire; file names come out as they went in."""
-    return text.replace("\n", "\r\n").encode("utf-8", "surrogateescape")
-
-
-class MonitorState:
-    """What a monitor carries over a live update.
-
-    ``line`` is what is typed but not entered, ``input`` what is taken but not looked at,
-    ``output`` what is not written yet. ``cursor`` counts characters of the line.
-    """
-
-    __slots__ = ("cpu_index", "cursor", "flags", "input", "line", "output")
-
-    def __init__(
-        self,
-        line: bytes = b"",
-        input: bytes = b"",
-        output: bytes = b"",
-        flags: int = 0,
-        cpu_index: int = 0,
-        cursor: int = 0,
-    ) -> None:
-        self.line = line
-        self.input = input
-        self.output = output
-        self.flags = flags
-        self.cpu_index = cpu_index
-        self.cursor = cursor
-
-    def pack(self) -> bytes:
-        """As bytes."""
-        texts = (self.line, self.input, self.output)
-        head = _HEAD.pack(_VERSION, self.flags, self.cpu_index, self.cursor, *map(len, texts))
-        return head + b"".join(texts)
-
-    @classmethod
-    def unpack(cls, state: bytes) -> MonitorState:
-        """Read what :meth:`pack` made.
-
-        :raises VmStateError: it did not
-        """
-        if len(state) < _HEAD.size:
-            raise VmStateError("monitor", f"{len(state)} bytes are too few")
-        version, flags, cpu_index, cursor, *sizes = _HEAD.unpack_from(state)
-        if version != _VERSION:
-            raise VmStateError("monitor", f"version {version} is not known")
-        if flags & ~_ALL_FLAGS:
-            raise VmStateError("monitor", f"flags {flags:#x} are not known")
-        limits = (MAX_LINE, MAX_LINE, _MAX_OUTPUT)
-        if any(size > limit for size, limit in zip(sizes, limits, strict=True)):
-            raise VmStateError("monitor", "a text is too long")
-        if len(state) != _HEAD.size + sum(sizes):
-            raise VmStateError("monitor", f"{len(state)} bytes do not hold texts of {sizes}")
-        texts, at = [], _HEAD.size
-        for size in sizes:
-            texts.append(state[at : at + size])
-            at += size
-        line, input, output = texts
-        return cls(line, input, output, flags, cpu_index, cursor)
+    text = text.replace("\n", "\r\n")
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # What another program said in JSON may contain any code point.
+        return text.encode("utf-8", "backslashreplace")
 
 
 class LineMonitor(MonitorFrontend):
@@ -111,7 +56,7 @@ class LineMonitor(MonitorFrontend):
         self.context = context
         self._echo = echo
         self.interpreter = Interpreter(context)
-        self._outbox = Outbox(chardev, _MAX_OUTPUT)
+        self._outbox = Outbox(chardev, MAX_OUTPUT)
         self._line = bytearray()
         self._input = bytearray()
         self._overlong = False
@@ -152,8 +97,8 @@ class LineMonitor(MonitorFrontend):
     def save_state(self) -> bytes:
         flags = (
             OWES_PROMPT * (self._busy or self._owes_prompt)
-            | _OVERLONG * self._overlong
-            | _AFTER_CR * self._after_cr
+            | OVERLONG * self._overlong
+            | AFTER_CR * self._after_cr
             | GREETED * self._greeted
         )
         return MonitorState(
@@ -167,13 +112,11 @@ class LineMonitor(MonitorFrontend):
 
     def load_state(self, state: bytes) -> None:
         old = MonitorState.unpack(state)
-        if old.cpu_index >= len(self.context.machine.cpus):
-            raise VmStateError("monitor", f"there is no CPU #{old.cpu_index}")
-        self.context.cpu_index = old.cpu_index
+        old.restore_context(self.context)
         self._line[:] = old.line
         self._input[:] = old.input
-        self._overlong = bool(old.flags & _OVERLONG)
-        self._after_cr = bool(old.flags & _AFTER_CR)
+        self._overlong = bool(old.flags & OVERLONG)
+        self._after_cr = bool(old.flags & AFTER_CR)
         self._owes_prompt = bool(old.flags & OWES_PROMPT)
         self._greeted = bool(old.flags & GREETED)
         if old.output:

@@ -102,6 +102,7 @@ class Image:
                 chardev.close()
             self.chardevs.close()
             assert not self.fds.kept(), "kept after close"
+            self.fds.close_unclaimed()
             self.loop.close()
 
 

@@ -1,3 +1,4 @@
+import signal
 import time
 
 from pyvmm.core.threads import Event, report_crash, spawn
@@ -91,3 +92,17 @@ def test_report_is_a_traceback(capsys):
     assert text.startswith("Traceback")
     assert "in fail" in text
     assert text.endswith("ValueError: impossible value\n")
+
+
+def test_signals_are_for_the_main_thread():
+    masks, done = [], Event()
+
+    def body():
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        done.set()
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    spawn(body, masks.append)
+    assert done.wait(DEADLINE_S)
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM} <= masks[0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

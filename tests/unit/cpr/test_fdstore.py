@@ -75,3 +75,11 @@ def test_what_is_taken_is_not_preserved_by_itself(fds):
     store = FdStore({("a", 0): fds[0]})
     store.take("a")
     assert store.kept() == {}
+
+
+def test_what_is_dropped_stays_open_for_a_way_back(fds):
+    store = FdStore({("a", 0): fds[0]})
+    store.drop(store.take("a"))
+    assert is_open(fds[0])
+    assert store.close_unclaimed() == []
+    assert not is_open(fds[0])

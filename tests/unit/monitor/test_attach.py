@@ -4,7 +4,8 @@ import pytest
 
 from pyvmm.monitor.attach import open_monitors
 from pyvmm.monitor.hmp.console import Console
-from pyvmm.monitor.hmp.lines import LineMonitor, MonitorState
+from pyvmm.monitor.hmp.lines import LineMonitor
+from pyvmm.monitor.hmp.state import MonitorState
 from pyvmm.testing.fake_machine import FakeMigration
 from pyvmm.testing.memory_chardev import MemoryChardev
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pyvmm.chardev.base import MUX_IN, MUX_OUT, Frontend
 from pyvmm.chardev.mux import MuxChardev
 from pyvmm.errors import VmStateError
-from pyvmm.monitor.hmp.lines import BANNER, MAX_LINE, PROMPT, LineMonitor, MonitorState
+from pyvmm.monitor.hmp.lines import BANNER, PROMPT, LineMonitor
+from pyvmm.monitor.hmp.state import MAX_LINE, MonitorState
 from pyvmm.monitor.registry import Context
 from pyvmm.testing.memory_chardev import MemoryChardev
 
