@@ -180,7 +180,7 @@ def serve(
     try:
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        import_preflight(machine)
+        import_ahead(machine)
         entry = publication.entry if publication else entry
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
@@ -236,12 +236,16 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         return []
 
 
-def import_preflight(machine: Machine) -> None:
-    """Not when an update comes: the package on disk may be another version by then."""
+def import_ahead(machine: Machine) -> None:
+    """Not when an update or a reset comes: the package on disk may be another version by then."""
     try:
         from pyvmm.migration import preflight  # noqa: F401
     except Exception as error:
         machine.warn(f"there can be no update: {type(error).__name__}: {error}")
+    try:
+        from pyvmm.boot import loader  # noqa: F401
+    except Exception as error:
+        machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
 
 
 def reserve(name: str) -> Entry:

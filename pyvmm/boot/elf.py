@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot.image import ImageFile
+from pyvmm.boot.image import Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Elf:
 
     __slots__ = ("_image", "_notes", "entry", "is_64", "loads")
 
-    def __init__(self, image: ImageFile) -> None:
+    def __init__(self, image: Image) -> None:
         self._image = image
         ident = image.read(0, _IDENT_SIZE)
         if ident[:4] != MAGIC:

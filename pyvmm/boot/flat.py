@@ -10,23 +10,20 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import ImageFile
+    from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
 SIZE_MAX = layout.TABLES_START - layout.FLAT_START
 
 
-def load(memory: GuestMemory, image: ImageFile) -> int:
+def load(memory: GuestMemory, image: Image) -> int:
     """Load *image*; return where it starts.
 
-    :raises ConfigError: it does not fit, or it is a Linux bzImage, which starts otherwise
+    :raises ConfigError: it does not fit
     """
-    # Linux's setup header has this signature (boot.rst, "The Real-Mode Kernel Header").
-    if image.head(0x206)[0x202:] == b"HdrS":
-        raise image.error("a bzImage cannot be booted; give the vmlinux of a kernel with PVH")
     if image.size > SIZE_MAX:
         raise image.error(
-            "neither an ELF kernel with PVH nor multiboot, and too large for a flat image"
+            "neither a bzImage, nor ELF, nor multiboot, and too large for a flat image"
             f" ({format_size(SIZE_MAX)}); give one of these"
         )
     image.copy(0, image.size, memory, layout.FLAT_START)

@@ -1,4 +1,4 @@
-"""An image file on the host, read piece by piece: a kernel, an initrd or a ROM.
+"""An image, read piece by piece: a file on the host (kernel, initrd, ROM) or what it unpacks to.
 
 The file may be anything and may change while it is read, so each read is bounded by the size
 seen at open, and a short one is an error. Main thread only.
@@ -14,31 +14,108 @@ from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Self
+
     from pyvmm.memory.guest import GuestMemory
 
 IMAGE_MAX = 4 << 30
 """Images are loaded below 4 GiB, and a kernel's debug information fits in this too."""
-_STEP = 1 << 20
 
 
-class ImageFile:
+class Image:
+    """Bytes by offset; ``size`` of them, which does not change.
+
+    :param path: the file that they are from
+    :param option: what the operator named it with, e.g. ``-kernel``; it opens every error
+    """
+
+    __slots__ = ("option", "path", "size")
+
+    def __init__(self, path: str, option: str) -> None:
+        self.path = path
+        self.option = option
+        self.size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what the image occupies."""
+
+    def error(self, problem: str) -> ConfigError:
+        """Return the error that says what is wrong with this file."""
+        shown = self.path if self.path.isprintable() else repr(self.path)
+        return ConfigError(f"{self.option} {shown}: {problem}")
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return *size* bytes; the caller caps the size.
+
+        :raises ConfigError: they are not all within the image
+        """
+        self._check(offset, size)
+        return self._read(offset, size)
+
+    def head(self, size: int) -> bytes:
+        """Return the first *size* bytes, fewer if the image is shorter."""
+        return self.read(0, min(size, self.size))
+
+    def copy(self, offset: int, size: int, memory: GuestMemory, gpa: int) -> None:
+        """Copy a part of the image to guest memory, which the caller has checked is there.
+
+        :raises ConfigError: it is not all within the image
+        """
+        self._check(offset, size)
+        with memory.view(gpa, size) as view:
+            self._copy(offset, view)
+
+    def _check(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise self.error(f"the file ends before {offset:#x} + {size:#x}; it is truncated")
+
+    def _read(self, offset: int, size: int) -> bytes:
+        raise NotImplementedError
+
+    def _copy(self, offset: int, view: memoryview) -> None:
+        raise NotImplementedError
+
+
+class ImageData(Image):
+    """Bytes that are in the VMM's memory already: *data*, which *origin* unpacks to."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, origin: Image, data: bytes) -> None:
+        super().__init__(origin.path, origin.option)
+        self._data = data
+        self.size = len(data)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        return self._data[offset : offset + size]
+
+    def _copy(self, offset: int, view: memoryview) -> None:
+        view[:] = memoryview(self._data)[offset : offset + len(view)]
+
+
+class ImageFile(Image):
     """A regular file, open for reading. ``size`` in bytes is fixed at open.
 
-    :param option: what the operator named it with, e.g. ``-kernel``; it opens every error
     :raises ConfigError: it cannot be opened, is not a regular file, is empty or over *limit*
     """
 
-    __slots__ = ("_fd", "_option", "path", "size")
+    __slots__ = ("_fd",)
 
     def __init__(self, path: str, option: str, limit: int = IMAGE_MAX) -> None:
-        self.path = path
-        self._option = option
+        super().__init__(path, option)
         try:
             # Without O_NONBLOCK the open of a FIFO would wait for a writer for ever.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
-            raise self.error(f"{reason}; name a readable file") from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+        except ValueError as error:  # a NUL in the path
+            raise self.error(f"{error}; name a readable file") from error
         try:
             status = os.fstat(self._fd)
             self.size = status.st_size
@@ -52,44 +129,36 @@ class ImageFile:
             self.close()
             raise
 
-    def __enter__(self) -> ImageFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
 
-    def error(self, problem: str) -> ConfigError:
-        """Return the error that says what is wrong with this file."""
-        shown = self.path if self.path.isprintable() else repr(self.path)
-        return ConfigError(f"{self._option} {shown}: {problem}")
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return *size* bytes; the caller caps the size.
-
-        :raises ConfigError: they are not all within the file
-        """
-        if offset < 0 or size < 0 or offset + size > self.size:
-            raise self.error(f"the file ends before {offset:#x} + {size:#x}; it is truncated")
+    def _read(self, offset: int, size: int) -> bytes:
+        data = b""
         try:
-            data = os.pread(self._fd, size, offset)
             while len(data) < size:
                 more = os.pread(self._fd, size - len(data), offset + len(data))
                 if not more:
-                    raise self.error("the file shrank while it was read; try again")
-                data += more
+                    raise self._shrunk()
+                data = data + more if data else more
         except OSError as error:
-            raise self.error(f"{os.strerror(error.errno or 0)}; name a readable file") from error
+            raise self._unreadable(error) from error
         return data
 
-    def head(self, size: int) -> bytes:
-        """Return the first *size* bytes, fewer if the file is shorter."""
-        return self.read(0, min(size, self.size))
+    def _copy(self, offset: int, view: memoryview) -> None:
+        # Straight into guest memory: kernels and initial RAM disks have tens of megabytes.
+        done = 0
+        try:
+            while done < len(view):
+                count = os.preadv(self._fd, [view[done:]], offset + done)
+                if not count:
+                    raise self._shrunk()
+                done += count
+        except OSError as error:
+            raise self._unreadable(error) from error
 
-    def copy(self, offset: int, size: int, memory: GuestMemory, gpa: int) -> None:
-        """Copy a part of the file to guest memory, which the caller has checked is there."""
-        for done in range(0, size, _STEP):
-            memory.write(gpa + done, self.read(offset + done, min(_STEP, size - done)))
+    def _shrunk(self) -> ConfigError:
+        return self.error("the file shrank while it was read; try again")
+
+    def _unreadable(self, error: OSError) -> ConfigError:
+        return self.error(f"{os.strerror(error.errno or 0)}; name a readable file")

@@ -13,7 +13,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import ImageFile
+    from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
 BOOT_MAGIC = 0x2BADB002
@@ -45,7 +45,7 @@ class Header:
         self.raw = raw
 
 
-def find_header(image: ImageFile) -> Header | None:
+def find_header(image: Image) -> Header | None:
     """Return the header in the first 8 KiB, or None if the file has none (3.1).
 
     :raises ConfigError: it demands what is not there, or its addresses contradict each other

@@ -41,7 +41,7 @@ def write_start_info(
 
     :param cmdline: address of the command line
     :param initrd: address and size of the only module
-    :param rsdp: address of ACPI's root pointer; 0 if there is none
+    :param rsdp: address of the ACPI tables' root pointer, 0 if there are none
     """
     memmap = memory_map(memory)
     module_at = layout.START_INFO + START_INFO.size

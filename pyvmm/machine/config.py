@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.boot.loader import KernelConfig
+from pyvmm.boot.config import KernelConfig
 from pyvmm.x86.cpuid import Topology
 
 TYPE_CHECKING = False

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 
 from pyvmm._native import lib
-from pyvmm.boot import loader
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
@@ -188,11 +187,12 @@ class Machine(CpuEvents):
         self.load_guest()
 
     def load_guest(self) -> None:
-        """Put the firmware's tables and the kernel into memory.
+        """Put the firmware's tables, the kernel and what it is told into memory.
 
-        :raises PyvmmError: the kernel cannot be loaded
+        :raises ConfigError: a file or the command line cannot be used
         """
-        # A live update does not come here, and shall not wait for this import.
+        # An update does without it: memory has it all already.
+        from pyvmm.boot import loader
         from pyvmm.machine import firmware
 
         loader.load(self.memory, self.config.kernel, firmware.write_tables(self))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
 from pyvmm._util.sizes import parse_size
 from pyvmm.boot import builtin
-from pyvmm.boot.loader import KernelConfig
+from pyvmm.boot.config import UNPACKERS, KernelConfig
 from pyvmm.chardev.config import (
     ChardevConfig,
     check_chardevs,
@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 MAX_CPUS = 255
 
+MACHINE_PROPERTIES = (
+    "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack"
+)  # fmt: skip
+
 #: Drivers of ``-device`` and their properties.
 DEVICES: dict[str, tuple[str, ...]] = {
     "isa-debug-exit": ("iobase", "iosize"),
@@ -60,6 +64,7 @@ class Options:
         self.config.argv = list(argv)
         self._kernel = self._initrd = ""
         self._append: str | None = None
+        self._unpack = UNPACKERS[0]
         self._given: set[str] = set()
 
     def parse(self) -> MachineConfig:
@@ -135,8 +140,7 @@ class Options:
 
     def _machine(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="type")
-        known = ("type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share")
-        check_keys(keys, known, option)
+        check_keys(keys, MACHINE_PROPERTIES, option)
         kind = keys.get("type", MACHINE_TYPE)
         if kind != MACHINE_TYPE:
             raise ConfigError(f"{option}: {shorten(kind)} is no machine; the one is {MACHINE_TYPE}")
@@ -152,6 +156,10 @@ class Options:
             raise ConfigError(f"{option}: anon-alloc={shorten(alloc)}: give memfd or mmap")
         self.config.anon_alloc = alloc
         self.config.acpi = parse_bool(keys.get("acpi", "on"), option, "acpi")
+        unpack = keys.get("kernel-unpack", self._unpack)
+        if unpack not in UNPACKERS:
+            raise ConfigError(f"{option}: kernel-unpack={shorten(unpack)}: give host or guest")
+        self._unpack = unpack
 
     def _accel(self, value: str, option: str) -> None:
         if value != "kvm":
@@ -289,7 +297,7 @@ class Options:
             kernel = builtin.path(builtin.GUEST)
             # Saves it from waiting for CPUs that do not exist.
             self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
-        config.kernel = KernelConfig(kernel, self._initrd, self._append or "")
+        config.kernel = KernelConfig(kernel, self._initrd, self._append or "", self._unpack)
         self._check_memory()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
         requests += [monitor.chardev for monitor in config.monitors]
@@ -338,7 +346,8 @@ REPEATABLE = {"object", "chardev", "serial", "monitor", "qmp", "qmp-pretty", "mo
 OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "m": ("SIZE", "guest memory, e.g. 512M or 4G (default 128M)", Options._memory),
     "smp": ("N[,sockets=N][,cores=N][,threads=N]", "number of vCPUs (default 1)", Options._smp),
-    "kernel": ("FILE", "PVH or multiboot kernel, or flat image (default: built in)",
+    "kernel": ("FILE", "Linux bzImage or vmlinux, PVH or multiboot kernel, or flat image\n"
+               "(default: built in)",
                Options._set_kernel),
     "initrd": ("FILE", "initial RAM disk, given to the kernel as its first module",
                Options._set_initrd),
@@ -349,8 +358,10 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "memory that -machine memory-backend=ID makes the guest's; the only one is it",
                Options._object),
     "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]\n"
-                "[,aux-ram-share=on]",
-                "machine type and its properties; without ACPI there is still an MP table",
+                "[,aux-ram-share=on][,kernel-unpack=host|guest]",
+                "machine type and its properties; without ACPI there is still an MP table;\n"
+                "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"
+                "it, or the kernel itself, with KASLR",
                 Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
     "cpu": ("host|max[,+FEATURE][,-FEATURE][,FEATURE=on|off...]",

@@ -1,4 +1,4 @@
-"""Builds small kernel images for tests: ELF executables, Xen notes and multiboot headers."""
+"""Builds small kernel images for tests: ELF executables, Xen notes, multiboot headers, bzImages."""
 
 from __future__ import annotations
 
@@ -90,3 +90,74 @@ def elf(
         ident + struct.pack("<HHIQQQIHHHHHH" if wide else "<HHIIIIIHHHHHH", *values)
         + phdrs + code + notes
     )  # fmt: skip
+
+
+def pack(data: bytes, method: str) -> bytes:
+    """Return *data* as the payload of a bzImage, compressed as Linux's build does it.
+
+    :param method: gzip, bzip2, lzma, xz, lz4, zstd or none
+    """
+    import bz2
+    import gzip
+    import lzma
+
+    import lz4.block
+    import zstandard
+
+    size = struct.pack("<I", len(data))
+    if method == "none":
+        return data
+    if method == "gzip":
+        return gzip.compress(data)
+    if method == "bzip2":
+        return bz2.compress(data) + size
+    if method == "lzma":
+        return lzma.compress(data, lzma.FORMAT_ALONE) + size
+    if method == "xz":
+        # As scripts/xz_wrap.sh: a filter for x86 code and a checksum that the kernel knows.
+        filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "dict_size": 32 << 20}]
+        return lzma.compress(data, check=lzma.CHECK_CRC32, filters=filters) + size
+    if method == "zstd":
+        packer = zstandard.ZstdCompressor(write_content_size=False, write_checksum=True)
+        return packer.compress(data) + size
+    legacy = b"\x02\x21\x4c\x18"
+    for at in range(0, len(data), 8 << 20):
+        block = lz4.block.compress(data[at : at + (8 << 20)], store_size=False)
+        legacy += struct.pack("<I", len(block)) + block
+    return legacy + size
+
+
+#: The setup header's fields by the names that boot.rst has: where each lies, and its format.
+SETUP_HEADER = {
+    "setup_sects": (0x1F1, "B"), "syssize": (0x1F4, "I"), "boot_flag": (0x1FE, "H"),
+    "jump": (0x200, "H"), "header": (0x202, "4s"), "version": (0x206, "H"),
+    "type_of_loader": (0x210, "B"), "loadflags": (0x211, "B"), "code32_start": (0x214, "I"),
+    "initrd_addr_max": (0x22C, "I"), "kernel_alignment": (0x230, "I"),
+    "relocatable_kernel": (0x234, "B"), "min_alignment": (0x235, "B"), "xloadflags": (0x236, "H"),
+    "cmdline_size": (0x238, "I"), "payload_offset": (0x248, "I"), "payload_length": (0x24C, "I"),
+    "setup_data": (0x250, "Q"), "pref_address": (0x258, "Q"), "init_size": (0x260, "I"),
+}  # fmt: skip
+
+
+def bzimage(payload: bytes, code: bytes = b"\xf4" * 0x400, **header: int | bytes) -> bytes:
+    """Return a bzImage of *code*, which is entered in long mode at 0x200, with *payload* behind.
+
+    :param header: fields to falsify, by their names in :data:`SETUP_HEADER`
+    """
+    payload_offset = len(code)
+    code += payload + bytes(-(len(code) + len(payload)) % 16)
+    fields: dict[str, int | bytes] = {
+        "setup_sects": 2, "syssize": len(code) // 16, "boot_flag": 0xAA55,
+        "jump": 0x6AEB, "header": b"HdrS", "version": 0x20F,
+        "loadflags": 1, "code32_start": 0x100000,
+        "initrd_addr_max": 0x7FFF_FFFF, "kernel_alignment": 0x200000,
+        "relocatable_kernel": 1, "min_alignment": 21, "xloadflags": 3,
+        "cmdline_size": 2047, "payload_offset": payload_offset,
+        "payload_length": len(payload), "pref_address": 0x100_0000, "init_size": 0x20_0000,
+    }  # fmt: skip
+    fields |= header
+    setup = bytearray(3 * 512)
+    for name, value in fields.items():
+        offset, kind = SETUP_HEADER[name]
+        struct.pack_into(f"<{kind}", setup, offset, value)
+    return bytes(setup) + code

@@ -35,8 +35,10 @@ START_INFO = 0x6000
 """PVH start_info, its module list and memory map follow; the ROM leaves all this alone."""
 MULTIBOOT_INFO = 0x6000
 """Multiboot information (only one protocol is in use at a time)."""
+ZERO_PAGE = 0x6000
+"""Linux's boot_params, one page, where the other protocols have theirs."""
 BOOT_INFO_END = 0x7000
-"""The structures of either protocol end here at the latest."""
+"""The structures of any protocol end here at the latest."""
 TABLES_START = 0x9_8000
 """Usable conventional memory ends here (608 KiB): ACPI tables and the MP table up to the EBDA."""
 EBDA_START = 0x9_FC00
@@ -51,6 +53,9 @@ CMDLINE = 0x2_0000
 """The kernel command line, NUL-terminated."""
 CMDLINE_SIZE = 0x1000
 """Room for it, NUL included; Linux itself keeps 2048 bytes."""
+PAGE_TABLES = 0x2_1000
+"""A PML4, a PDPT and four page directories for kernels that are entered in long mode."""
+PAGE_TABLES_END = 0x2_7000
 
 # --- ROM (SDM volume 3, 10.1.4: the first instruction is fetched at 0xfffffff0) ------------------
 

@@ -1,6 +1,9 @@
 """The guests of this checkout, and small ones made on the spot."""
 
+import struct
 from pathlib import Path
+
+from pyvmm.testing import images
 
 BUILD = Path(__file__).parents[2] / "guests" / "build"
 REAL = ("real-ticker", "real-halt", "real-pio", "real-rtc")
@@ -18,6 +21,26 @@ def flat(folder, code):
     path = Path(folder) / "flat.bin"
     path.write_bytes(code)
     return path
+
+
+def bzimage(folder, method, **header):
+    """The checker of Linux's boot protocol as a bzImage, packed with a method."""
+    elf = image("linux64.elf").read_bytes()
+    # p_offset and p_filesz of its one segment: the code that runs unpacked runs packed too.
+    (offset,), (size,) = (struct.unpack_from("<Q", elf, 64 + field) for field in (8, 32))
+    code = elf[offset : offset + size]
+    path = Path(folder) / f"bzImage-{method}"
+    path.write_bytes(images.bzimage(images.pack(elf, method), code, **header))
+    return path
+
+
+def expect_verdict(machine, entered_as):
+    """Wait for the checker's verdict, which must be good; what was printed on the way."""
+    start = machine.seen
+    verdict = machine.expect(r"linux64 (PASS as \w+|FAIL .*)\r\n")
+    text = machine.serial[start : machine.seen].decode()
+    assert verdict[1] == f"PASS as {entered_as}".encode(), text
+    return text
 
 
 def rom(folder, code, size=0x10000):

@@ -45,6 +45,10 @@ def refuse(*options, text="", exit_code=2, **arguments):
         (["-smp", "two"], "-smp"),
         (["-machine", "pc"], "-machine: 'pc' is no machine"),
         (["-machine", "frob=on"], "-machine"),
+        (
+            ["-machine", "kernel-unpack=nobody"],
+            "-machine: kernel-unpack='nobody': give host or guest",
+        ),
         (["-machine", "memory-backend=x"], "-machine: memory-backend='x': there is no such"),
         (["-accel", "tcg"], "-accel: 'tcg' is no accelerator"),
         (["-cpu", "486"], "-cpu: '486' is no CPU"),

@@ -99,6 +99,7 @@ def test_rank_rule_finds_what_it_should():
 SLOW = {
     "argparse",
     "asyncio",
+    "bz2",
     "collections",
     "construct",
     "contextlib",
@@ -106,9 +107,12 @@ SLOW = {
     "dataclasses",
     "enum",
     "functools",
+    "hashlib",
     "inspect",
     "json",
     "logging",
+    "lz4",
+    "lzma",
     "pathlib",
     "prompt_toolkit",
     "re",
@@ -121,6 +125,8 @@ SLOW = {
     "threading",
     "traceback",
     "typing",
+    "zlib",
+    "zstandard",
 }
 #: Not on the path of ``pyvmm run``: the build, the interactive console, the tests' helpers.
 OFF_PATH = (
@@ -165,6 +171,13 @@ def slow_imports(names, path=sys.path):
 def test_run_path_imports_nothing_slow():
     names = [name for name in modules() if not name.startswith(OFF_PATH)]
     assert slow_imports(names, [str(ROOT), *sys.path]) == ["none"]
+
+
+def test_update_does_not_import_the_kernel_loaders():
+    names = {"pyvmm.boot.loader", "pyvmm.boot.linux", "pyvmm.boot.elf"}
+    code = f"import sys, pyvmm.machine.builder; sys.exit({names!r} & set(sys.modules) or 0)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_slow_imports_are_found(tmp_path):

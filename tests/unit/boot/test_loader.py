@@ -6,8 +6,9 @@ from construct import Const, Int32ul, Int64ul, Padding, Struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.boot import loader
-from pyvmm.boot.loader import FLAT, MULTIBOOT, NONE, PVH, KernelConfig, load
+from pyvmm.boot.config import KernelConfig
+from pyvmm.boot.loader import FLAT, LINUX64, MULTIBOOT, NONE, PVH, load
+from pyvmm.boot.place import OWN
 from pyvmm.errors import ConfigError
 from pyvmm.testing.images import elf, guest_memory, multiboot_header, pvh_note
 from pyvmm.x86 import layout
@@ -16,8 +17,8 @@ M = 1 << 20
 CODE = bytes(range(1, 200))
 
 RECORD = Struct(
-    "magic" / Const(b"PVMB"), "kind" / Int32ul, "entry" / Int32ul, "ebx" / Int32ul,
-    "eax" / Int32ul, Padding(12),
+    "magic" / Const(b"PVMB"), "kind" / Int32ul, "entry" / Int32ul, "info" / Int32ul,
+    "eax" / Int32ul, "cr3" / Int32ul, Padding(8),
 )  # fmt: skip
 # Xen's start_info.h once more, independently of the module.
 START_INFO = Struct(
@@ -66,7 +67,7 @@ def test_pvh(memory, kernel, wide):
     bss = memory.read(M + len(CODE), M - len(CODE))
     assert bss == bytes(len(bss))
     assert memory.read_u8(2 * M) == 0xEE
-    info = START_INFO.parse(memory.read(found.ebx, START_INFO.sizeof()))
+    info = START_INFO.parse(memory.read(found.info, START_INFO.sizeof()))
     assert (info.version, info.flags, info.nr_modules, info.rsdp_paddr) == (1, 0, 1, 0)
     assert memory.read(info.cmdline_paddr, 21) == b"console=ttyS0 ticker\0"
     module = MODULE.parse(memory.read(info.modlist_paddr, MODULE.sizeof()))
@@ -82,12 +83,12 @@ def test_pvh(memory, kernel, wide):
         (0xFEC00000, 0x1400000, 2),
     ]
     left = record(memory)
-    assert (left.kind, left.entry, left.ebx, left.eax) == (1, M + 3, found.ebx, 0)
+    assert (left.kind, left.entry, left.info, left.eax) == (1, M + 3, found.info, 0)
 
 
 def test_pvh_without_initrd(memory, kernel):
     found = load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)))), rsdp=0x9FC20)
-    info = START_INFO.parse(memory.read(found.ebx, START_INFO.sizeof()))
+    info = START_INFO.parse(memory.read(found.info, START_INFO.sizeof()))
     assert (info.nr_modules, info.modlist_paddr) == (0, 0)
     assert info.rsdp_paddr == 0x9FC20
     assert memory.read(info.cmdline_paddr, 1) == b"\0"
@@ -97,7 +98,7 @@ def test_memory_map_above_4g(kernel):
     size = 5 << 30
     memory = guest_memory(size)
     found = load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)))))
-    info = START_INFO.parse(memory.read(found.ebx, START_INFO.sizeof()))
+    info = START_INFO.parse(memory.read(found.info, START_INFO.sizeof()))
     entries = MEMMAP[info.memmap_entries].parse(memory.read(info.memmap_paddr, 24 * 6))
     assert [(entry.addr, entry.size, entry.type) for entry in entries[3:]] == [
         (M, (3 << 30) - M, 1),
@@ -106,16 +107,22 @@ def test_memory_map_above_4g(kernel):
     ]
 
 
+def test_root_pointer_of_acpi(memory, kernel):
+    found = load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)))), rsdp=0xE0000)
+    info = START_INFO.parse(memory.read(found.info, START_INFO.sizeof()))
+    assert info.rsdp_paddr == 0xE0000
+
+
 def test_multiboot_elf(memory, kernel):
     image = elf(multiboot_header(3) + CODE, wide=False, vaddr=0xC000_0000, entry=0xC000_0010)
     found = load(memory, KernelConfig(kernel(image), kernel(b"module", "initrd"), "a=b c"))
     assert (found.kind, found.entry, found.eax) == (MULTIBOOT, M + 0x10, 0x2BADB002)
     assert memory.read(M + 12, len(CODE)) == CODE
-    assert memory.read(memory.read_u32(found.ebx + 16), 13) == b"kernel a=b c\0"
-    modules = memory.read_u32(found.ebx + 24)
+    assert memory.read(memory.read_u32(found.info + 16), 13) == b"kernel a=b c\0"
+    modules = memory.read_u32(found.info + 24)
     assert memory.read(memory.read_u32(modules), 6) == b"module"
     left = record(memory)
-    assert (left.kind, left.entry, left.ebx, left.eax) == (2, M + 0x10, found.ebx, 0x2BADB002)
+    assert (left.kind, left.entry, left.info, left.eax) == (2, M + 0x10, found.info, 0x2BADB002)
 
 
 def test_multiboot_by_addresses(memory, kernel):
@@ -140,8 +147,8 @@ def test_kernel_of_both_kinds(memory, kernel, wide, kind):
 
 
 def test_elf_of_neither_kind(memory, kernel):
-    with pytest.raises(ConfigError, match="neither a PVH note nor a multiboot header"):
-        load(memory, KernelConfig(kernel(elf())))
+    with pytest.raises(ConfigError, match="32-bit ELF with neither a PVH note nor a multiboot"):
+        load(memory, KernelConfig(kernel(elf(wide=False))))
 
 
 @pytest.mark.parametrize("data", [b"\x7f", b"\x7fEL", b"\x7fELF"])
@@ -153,7 +160,7 @@ def test_truncated_elf_is_not_flat(memory, kernel, data):
 @pytest.mark.parametrize("data", [b"\xf4", CODE, b"\x55" * (0x98000 - 0x7C00)])
 def test_flat(memory, kernel, data):
     found = load(memory, KernelConfig(kernel(data)))
-    assert (found.kind, found.entry, found.eax, found.ebx) == (FLAT, 0x7C00, 0, 0)
+    assert (found.kind, found.entry, found.eax, found.info) == (FLAT, 0x7C00, 0, 0)
     assert found.is_real_mode
     assert memory.read(0x7C00, len(data)) == data
     assert memory.read(0x7C00 + len(data), 4) == bytes(4)
@@ -163,12 +170,6 @@ def test_flat(memory, kernel, data):
 def test_flat_too_large(memory, kernel):
     with pytest.raises(ConfigError, match=r"too large for a flat image \(577K\)"):
         load(memory, KernelConfig(kernel(bytes(0x98000 - 0x7C00 + 1))))
-
-
-def test_bzimage_is_refused(memory, kernel):
-    with pytest.raises(ConfigError, match="bzImage cannot be booted; give the vmlinux"):
-        load(memory, KernelConfig(kernel(bytes(0x202) + b"HdrS" + bytes(0x4000))))
-    load(memory, KernelConfig(kernel(bytes(0x202) + b"Hdr")))
 
 
 def test_flat_takes_no_initrd_and_no_command_line(memory, kernel):
@@ -206,10 +207,14 @@ def test_loading_again_restores_the_image(memory, kernel):
         ((1, 0, 0, 0x0, 1, 0xA0000), "covers the boot structures at 0x500"),
         ((1, 0, 0, 0x6FFF, 1, 1), "covers the boot structures at 0x6000"),
         ((1, 0, 0, 0x20FFF, 1, 1), "covers the boot structures at 0x20000"),
-        ((1, 0, 0, 0x9FFFF, 1, 2), "are not all RAM; give more with -m"),
+        ((1, 0, 0, 0x9FFFF, 1, 2), "are not all RAM; link the kernel elsewhere"),
         ((1, 0, 0, 0xF0000, 1, 2), "are not all RAM"),
-        ((1, 0, 0, 16 * M - 1, 1, 2), "are not all RAM"),
-        ((1, 0, 0, 2 * M, 1, 1 << 40), "1T to be loaded at 0x200000 are not all RAM"),
+        ((1, 0, 0, 16 * M - 1, 1, 2), "are not all RAM; give at least -m 17M"),
+        ((1, 0, 0, 16 * M, 1, M), "are not all RAM; give at least -m 17M"),
+        (
+            (1, 0, 0, 2 * M, 1, 1 << 40),
+            "0x10000000000 bytes to be loaded at 0x200000 are not all RAM",
+        ),
         ((1, 0, 0, (1 << 64) - 1, 1, 2), "are not all RAM"),
         ((1, 0, 0, (1 << 64) - 4096, 1, (1 << 64) - 1), "are not all RAM"),
     ],
@@ -292,18 +297,25 @@ def test_unreadable_file(memory, kernel, monkeypatch):
         raise OSError(5, "Input/output error")
 
     path = kernel(elf(notes=pvh_note(M)))
-    monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(ConfigError, match="Input/output error"):
-        load(memory, KernelConfig(path))
+    for call in ("preadv", "pread"):
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(ConfigError, match="Input/output error"):
+            load(memory, KernelConfig(path))
 
 
 def test_file_that_shrinks_or_trickles(memory, kernel, monkeypatch):
     path = kernel(elf(CODE, notes=pvh_note(M)))
-    pread = os.pread
+    pread, preadv = os.pread, os.preadv
     monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 7), at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:7]], at))
     load(memory, KernelConfig(path))
     assert memory.read(M, len(CODE)) == CODE
-    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 7), at)[: 300 - at])
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, views, at: preadv(fd, [views[0][: max(250 - at, 0)]], at)
+    )
+    with pytest.raises(ConfigError, match="shrank while it was read"):
+        load(memory, KernelConfig(path))
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 7), at)[: 60 - at])
     with pytest.raises(ConfigError, match="shrank while it was read"):
         load(memory, KernelConfig(path))
 
@@ -311,7 +323,7 @@ def test_file_that_shrinks_or_trickles(memory, kernel, monkeypatch):
 def test_no_descriptor_is_left(memory, kernel):
     before = os.listdir("/proc/self/fd")
     load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)), "k"), kernel(CODE, "initrd")))
-    for data in (b"\x7fELF", elf(), elf(notes=pvh_note(0))):
+    for data in (b"\x7fELF", elf(wide=False), elf(notes=pvh_note(0))):
         with pytest.raises(ConfigError):
             load(memory, KernelConfig(kernel(data)))
     assert os.listdir("/proc/self/fd") == before
@@ -339,7 +351,7 @@ def test_mutated_images(data, edits, size):
     try:
         os.write(fd, data[:size])
         found = load(MEMORY, KernelConfig(f"/proc/self/fd/{fd}"))
-        assert found.kind in (PVH, MULTIBOOT, FLAT)
+        assert found.kind in (PVH, MULTIBOOT, FLAT, LINUX64)
         assert MEMORY.contains(found.entry, 1)
     except ConfigError as error:
         message = str(error)
@@ -349,7 +361,7 @@ def test_mutated_images(data, edits, size):
 
 
 def test_own_structures_lie_apart_and_in_conventional_memory():
-    spans = sorted(loader._OWN)
+    spans = sorted(OWN)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert spans[-1] == (layout.TABLES_START, layout.VGA_START)
     assert spans[1][1] <= layout.FLAT_START - 0x400  # the ROM's stack

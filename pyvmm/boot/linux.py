@@ -1,0 +1,96 @@
+"""Linux kernels that are entered in long mode: a bzImage, or a vmlinux without a PVH note.
+
+A bzImage is unpacked by the host and the ELF within is entered directly, at the address that it
+is linked for (what its own decompressor does last), or it is loaded as it is and unpacks itself.
+The latter also if its payload is of a format that is not known here. Without its decompressor a
+kernel does not move: there is no KASLR. Main thread, fresh boots and resets only.
+"""
+
+from __future__ import annotations
+
+from pyvmm.boot import cache, unpack
+from pyvmm.boot.bzimage import ENTRY_64, BzImage
+from pyvmm.boot.elf import MAGIC, Elf
+from pyvmm.boot.image import ImageData
+from pyvmm.boot.place import check_place, load_segments
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boot.image import Image
+    from pyvmm.memory.guest import GuestMemory
+
+CMDLINE_SIZE = 2047
+"""What a kernel without a setup header takes: x86's COMMAND_LINE_SIZE without the NUL."""
+INITRD_ADDR_MAX = 0x7FFF_FFFF
+"""What every 64-bit kernel's setup header says of the initial RAM disk."""
+
+
+class LinuxKernel:
+    """A kernel in guest memory, from ``start`` up to ``end``, to be entered at ``entry``.
+
+    ``header`` is its setup header, empty if it has none; the other two are limits as there.
+    """
+
+    __slots__ = ("cmdline_size", "end", "entry", "header", "initrd_addr_max", "start")
+
+    def __init__(self, entry: int, start: int, end: int, header: BzImage | None = None) -> None:
+        self.entry = entry
+        self.start = start
+        self.end = end
+        self.header = header.header if header else b""
+        self.cmdline_size = header.cmdline_size if header else CMDLINE_SIZE
+        self.initrd_addr_max = header.initrd_addr_max if header else INITRD_ADDR_MAX
+
+
+def load_vmlinux(
+    memory: GuestMemory, image: Image, executable: Elf, header: BzImage | None = None
+) -> LinuxKernel:
+    """Load the 64-bit ELF file *image*.
+
+    :param header: of the bzImage that it was unpacked from
+    :raises ConfigError: it cannot lie where it is linked for
+    """
+    if not executable.is_64:
+        raise image.error("32-bit ELF within a 64-bit bzImage; it is damaged")
+    entry = executable.physical(executable.entry)
+    end = load_segments(memory, image, executable, entry)
+    return LinuxKernel(entry, executable.loads[0].paddr, end, header)
+
+
+def load_bzimage(memory: GuestMemory, image: Image, by_host: bool) -> LinuxKernel:
+    """Load the bzImage *image*, unpacked if *by_host* says so and its format is known.
+
+    :raises ConfigError: it is malformed, or there is no RAM where it is meant to run
+    """
+    header = BzImage(image)
+    unpacked = _unpacked(image, header) if by_host else None
+    if unpacked:
+        with unpacked:
+            return load_vmlinux(memory, unpacked, Elf(unpacked), header)
+    start, end = header.load_at, header.load_at + header.init_size
+    if end > layout.BELOW_4G_END:
+        raise image.error(f"it is meant to run at {start:#x}, beyond 3G; build it for less")
+    check_place(memory, image, start, header.init_size)
+    image.copy(*header.code, memory, start)
+    return LinuxKernel(start + ENTRY_64, start, end, header)
+
+
+def _unpacked(image: Image, header: BzImage) -> Image | None:
+    offset, size = header.payload
+    head = image.read(offset, min(size, 16))
+    packed = unpack.is_known(head)
+    if size > unpack.UNPACKED_MAX or not (packed or head.startswith(MAGIC)):
+        return None
+    payload = image.read(offset, size)
+    if not packed:
+        return ImageData(image, payload)
+    name = cache.key(payload)
+    kept = cache.get(name)
+    if kept:
+        # Errors are about the file that the operator named.
+        kept.path, kept.option = image.path, image.option
+        return kept
+    data = unpack.unpack(image, payload)
+    cache.put(name, data)
+    return ImageData(image, data)

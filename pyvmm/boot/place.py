@@ -1,0 +1,119 @@
+"""Puts the parts of a kernel into guest RAM, clear of each other and of what the loader writes.
+
+Main thread, while no vCPU runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pyvmm._util.keyval import check_text
+from pyvmm._util.sizes import format_size
+from pyvmm.boot.image import ImageFile
+from pyvmm.errors import ConfigError
+from pyvmm.x86 import layout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boot.elf import Elf
+    from pyvmm.boot.image import Image
+    from pyvmm.memory.guest import GuestMemory
+
+OWN = (
+    (layout.BOOT_RECORD, layout.BOOT_RECORD + layout.BOOT_RECORD_SIZE),
+    (layout.START_INFO, layout.BOOT_INFO_END),
+    (layout.CMDLINE, layout.CMDLINE + layout.CMDLINE_SIZE),
+    (layout.PAGE_TABLES, layout.PAGE_TABLES_END),
+    (layout.TABLES_START, layout.VGA_START),
+)
+"""What the loader writes, and the firmware's tables, as ``(start, end)``; no part of a kernel
+may lie there."""
+
+
+def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int) -> int:
+    """Load all segments of *executable*, which *image* is; return the first address beyond them.
+
+    :raises ConfigError: *entry*, where the kernel starts, is in none of them, or one of them
+        cannot lie where it is meant to
+    """
+    inside = any(each.paddr <= entry < each.paddr + each.mem_size for each in executable.loads)
+    if not inside or entry >= layout.BELOW_4G_END:
+        raise image.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
+    # The highest first: it tells how much RAM is needed.
+    for segment in reversed(executable.loads):
+        check_place(memory, image, segment.paddr, segment.mem_size)
+    for segment in executable.loads:
+        image.copy(segment.offset, segment.file_size, memory, segment.paddr)
+        bss = segment.mem_size - segment.file_size
+        memory.fill(segment.paddr + segment.file_size, bss)
+    last = executable.loads[-1]
+    return last.paddr + last.mem_size
+
+
+def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
+    """Check that a part of *image* can lie at *gpa*.
+
+    :raises ConfigError: not all of that is RAM, or it is not free
+    """
+    if not memory.contains(gpa, size):
+        end = gpa + size
+        mend = "link the kernel elsewhere"
+        if gpa >= layout.HIGH_START and end <= layout.BELOW_4G_END:
+            mend = f"give at least -m {-(-end >> 20)}M"
+        raise image.error(f"{size:#x} bytes to be loaded at {gpa:#x} are not all RAM; {mend}")
+    for start, end in OWN:
+        if gpa < end and start < gpa + size:
+            raise image.error(
+                f"what is to be loaded at {gpa:#x} covers the boot structures at {start:#x};"
+                " link the kernel at 1M or above"
+            )
+
+
+def load_initrd(
+    memory: GuestMemory, path: str, kernel_end: int, last: int = layout.BELOW_4G_END - 1
+) -> tuple[int, int] | None:
+    """Load the initrd at the top of RAM below 4 GiB; return where, and its size.
+
+    :param path: its file; empty means none
+    :param last: highest address that it may occupy
+    :raises ConfigError: the file cannot be read or does not fit
+    """
+    if not path:
+        return None
+    ram_end = max(
+        region.end for region in memory.regions
+        if not region.readonly and region.end <= layout.BELOW_4G_END
+    )  # fmt: skip
+    with ImageFile(path, "-initrd") as image:
+        start = (min(ram_end, last + 1) - image.size) & -layout.PAGE
+        if start < max(kernel_end, layout.HIGH_START):
+            limit = f" and below {last + 1:#x}" if last + 1 < ram_end else ""
+            raise image.error(
+                f"{format_size(image.size)} do not fit into RAM above the kernel{limit};"
+                f" {'give a smaller one' if limit else 'give more with -m'}"
+            )
+        image.copy(0, image.size, memory, start)
+        return start, image.size
+
+
+def write_cmdline(
+    memory: GuestMemory,
+    text: str,
+    first: bytes = b"",
+    limit: int = layout.CMDLINE_SIZE - 1,
+) -> int:
+    """Write the kernel command line; return its address.
+
+    :param first: what is put before it
+    :param limit: longest that the kernel takes, without the NUL
+    :raises ConfigError: it is too long, or no command line
+    """
+    check_text(text, "-append")
+    data = os.fsencode(text)
+    limit = min(limit, layout.CMDLINE_SIZE - 1) - len(first)
+    if len(data) > limit:
+        raise ConfigError(f"-append: {len(data)} bytes are too long; give at most {limit}")
+    if any(byte < 0x20 and byte != 0x09 for byte in data):
+        raise ConfigError("-append: it has a control character; write it on one line")
+    memory.write(layout.CMDLINE, first + data + b"\0")
+    return layout.CMDLINE

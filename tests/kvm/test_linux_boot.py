@@ -1,0 +1,81 @@
+"""What Linux's 64-bit boot protocol promises, as a guest that is entered by it sees it.
+
+``guests/linux64`` checks registers, segments and boot parameters itself and ends with a verdict.
+"""
+
+import re
+
+import pytest
+from harness import guests
+
+M = 1 << 20
+INITRD = bytes(range(256)) * 33
+METHODS = ("gzip", "bzip2", "lzma", "xz", "lz4", "zstd", "none")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The folder of unpacked kernels; not made yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "pyvmm"
+
+
+def hash31(data):
+    value = 0
+    for byte in data:
+        value = (value * 31 + byte) & 0xFFFF_FFFF
+    return value
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bzimage_unpacked_by_the_host(vm, tmp_path, method, cache):
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(INITRD)
+    machine = vm(
+        "-kernel", guests.bzimage(tmp_path, method), "-initrd", initrd, append="console=ttyS0 a=b"
+    )
+    text = guests.expect_verdict(machine, "ELF")
+    assert "cmdline console=ttyS0 a=b\r\n" in text
+    assert f"initrd {64 * M - 0x3000:#x} {len(INITRD):#x} {hash31(INITRD):#x}\r\n" in text
+    ranges = re.findall(r"e820 (\S+) (\S+) 0x1\r\n", text)
+    assert [start for start, _ in ranges] == ["0x0", "0x100000"]
+    assert ranges[1][1] == hex(63 * M)
+    # And once more, from the cache and into used memory.
+    machine.hmp("system_reset")
+    assert guests.expect_verdict(machine, "ELF") == text
+    assert len(list(cache.iterdir()) if cache.exists() else []) == (method != "none")
+
+
+def test_bzimage_unpacks_itself(vm, tmp_path):
+    image = guests.bzimage(tmp_path, "xz", code32_start=0, setup_data=M, type_of_loader=0)
+    machine = vm("-kernel", image, "-machine", "kernel-unpack=guest", append="x" * 2047)
+    assert "cmdline " + "x" * 2047 + "\r\n" in guests.expect_verdict(machine, "bzImage")
+
+
+def test_vmlinux(vm, tmp_path):
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"x")
+    machine = vm("-kernel", guests.image("linux64.elf"), "-initrd", initrd, append="y", smp=2)
+    text = guests.expect_verdict(machine, "ELF")
+    assert "cmdline y\r\n" in text
+    assert f"initrd {64 * M - 0x1000:#x} 0x1 0x78\r\n" in text
+
+
+def test_memory_above_4g(vm, tmp_path):
+    machine = vm("-kernel", guests.bzimage(tmp_path, "lz4"), memory="6G")
+    assert "e820 0x100000000 0xc0000000 0x1\r\n" in guests.expect_verdict(machine, "ELF")
+
+
+def test_reset_loads_the_file_that_is_there_now(vm, tmp_path):
+    """The kernel that is gone leaves the guest paused; a good one lets it start again."""
+    image = guests.bzimage(tmp_path, "gzip")
+    machine = vm("-kernel", image, append="first")
+    guests.expect_verdict(machine, "ELF")
+    data = image.read_bytes()
+    image.write_bytes(data[:-16])
+    assert "truncated" in machine.hmp("system_reset")
+    assert machine.status.startswith("paused")
+    image.write_bytes(data)
+    machine.hmp("system_reset")
+    machine.hmp("cont")
+    guests.expect_verdict(machine, "ELF")
