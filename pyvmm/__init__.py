@@ -42,7 +42,8 @@ imports enum, re, typing, dataclasses, threading and the like: their import time
 of every update's pause.
 
 To read on: ``machine/builder.py``, ``machine/cpu.py``, ``devices/serial.py``,
-``migration/manager.py``. To write a device, copy ``devices/pvpanic.py``.
+``migration/manager.py``. To write a device, copy ``devices/pvpanic.py``; a virtio device,
+``devices/virtio/rng.py`` and its line in ``machine/virtio.py``.
 """
 
 __version__ = "0.1.0"

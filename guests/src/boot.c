@@ -70,9 +70,10 @@ void boot_init(u32 kind, u64 info)
     }
 }
 
-/* Maps RAM above 4 GiB, and forgets what lies beyond MAX_GIB: 1 GiB pages, or 2 MiB pages. */
+/* Maps RAM above 4 GiB, and forgets what lies beyond MAX_GIB: 1 GiB pages, or 2 MiB pages, whose
+ * tables are in conventional memory: the image is full. */
 #define MAX_GIB 64ul
-static u64 high_tables[MAX_GIB - 4][512] __attribute__((aligned(4096)));
+#define HIGH_TABLES 0x40000ul
 
 void map_init(void)
 {
@@ -88,7 +89,7 @@ void map_init(void)
     }
     cpuid(0x80000001, 0, r);
     for (u64 gib = 4; gib << 30 < end; gib++) {
-        u64 *table = high_tables[gib - 4];
+        u64 *table = (u64 *)(HIGH_TABLES + (gib - 4) * 4096);
         pdpt[gib] = r[3] & 1 << 26 ? gib << 30 | 0x87 : (u64)table | 7;
         for (u64 i = 0; !(r[3] & 1 << 26) && i < 512; i++)
             table[i] = gib << 30 | i << 21 | 0x87;

@@ -3,7 +3,7 @@
 #include "kernel.h"
 
 struct percpu percpu[MAX_CPUS];
-volatile u64 pit_ticks;
+volatile u64 pit_ticks, virtio_events[8];
 static u16 irq_mask = 0xffff;
 static bool use_ioapic;
 
@@ -76,6 +76,8 @@ void trap(struct frame *f)
     if (f->vector >= VEC_TIMER) {
         if (f->vector == VEC_PING)
             me->pings++;
+        if (f->vector >= VEC_VIRTIO)
+            virtio_events[f->vector - VEC_VIRTIO]++;  /* the driver asks the device, in ring 3 */
         if (f->vector == VEC_TIMER) {
             me->ticks++;
             if (me->deadline)
@@ -108,7 +110,7 @@ void trap(struct frame *f)
 void idt_init(void)
 {
     for (u32 v = 0; v <= VEC_SPURIOUS; v++) {
-        u64 entry = v <= VEC_PING ? (u64)trap_stubs + v * 16 : (u64)spurious_stub;
+        u64 entry = v <= VEC_LAST ? (u64)trap_stubs + v * 16 : (u64)spurious_stub;
         if (v == 6)
             entry = (u64)invalid_opcode;
         idt[v * 2] = (entry & 0xffff) | 0x08 << 16 | 0x8e00ul << 32 | (entry & 0xffff0000) << 32;
@@ -149,6 +151,8 @@ void irq_enable(u32 irq)
     outb(0x21, (u8)irq_mask);
     outb(0xa1, (u8)(irq_mask >> 8));
 }
+
+void virtio_irq_enable(u32 slot) { ioapic_route(16 + slot, VEC_VIRTIO + slot); }
 
 void irq_disable(u32 irq)
 {

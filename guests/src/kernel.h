@@ -15,6 +15,8 @@
 #define VEC_TIMER 48             /* LAPIC timer */
 #define VEC_IPI 49               /* wakes a halted CPU for a job */
 #define VEC_PING 50
+#define VEC_VIRTIO 51            /* IOAPIC pins 16..23, edge triggered */
+#define VEC_LAST 58              /* the last with a stub of its own */
 #define VEC_SPURIOUS 0xff
 
 #ifndef __ASSEMBLER__
@@ -53,7 +55,7 @@ struct percpu {
     u64 apic_id;
 } __attribute__((aligned(64)));
 extern struct percpu percpu[MAX_CPUS];
-extern volatile u64 pit_ticks;
+extern volatile u64 pit_ticks, virtio_events[8];  /* the latter by IOAPIC pin - 16 */
 /* By the stack in use: kernel_stacks follow user_stacks, so one formula serves both rings. */
 static inline u32 this_cpu(void)
 {
@@ -68,6 +70,7 @@ void wrmsr(u32 msr, u64 value);
 u64 rdtsc0(void);                                 /* TSC as ring 0 sees it */
 void cpuid(u32 leaf, u32 sub, u32 out[4]);
 void irq_enable(u32 irq), irq_disable(u32 irq);
+void virtio_irq_enable(u32 slot);                 /* to CPU 0 */
 void lapic_init(void);
 void lapic_timer(u32 mode_vector, u32 count);
 void send_ipi(u32 cpu, u32 vector);
@@ -121,6 +124,7 @@ extern const char *program_name;
 
 void shell(void), counter(void), ticker(void), halt(void), memhash(void), timers(void);
 void pingpong(void), torture(void), piospin(void);
+void virtio_rng(void), virtio_console(void), virtio_attack(void);
 u64 fnv1a(const void *start, u64 len);
 
 /* lib.c */

@@ -23,6 +23,8 @@ static const struct program programs[] = {
     {"shell", shell},     {"counter", counter}, {"ticker", ticker},   {"halt", halt},
     {"memhash", memhash}, {"timers", timers},   {"pingpong", pingpong}, {"piospin", piospin},
     {"torture", torture}, {"selftest", selftest}, {"exit", exit_program},
+    {"virtio-rng", virtio_rng}, {"virtio-console", virtio_console},
+    {"virtio-attack", virtio_attack},
 };
 
 /* At the port that most test guests configure, and at QEMU's default. */

@@ -151,11 +151,11 @@ invalid_opcode:
 spurious_stub:
     iretq
 
-/* One 16-byte stub a vector, 0 to VEC_PING; the processor pushes an error code on some of them. */
+/* One 16-byte stub a vector, 0 to VEC_LAST; the processor pushes an error code on some of them. */
     .balign 16
 trap_stubs:
     .set n, 0
-    .rept VEC_PING + 1
+    .rept VEC_LAST + 1
     .balign 16
     .if !(n == 8 || (n >= 10 && n <= 14) || n == 17 || n == 21 || n == 29 || n == 30)
     pushq $0

@@ -23,7 +23,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["ffi", "ioctl", "ioctl_value", "lib"]
+__all__ = ["ffi", "ioctl", "ioctl_value", "lib", "memory_barrier"]
+
+#: No load behind it is done before all stores in front of it are seen.
+memory_barrier = lib.pyvmm_barrier
 
 
 def ioctl(fd: int, name: str, argument: Any, detail: str = "") -> int:

@@ -127,6 +127,12 @@ static int pyvmm_name_thread(const char *name)
 	return prctl(PR_SET_NAME, name) < 0 ? -errno : 0;
 }
 
+/* Orders an earlier store before a later load, which x86 alone does not. */
+static void pyvmm_barrier(void)
+{
+	__sync_synchronize();
+}
+
 static uint64_t pyvmm_rdtsc(void)
 {
 	return __rdtsc();

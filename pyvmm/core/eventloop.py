@@ -137,8 +137,10 @@ class EventLoop:
         if self._timers:
             until = max(self._timers[0].due - time.monotonic(), 0)
             timeout_s = until if timeout_s is None else min(until, timeout_s)
+        if not timeout_s:
+            return None if timeout_s is None else 0
         # Rounded up: waking early would spin until the timer is due.
-        return None if timeout_s is None else min(int(timeout_s * 1000) + 1, LONGEST_WAIT_MS)
+        return min(int(timeout_s * 1000) + 1, LONGEST_WAIT_MS)
 
     def _handle_wake(self, _revents: int) -> None:
         os.eventfd_read(self._wake_fd)

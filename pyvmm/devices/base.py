@@ -27,6 +27,9 @@ class Device(BusDevice):
     #: Section name in the stream and node name in ``info qtree``.
     name = "device"
 
+    #: What ``-device ...,id=`` called it.
+    id = ""
+
     def __init__(self) -> None:
         self.lock = Lock()
 
@@ -45,6 +48,16 @@ class Device(BusDevice):
         """Take over a record that ``vmstate`` has read and checked."""
         for name, value in state.__dict__.items():
             setattr(self, name, value)
+
+    def drain(self) -> None:
+        """The vCPUs have stopped: finish what is under way, begin nothing, until
+        :meth:`start`. A state may be saved next, or the machine reset."""
+
+    def start(self) -> None:
+        """The vCPUs are about to run, at first or again after :meth:`drain`."""
+
+    def close(self) -> None:
+        """The VM ends: give descriptors and views of memory back."""
 
     def resume(self) -> None:
         """Go to work, once in each process: the state is complete, after power-on or a load."""

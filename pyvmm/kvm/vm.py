@@ -83,6 +83,25 @@ class Vm:
         request.level = level
         ioctl(self.fd, "KVM_IRQ_LINE", request)
 
+    def ioeventfd(self, gpa: int, fd: int, value: int) -> None:
+        """KVM_IOEVENTFD: signal an eventfd, instead of an exit, when the guest writes the 32-bit
+        ``value`` to ``gpa``."""
+        request = ffi.new("struct kvm_ioeventfd *")
+        request.addr = gpa
+        request.len = 4
+        request.fd = fd
+        request.datamatch = value
+        request.flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")
+
+    def irqfd(self, gsi: int, fd: int) -> None:
+        """KVM_IRQFD: a write to an eventfd is a pulse on an input of the IOAPIC, which the
+        guest must have set to edge. KVM delivers it a little later, from a thread of its own."""
+        request = ffi.new("struct kvm_irqfd *")
+        request.fd = fd
+        request.gsi = gsi
+        ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}")
+
     def get_irqchip(self, chip: str) -> Any:
         """KVM_GET_IRQCHIP: the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""
         state = ffi.new("struct pyvmm_irqchip *")

@@ -99,6 +99,10 @@ def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
     for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
         found[(chip.name, 0)] = chip
     found[(irqchip.I8259.name, 1)] = irqchip.I8259
+    if any(device.driver.startswith("virt") for device in config.devices):
+        from pyvmm.machine import virtio
+
+        found |= virtio.descriptions(config.devices)
     return found
 
 
@@ -153,7 +157,12 @@ def add_devices(machine: Machine) -> None:
     machine.power = acpi_pm.AcpiPm(_irq(machine, acpi_pm.SCI), machine.request_power_off)
     _add(machine, machine.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
     for device in config.devices:
-        add_device(machine, device)
+        if not device.driver.startswith("virt"):
+            add_device(machine, device)
+    if any(device.driver.startswith("virt") for device in config.devices):
+        from pyvmm.machine import virtio
+
+        virtio.add_devices(machine)
 
 
 def add_device(machine: Machine, config: DeviceConfig) -> None:

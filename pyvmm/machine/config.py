@@ -83,5 +83,19 @@ class MachineConfig:
             "-cpu": ",".join(["host", *("-+"[on] + name for name, on in self.cpu_changes.items())]),
             "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
             "-serial": str(len(self.serials)),
-            "-device": ",".join(sorted(device.driver for device in self.devices)),
+            # Of virtio devices the order decides where they are.
+            "-device": ",".join(
+                sorted(
+                    [device.driver for device in self.devices],
+                    key=lambda driver: "~" if driver.startswith("virt") else driver,
+                )
+            ),
+            **self._ports(),
         }
+
+    def _ports(self) -> dict[str, str]:
+        if not any(device.driver == "virtio-serial-device" for device in self.devices):
+            return {}
+        from pyvmm.machine import virtio
+
+        return {"-device virtio-serial-device": virtio.shape(self.devices)}

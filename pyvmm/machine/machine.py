@@ -167,15 +167,19 @@ class Machine(CpuEvents):
         self.emit("RESUME", None)
 
     def pause_cpus(self) -> None:
-        """Get all vCPUs out of the guest, with no access half done."""
+        """Get all vCPUs out of the guest, with no access half done, and the devices at rest."""
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
+        for device in self.devices:
+            device.drain()
 
     def resume_cpus(self) -> None:
-        """Let all vCPUs enter the guest."""
+        """Let all vCPUs enter the guest, and the devices work."""
+        for device in self.devices:
+            device.start()
         for cpu in self.cpus:
             cpu.resume()
 
@@ -250,6 +254,10 @@ class Machine(CpuEvents):
             self.report_panic(PANICKED)
         else:
             self.request_power_off()
+
+    def on_thread_error(self, error: str) -> None:
+        """An I/O thread has died."""
+        self._stop_for(lambda: self._internal_error(error))
 
     def on_cpu_error(self, index: int, error: str) -> None:
         self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
@@ -331,6 +339,8 @@ class Machine(CpuEvents):
         if all(cpu.wait_stopped() for cpu in self.cpus):
             for cpu in self.cpus:
                 cpu.close()
+        for device in self.devices:
+            device.close()
         self.chardevs.close()
         if hasattr(self, "platform"):
             self.platform.close()

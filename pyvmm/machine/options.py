@@ -228,7 +228,13 @@ class Options:
         keys = parse_keyval(value, option, implied_key="driver")
         driver = keys.pop("driver", "")
         if driver not in DEVICES:
-            known = ", ".join(DEVICES)
+            from pyvmm.machine import virtio
+
+            if driver in (*virtio.DRIVERS, *virtio.PORTS):
+                self.config.devices.append(virtio.parse(driver, keys, f"{option} {driver}"))
+                virtio.check_devices(self.config.devices)
+                return
+            known = ", ".join([*DEVICES, *virtio.DRIVERS, *virtio.PORTS])
             raise ConfigError(f"{option}: {shorten(driver)} is no device; give one of {known}")
         where = f"{option} {driver}"
         check_keys(keys, DEVICES[driver], where)
@@ -378,7 +384,10 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "qmp-pretty": ("DEV", "the same with indented output", Options._monitor),
     "mon": ("[chardev=]ID[,mode=readline|control]", "monitor on a -chardev", Options._mon),
     "debugcon": ("DEV", "debug console (port 0xe9) on DEV", Options._debugcon),
-    "device": ("isa-debug-exit|isa-debugcon|pvpanic[,KEY=VALUE...]", "add a device",
+    "device": ("isa-debug-exit|isa-debugcon|pvpanic|virtio-rng-device|virtio-serial-device"
+               "|virtconsole|virtserialport|...[,KEY=VALUE...]",
+               "add a device; ports sit on the virtio-serial-device in front of them:\n"
+               "virtconsole,chardev=ID; virtserialport,chardev=ID,name=NAME",
                Options._device),
     "name": ("NAME", "name of the guest, for lists and monitors", Options._name),
     "incoming": ("file:PATH[,offset=N]|defer", "load a state instead of booting",

@@ -152,8 +152,18 @@ class GuestMemory:
         part = whole[at : at + size]
         return part if writable else part.toreadonly()
 
+    def views(self, gpa: int, size: int, *, writable: bool = True) -> list[memoryview]:
+        """Return the memory itself, *size* bytes, in one part for each region.
+
+        :raises GuestMemoryError: some of it is not memory, or read-only
+        """
+        return [memoryview(view)[at : at + n] for view, at, n in self._pieces(gpa, size, writable)]
+
     def contains(self, gpa: int, size: int, *, writable: bool = True) -> bool:
         """Whether an access of *size* bytes would succeed."""
+        for start, end, _, _, readonly in self._spans:
+            if start <= gpa and gpa + size <= end and size >= 0:
+                return not (writable and readonly)
         try:
             self._pieces(gpa, size, writable)
         except GuestMemoryError:
@@ -212,6 +222,10 @@ class GuestMemory:
 
     def _pieces(self, gpa: int, size: int, writing: bool) -> list[tuple[mmap, int, int]]:
         """Return ``(mapping, offset, length)`` of the parts of an access, in order."""
+        for start, limit, view, delta, readonly in self._spans:
+            # Nearly all accesses lie within one region.
+            if start <= gpa and gpa + size <= limit and size > 0 and not (writing and readonly):
+                return [(view, gpa + delta, size)]
         if gpa < 0 or size < 0 or gpa + size > _END:
             raise GuestMemoryError(gpa, size)
         pieces = []

@@ -136,6 +136,7 @@ class FakeMachine:
         self.devices = [
             SimpleNamespace(
                 name="isa-serial",
+                id="",
                 properties=lambda: {"chardev": "serial0", "iobase": 0x3F8, "wakeup": False},
             )
         ]

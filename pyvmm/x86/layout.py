@@ -66,6 +66,16 @@ ROM_MIRROR_END = HIGH_START
 ROM_MAX = 256 << 10
 ROM_MIRROR_MAX = 128 << 10
 
+# --- virtio-mmio (addresses are those of QEMU's microvm) ---------------------------------------
+
+VIRTIO_MMIO = 0xFEB0_0000
+"""Registers of the first virtio device; the next ones follow, in the order of the options."""
+VIRTIO_MMIO_SIZE = 0x200
+VIRTIO_MMIO_SLOTS = 8
+"""At most as many devices, each with an interrupt line of its own."""
+IRQ_VIRTIO = 16
+"""GSI of the first, an input of the IOAPIC that no ISA device has; edge triggered."""
+
 # --- Processors and interrupt controllers (where KVM's in-kernel irqchip puts them) --------------
 
 IOAPIC_BASE = 0xFEC0_0000

@@ -126,7 +126,7 @@ def _io_region(region: Any) -> dict[str, Any]:
 def query_qtree(context: Context) -> list[dict[str, Any]]:
     """The devices and their properties."""
     return [
-        {"type": device.name, "id": "", "properties": device.properties()}
+        {"type": device.name, "id": device.id, "properties": device.properties()}
         for device in context.machine.devices
     ]
 

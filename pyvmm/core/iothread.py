@@ -1,0 +1,62 @@
+"""A thread that runs an event loop of its own, for a device whose work would hold up others.
+
+An exec leaves no thread but the main one: what it works on is drained before.
+"""
+
+from __future__ import annotations
+
+from pyvmm._native import name_thread
+from pyvmm.core.eventloop import EventLoop
+from pyvmm.core.threads import Event, report_crash, spawn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+else:
+    import _signal  # what signal wraps in enums, at the cost of importing enum
+
+STOP_TIMEOUT_S = 10.0
+
+
+class IoThread:
+    """One thread, started by :meth:`start`.
+
+    :param name: as ``top -H`` shows it
+    :param on_crash: told on the thread what no handler of the loop caught; the loop is dead
+        then, so the VM cannot go on
+    """
+
+    def __init__(self, name: str, on_crash: Callable[[str], None]) -> None:
+        self.name = name
+        self.loop = EventLoop()
+        self._on_crash = on_crash
+        self._started = False
+        self._ended = Event()
+
+    def start(self) -> None:
+        """Begin to serve the loop; harmless if it runs."""
+        if not self._started:
+            self._started = True
+            spawn(self._run, self._handle_crash)
+
+    def close(self) -> None:
+        """End the thread and its loop; any other thread. Idempotent."""
+        if self._started:
+            self.loop.stop()
+            if not self._ended.wait(STOP_TIMEOUT_S):
+                return  # stuck in the host: its loop must not be pulled from under it
+        self._started = False
+        self.loop.close()
+
+    def _run(self) -> None:
+        name_thread(self.name)
+        # Signals are the main thread's, whatever mask was inherited.
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
+        self.loop.run()
+        self._ended.set()
+
+    def _handle_crash(self, error: BaseException) -> None:
+        report_crash(error)
+        self._ended.set()
+        self._on_crash(f"thread {self.name} failed: {error!r}")

@@ -1,0 +1,1 @@
+"""virtio 1.3 devices over virtio-mmio. Imported only by machines that have one."""

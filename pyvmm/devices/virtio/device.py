@@ -1,0 +1,180 @@
+"""What all virtio devices have in common (virtio 1.3, 2), whatever carries them.
+
+A device is a subclass of :class:`VirtioDevice` that serves chains; its transport
+(``mmio.VirtioMmio``) owns registers, kicks and interrupts and calls the methods here.
+
+Threads: ``handle_queue`` runs on the thread of the device's loop, with its lock held, so a
+slow device needs a loop of its own (``core.iothread``). Register accesses come on vCPU
+threads. Whoever else works on queues (a chardev's input, an I/O worker's end) goes through
+:meth:`VirtioDevice.work`. Locks are taken in the order of the transport's, the device's.
+"""
+
+from __future__ import annotations
+
+from pyvmm.core.threads import Lock
+from pyvmm.errors import GuestError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.devices.virtio.mmio import VirtioMmio
+    from pyvmm.devices.virtio.queue import Chain, Queue
+    from pyvmm.memory.guest import GuestMemory
+    from pyvmm.vmstate.fields import Description, Record
+
+F_INDIRECT_DESC = 1 << 28
+F_EVENT_IDX = 1 << 29
+F_VERSION_1 = 1 << 32
+
+
+class VirtioDevice:
+    """A virtio device, to be given to a transport.
+
+    :param loop: its kicks are served there
+    :ivar lock: held while a queue is served and while the device is reset
+    :ivar memory: the guest's, from the transport
+    :ivar queues: one for each of ``queue_sizes``, from the transport
+    :ivar driver_features: what was negotiated
+    """
+
+    #: Device type (virtio 1.3, 5).
+    virtio_id = 0
+    #: QEMU's name of the device, which is its section's in a state, too.
+    name = "virtio-device"
+    #: Most entries of each queue, powers of two.
+    queue_sizes: tuple[int, ...] = ()
+    #: Feature bits of this device type; the transport adds its own.
+    features = 0
+    #: The device configuration space (virtio 1.3, 2.5).
+    config: bytes = b""
+    #: The device's own state; None if it has none.
+    vmstate: Description | None = None
+
+    memory: GuestMemory
+    transport: VirtioMmio
+
+    def __init__(self, loop: EventLoop) -> None:
+        self.loop = loop
+        self.lock = Lock()
+        self.queues: list[Queue] = []
+        self.driver_features = 0
+
+    # ---- what a device implements ----------------------------------------------------------
+
+    def properties(self) -> dict[str, Any]:
+        """What ``info qtree`` prints of the device."""
+        return {}
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """Part of the configuration space; what is missing at the end reads as 0. vCPU thread,
+        without the device's lock."""
+        return self.config[offset : offset + size]
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes to the configuration space. vCPU thread, without the lock."""
+
+    def handle_queue(self, index: int) -> None:
+        """The driver kicked a queue: serve it. The loop's thread, with the lock held.
+
+        This one gives chain by chain to :meth:`handle_chain`, no more at once than the queue
+        has entries: a driver that never stops must not keep the loop for itself.
+
+        :raises GuestError: the driver broke the rules; the device goes to DEVICE_NEEDS_RESET
+        """
+        queue = self.queues[index]
+        queue.disable_notifications()
+        for _ in range(queue.size):
+            chain = queue.pop()
+            if chain is not None:
+                self.handle_chain(queue, chain)
+            elif not queue.enable_notifications():
+                break
+        else:
+            self.kick(index)
+        self.notify_used(index)
+
+    def handle_chain(self, queue: Queue, chain: Chain) -> None:
+        """Serve one request and ``push`` it."""
+        raise NotImplementedError
+
+    def on_activate(self) -> None:
+        """The driver is ready (DRIVER_OK). vCPU thread, with the lock held."""
+
+    def on_reset(self) -> None:
+        """Forget what belongs to the driver that was. With the lock held, after a
+        :meth:`drain`."""
+
+    def drain(self) -> None:
+        """Wait until no request is under way. No queue is served from before this call until
+        :meth:`resume`. Without the lock; must not depend on the main loop, which waits."""
+
+    def resume(self) -> None:
+        """The guest runs (again): after this every queue is served as if it had been kicked."""
+
+    def attach(self) -> None:
+        """Take input from the host: once in each process, when the state is complete. Main loop
+        thread."""
+
+    def close(self) -> None:
+        """The VM ends: give host resources back. Nothing is under way."""
+
+    def save(self) -> Any:
+        """The object whose attributes ``vmstate`` names; drained."""
+        return self
+
+    def check(self, state: Record) -> None:
+        """See that a record is possible for this very device; nothing is changed.
+
+        :raises ValueError: it is not, and why
+        """
+
+    def load(self, state: Record) -> None:
+        """Take over a record that ``vmstate`` has read and checked."""
+        for name, value in state.__dict__.items():
+            setattr(self, name, value)
+
+    # ---- what a device calls ---------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether a driver is there and the device works: DRIVER_OK, no DEVICE_NEEDS_RESET."""
+        return self.transport.active
+
+    @property
+    def running(self) -> bool:
+        """Whether new work may begin: active, and not between drain and resume."""
+        return self.transport.running and self.transport.active
+
+    def work(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call under the lock, if the device is active. A broken rule of the guest's ends in
+        DEVICE_NEEDS_RESET. Any thread."""
+        with self.lock:
+            if self.active:
+                try:
+                    function(*arguments)
+                except GuestError as error:
+                    self.fail(str(error))
+
+    def kick(self, index: int) -> None:
+        """Have :meth:`handle_queue` called soon. Any thread."""
+        self.transport.kick(index)
+
+    def notify_used(self, index: int) -> None:
+        """Interrupt the driver for what was pushed to a queue, if it wants that. With the lock
+        held."""
+        if self.queues[index].needs_interrupt():
+            self.transport.interrupt_used()
+
+    def notify_config(self) -> None:
+        """Tell the driver that the configuration space has changed. Any thread."""
+        self.transport.interrupt_config()
+
+    def fail(self, reason: str) -> None:
+        """Go to DEVICE_NEEDS_RESET (virtio 1.3, 2.1.1): nothing is served until a reset.
+
+        :param reason: for ``info qtree``
+        """
+        self.transport.fail(reason)

@@ -1,0 +1,338 @@
+"""The device side of a split virtqueue (virtio 1.3, 2.7), with indirect descriptors and
+event-idx.
+
+The rings lie in guest RAM and the driver may change every byte of them at any time, so each
+descriptor is read once and judged by that copy, an index is never used before it was compared
+with the size, and a chain's length is bounded before it is walked. What breaks the rules is a
+:class:`QueueError`, never a chain that is merely shorter. Left out: packed rings, in-order use.
+
+Not locked: the caller holds the device's lock.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from pyvmm._native import memory_barrier
+from pyvmm.errors import GuestError
+from pyvmm.memory.guest import GuestMemoryError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.memory.guest import GuestMemory
+
+DESC_F_NEXT = 1
+DESC_F_WRITE = 2
+DESC_F_INDIRECT = 4
+AVAIL_F_NO_INTERRUPT = 1
+USED_F_NO_NOTIFY = 1
+
+#: A queue has a power of two of entries, this many at most (virtio 1.3, 2.7).
+MAX_SIZE = 32768
+#: Descriptors in one indirect table. Linux makes chains longer than the queue with them, which
+#: the specification does not allow (2.7.5.3.1); QEMU takes as many as this.
+MAX_INDIRECT = 1024
+#: Bytes in one chain (2.7.5).
+MAX_BYTES = 1 << 32
+
+_DESC = struct.Struct("=QIHH")
+
+
+class QueueError(GuestError):
+    """The driver broke the rules of the ring; the device needs a reset."""
+
+
+class Chain:
+    """A descriptor chain: one request.
+
+    :ivar head: index of its first descriptor, which :meth:`Queue.push` returns to the driver
+    :ivar readable: ``(gpa, length)`` of the buffers that the driver filled, all of it memory
+    :ivar writable: the same of those that the device may fill; not ROM
+    """
+
+    __slots__ = ("_memory", "head", "readable", "writable")
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        head: int,
+        readable: list[tuple[int, int]],
+        writable: list[tuple[int, int]],
+    ) -> None:
+        self._memory = memory
+        self.head = head
+        self.readable = readable
+        self.writable = writable
+
+    @property
+    def readable_size(self) -> int:
+        """Bytes in all readable buffers, 4 GiB at most."""
+        return sum([length for _, length in self.readable])
+
+    @property
+    def writable_size(self) -> int:
+        """Bytes in all writable buffers, 4 GiB at most."""
+        return sum([length for _, length in self.writable])
+
+    def read(self, limit: int, skip: int = 0) -> bytes:
+        """The driver's data behind the first ``skip`` bytes, ``limit`` bytes at most."""
+        parts = []
+        for gpa, length in self.readable:
+            if skip >= length:
+                skip -= length
+                continue
+            size = min(length - skip, limit)
+            parts.append(self._memory.read(gpa + skip, size))
+            skip = 0
+            limit -= size
+            if not limit:
+                break
+        return b"".join(parts)
+
+    def write(self, data: bytes | bytearray | memoryview, skip: int = 0) -> int:
+        """Fill the writable buffers behind their first ``skip`` bytes; how much fitted."""
+        source = memoryview(data)
+        done = 0
+        for gpa, length in self.writable:
+            if skip >= length:
+                skip -= length
+                continue
+            size = min(length - skip, len(source) - done)
+            self._memory.write(gpa + skip, source[done : done + size])
+            skip = 0
+            done += size
+            if done == len(source):
+                break
+        return done
+
+    def readable_views(self) -> list[memoryview]:
+        """The memory of the readable buffers itself. The driver may still change it."""
+        views = self._memory.views
+        return [part for entry in self.readable for part in views(*entry, writable=False)]
+
+    def writable_views(self) -> list[memoryview]:
+        """The memory of the writable buffers itself."""
+        return [part for entry in self.writable for part in self._memory.views(*entry)]
+
+
+class Queue:
+    """One virtqueue. While it is not ready there is nothing in it, and what is pushed is lost.
+
+    :param memory: where the rings and the buffers are
+    :param max_size: most entries that the driver may choose, a power of two
+    :ivar size: entries that the driver chose
+    :ivar desc: guest-physical address of the descriptor area
+    :ivar avail: of the driver area
+    :ivar used: of the device area
+    :ivar last_avail_idx: how many chains were taken, modulo 65536
+    :ivar used_idx: how many were returned, modulo 65536
+    :ivar event_idx: whether VIRTIO_F_EVENT_IDX was negotiated
+    :ivar indirect: whether VIRTIO_F_INDIRECT_DESC was negotiated
+    """
+
+    __slots__ = (
+        *("max_size", "size", "ready", "desc", "avail", "used", "last_avail_idx", "used_idx"),
+        *("event_idx", "indirect"),
+        *("_memory", "_table", "_avail_ring", "_used_ring", "_used_elements", "_signalled"),
+    )
+
+    def __init__(self, memory: GuestMemory, max_size: int) -> None:
+        self._memory = memory
+        self.max_size = max_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Go to the state before the driver set it up."""
+        self.size = self.max_size
+        self.ready = False
+        self.desc = self.avail = self.used = 0
+        self.last_avail_idx = self.used_idx = 0
+        self.event_idx = self.indirect = False
+        self._signalled = 0  # up to which used_idx interrupts were decided on
+        self._unmap()
+
+    def enable(self) -> None:
+        """Begin to use the rings where the driver says that they are.
+
+        :raises QueueError: a size or address that cannot be
+        """
+        self._map()
+        self._signalled = self.used_idx
+        self.ready = True
+
+    def disable(self) -> None:
+        """Do not touch the rings any more; what was taken and not returned is forgotten."""
+        self.ready = False
+        self.last_avail_idx = self.used_idx = 0
+        self._unmap()
+
+    def check(self) -> None:
+        """See that size, addresses and indices are possible.
+
+        :raises QueueError: they are not
+        """
+        if not 0 < self.size <= self.max_size or self.size & self.size - 1:
+            raise QueueError(f"a queue of {self.size} entries, at most {self.max_size}")
+        for name, gpa, align in (
+            ("descriptor area", self.desc, 16),
+            ("driver area", self.avail, 2),
+            ("device area", self.used, 4),
+        ):
+            if gpa % align:
+                raise QueueError(f"{name} at {gpa:#x} is not a multiple of {align}")
+        if self.in_flight > self.size:
+            raise QueueError(f"{self.in_flight} chains under way in a queue of {self.size}")
+
+    @property
+    def in_flight(self) -> int:
+        """Chains that were taken and not returned yet."""
+        return self.last_avail_idx - self.used_idx & 0xFFFF
+
+    def pop(self) -> Chain | None:
+        """Take the next chain that the driver made available, if there is one.
+
+        :raises QueueError: it is malformed
+        """
+        if not self.ready:
+            return None
+        ring = self._avail_ring
+        last = self.last_avail_idx
+        waiting = ring[1] - last & 0xFFFF
+        if not waiting:
+            return None
+        if waiting > self.size:
+            raise QueueError(f"available index {ring[1]} is too far beyond {last}")
+        # Nothing else bounds what is under way if a driver never looks at the used ring.
+        if self.in_flight >= self.size:
+            raise QueueError(f"more than {self.size} chains under way")
+        chain = self._read_chain(ring[2 + (last & self.size - 1)])
+        self.last_avail_idx = last + 1 & 0xFFFF
+        return chain
+
+    @property
+    def waiting(self) -> int:
+        """How many chains the driver has made available that were not taken; without trust in
+        what it says."""
+        if not self.ready:
+            return 0
+        return min(self._avail_ring[1] - self.last_avail_idx & 0xFFFF, self.size)
+
+    def unpop(self, count: int = 1) -> None:
+        """Put the chains back that were taken last and not returned: the next :meth:`pop` gives
+        them again."""
+        self.last_avail_idx = self.last_avail_idx - min(count, self.in_flight) & 0xFFFF
+
+    def push(self, head: int, written: int) -> None:
+        """Return a chain to the driver.
+
+        :param written: bytes that were written into its writable buffers, from the beginning
+        """
+        if not self.ready:
+            return
+        at = 2 * (self.used_idx & self.size - 1)
+        self._used_elements[at + 1] = head
+        self._used_elements[at + 2] = written
+        self.used_idx = self.used_idx + 1 & 0xFFFF
+        # The element before the index: x86 keeps the order of stores.
+        self._used_ring[1] = self.used_idx
+
+    def needs_interrupt(self) -> bool:
+        """Whether the driver wants an interrupt for what was pushed since the last call."""
+        old, new = self._signalled, self.used_idx
+        if old == new or not self.ready:
+            return False
+        self._signalled = new
+        # The driver writes what it waits for and then looks at the used index once more; here
+        # the same crosswise. x86 lets a load overtake an earlier store.
+        memory_barrier()
+        if not self.event_idx:
+            return not self._avail_ring[0] & AVAIL_F_NO_INTERRUPT
+        used_event = self._avail_ring[2 + self.size]
+        return (new - used_event - 1 & 0xFFFF) < (new - old & 0xFFFF)
+
+    def disable_notifications(self) -> None:
+        """Ask the driver not to kick: the queue is being looked at anyway."""
+        # With event-idx an index that is passed already says so by itself.
+        if self.ready and not self.event_idx:
+            self._used_ring[0] = USED_F_NO_NOTIFY
+
+    def enable_notifications(self) -> bool:
+        """Ask for a kick with the next chain; whether there is one already, without a kick."""
+        if not self.ready:
+            return False
+        if self.event_idx:
+            self._used_ring[2 + 4 * self.size] = self.last_avail_idx
+        else:
+            self._used_ring[0] = 0
+        memory_barrier()
+        return self._avail_ring[1] != self.last_avail_idx
+
+    def _map(self) -> None:
+        self.check()
+        view, size = self._memory.view, self.size
+        try:
+            self._table = view(self.desc, 16 * size, writable=False)
+            self._avail_ring = view(self.avail, 6 + 2 * size, writable=False).cast("H")
+            used = view(self.used, 6 + 8 * size)
+        except GuestMemoryError as error:
+            self._unmap()
+            raise QueueError(str(error)) from None
+        # Typed, so that an index is stored at once.
+        self._used_ring = used.cast("H")
+        self._used_elements = used[:-2].cast("I")
+
+    def _unmap(self) -> None:
+        nothing = memoryview(b"")
+        self._table = self._avail_ring = self._used_ring = self._used_elements = nothing
+
+    def _read_chain(self, head: int) -> Chain:
+        table: memoryview | bytes = self._table
+        count = self.size  # entries of the table
+        left = count  # entries that the chain may still have
+        index = head
+        contains = self._memory.contains
+        readable: list[tuple[int, int]] = []
+        writable: list[tuple[int, int]] = []
+        total = 0
+        while True:
+            if index >= count:
+                raise QueueError(f"descriptor {index} in a table of {count}")
+            if not left:
+                raise QueueError("a chain that is too long, or a loop")
+            left -= 1
+            gpa, length, flags, index = _DESC.unpack_from(table, 16 * index)
+            if flags & DESC_F_INDIRECT:
+                table = self._read_table(table, gpa, length, flags)
+                index, count = 0, length // 16
+                left = count
+                continue
+            # An empty buffer is nothing that a device could fall over, wherever it is.
+            if length:
+                total += length
+                if not contains(gpa, length, writable=bool(flags & DESC_F_WRITE)):
+                    raise QueueError(f"a buffer at {gpa:#x}, {length:#x} bytes: no memory there")
+                if flags & DESC_F_WRITE:
+                    writable.append((gpa, length))
+                elif writable:
+                    raise QueueError("a readable descriptor behind a writable one")
+                else:
+                    readable.append((gpa, length))
+            if not flags & DESC_F_NEXT:
+                break
+        if total > MAX_BYTES:
+            raise QueueError(f"a chain of {total} bytes")
+        return Chain(self._memory, head, readable, writable)
+
+    def _read_table(self, table: memoryview | bytes, gpa: int, length: int, flags: int) -> bytes:
+        if not self.indirect:
+            raise QueueError("an indirect descriptor, which was not negotiated")
+        if table is not self._table:
+            raise QueueError("an indirect descriptor in an indirect table")
+        if flags & DESC_F_NEXT:
+            raise QueueError("an indirect descriptor with a next one")
+        if not length or length % 16 or length > 16 * MAX_INDIRECT:
+            raise QueueError(f"an indirect table of {length} bytes")
+        try:
+            return self._memory.read(gpa, length)
+        except GuestMemoryError as error:
+            raise QueueError(str(error)) from None

@@ -1,0 +1,143 @@
+"""The options of virtio devices: what is taken, where it goes, and what each mistake is told."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pyvmm.errors import ConfigError
+from pyvmm.machine import options, virtio, virtio_console
+
+SERIAL = ["-device", "virtio-serial-device"]
+
+
+def parse(*words):
+    return options.parse(["-serial", "none", *words]).devices
+
+
+def ports(*words):
+    """Numbers and drivers of the ports of the first serial device, and how many there may be."""
+    devices = parse(*words)
+    serial = next(device for device in devices if device.driver == virtio_console.SERIAL)
+    found, count = virtio_console.ports(devices, serial)
+    return {number: port.properties.get("id") for number, port in found.items()}, count
+
+
+def test_slots_are_in_the_order_of_the_options():
+    devices = parse(
+        *("-device", "virtio-rng-device,id=a", "-device", "pvpanic"),
+        *("-device", "virtio-serial-device,id=b", "-device", "virtconsole"),
+        *("-device", "virtio-rng-device,id=c"),
+    )
+    assert [
+        (config.properties["id"], base, gsi) for config, base, gsi in virtio.slots(devices)
+    ] == [("a", 0xFEB00000, 16), ("b", 0xFEB00200, 17), ("c", 0xFEB00400, 18)]
+    assert list(virtio.descriptions(devices)) == [
+        ("virtio-rng-device", 0),
+        ("virtio-serial-device", 0),
+        ("virtio-rng-device", 1),
+    ]
+
+
+def test_shape_has_the_virtio_devices_in_order():
+    first = ["-device", "virtio-rng-device", "-device", "pvpanic", "-device", "isa-debug-exit"]
+    second = [*SERIAL, "-device", "virtconsole"]
+    shape = options.parse(["-serial", "none", *first, *second]).shape()
+    assert shape["-device"] == (
+        "isa-debug-exit,pvpanic,virtio-rng-device,virtio-serial-device,virtconsole"
+    )
+    other = options.parse(["-serial", "none", *second, *first]).shape()
+    assert other["-device"] != shape["-device"]
+
+
+def test_shape_has_the_ports():
+    def shape(*words):
+        return (
+            options.parse(["-serial", "none", *words]).shape().get("-device virtio-serial-device")
+        )
+
+    assert shape("-device", "virtio-rng-device") is None
+    port = ["-device", "virtserialport,name=a"]
+    assert shape(*SERIAL, "-device", "virtconsole", *port) == (
+        "2 ports: 0 virtconsole, 1 virtserialport a"
+    )
+    assert shape(*SERIAL) == "1 ports:"
+    assert shape("-device", "virtio-serial-device,max_ports=4", *port) == (
+        "4 ports: 1 virtserialport a"
+    )
+
+
+def test_ports_find_their_numbers():
+    console, port = ["-device", "virtconsole,id=c"], ["-device", "virtserialport,id=p"]
+    assert ports(*SERIAL) == ({}, 1)
+    assert ports(*SERIAL, *console) == ({0: "c"}, 1)
+    assert ports(*SERIAL, *port) == ({1: "p"}, 2)
+    assert ports(*SERIAL, *port, "-device", "virtconsole,id=c") == ({0: "c", 1: "p"}, 2)
+    assert ports(*SERIAL, "-device", "virtconsole,id=c", "-device", "virtconsole,id=d", *port) == (
+        {0: "c", 1: "d", 2: "p"},
+        3,
+    )
+    assert ports(*SERIAL, "-device", "virtserialport,id=p,nr=5", *console) == ({0: "c", 5: "p"}, 6)
+    assert ports("-device", "virtio-serial-device,max_ports=8", *console) == ({0: "c"}, 8)
+
+
+def test_ports_sit_on_the_bus_that_they_name():
+    words = [
+        *("-device", "virtio-serial-device,id=one", "-device", "virtio-serial-device,id=two"),
+        *("-device", "virtconsole,id=x,bus=one.0", "-device", "virtconsole,id=y"),
+    ]
+    devices = parse(*words)
+    one, two = (device for device in devices if device.driver == virtio_console.SERIAL)
+    assert virtio_console.ports(devices, one)[0][0].properties["id"] == "x"
+    assert virtio_console.ports(devices, two)[0][0].properties["id"] == "y"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["virtio-rng"], "'virtio-rng' is no device"),
+        (["virtio-rng-device,foo=1"], "'foo' is not known here; the keys are id"),
+        (["virtio-rng-device"] * 9, "one virtio device too many; at most 8"),
+        (["virtio-rng-device,id=a", "virtio-rng-device,id=a"], "the id 'a' is given twice"),
+        (["virtconsole"], "put -device virtio-serial-device in front of it"),
+        (["virtconsole", "virtio-serial-device"], "put -device virtio-serial-device in front"),
+        (["virtio-serial-device,id=a", "virtconsole,bus=b.0"], "bus='b.0': there is no such bus"),
+        (["virtio-serial-device,max_ports=0"], "max_ports='0' is not possible"),
+        (["virtio-serial-device,max_ports=32"], "max_ports='32' is not possible"),
+        (
+            ["virtio-serial-device,max_ports=1", "virtserialport"],
+            "port 1 is one too many for max_ports=1",
+        ),
+        (["virtio-serial-device", *["virtconsole"] * 32], "port 31 is one too many"),
+        (["virtio-serial-device", "virtserialport,nr=0"], "port 0 is kept for a virtconsole"),
+        (["virtio-serial-device", "virtconsole,nr=2", "virtserialport,nr=2"], "nr=2: that port"),
+        (["virtio-serial-device", "virtconsole,nr=31"], "nr='31' is not possible"),
+        (["virtio-serial-device", "virtconsole,size=3"], "'size' is not known here"),
+        (["virtio-serial-device", f"virtserialport,name={'x' * 129}"], "name: at most 128 bytes"),
+        (["virtio-serial-device", "virtconsole,chardev=none"], "none"),
+    ],
+)
+def test_mistake_is_one_line_with_its_mend(words, error):
+    with pytest.raises(ConfigError, match=r"^-device") as raised:
+        parse(*(word for device in words for word in ("-device", device)))
+    assert error in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_chardev_is_not_given_to_two():
+    with pytest.raises(ConfigError, match="con"):
+        parse(
+            *("-chardev", "null,id=con", *SERIAL, "-device", "virtconsole,chardev=con"),
+            *("-device", "virtserialport,chardev=con"),
+        )
+
+
+def test_machine_without_virtio_imports_none_of_it():
+    code = """
+import sys
+from pyvmm.machine import builder, options
+builder.descriptions(options.parse(["-device", "pvpanic"]))
+sys.exit(", ".join(name for name in sys.modules if "virtio" in name) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
