@@ -408,7 +408,7 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
                "memory that -machine memory-backend=ID makes the guest's; the only one is it",
                Options._object),
-    "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]\n"
+    "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]"
                 "[,aux-ram-share=on][,kernel-unpack=host|guest]",
                 "machine type and its properties; without ACPI there is still an MP table;\n"
                 "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"

@@ -290,6 +290,10 @@ def test_registers_that_kvm_does_not_list(machine):
     new = Machine()
     vcpu_state.write(new.vcpu, vcpu_state.read(machine.vcpu))
     assert new.vcpu.get_msrs(values) == values
+    machine.vcpu.set_msrs({0x2FF: 0})
+    new.vcpu.set_msrs({0x2FF: 0x806})  # as a machine starts
+    vcpu_state.write(new.vcpu, vcpu_state.read(machine.vcpu))
+    assert new.vcpu.get_msrs([0x2FF]) == {0x2FF: 0}
     new.close()
     vcpu_state.reset(machine.vcpu, start)
     assert machine.vcpu.get_msrs(values) == dict.fromkeys(values, 0)
@@ -315,8 +319,6 @@ def test_cpuid_comes_back(machine):
 
 def test_whole_state_comes_back(machine):
     machine.spin_in_ring_3()
-    ranges = {0x2FF: 0xC06, 0x200: 0x80000000, 0x201: 0xF80000800, 0x250: 0x0606060606060606}
-    assert machine.vcpu.set_msrs(ranges) == []
     state = vcpu_state.read(machine.vcpu)
     other = Machine()
     try:
@@ -325,7 +327,6 @@ def test_whole_state_comes_back(machine):
             left = getattr(machine.vcpu, f"get_{name}")()
             assert same(left, getattr(other.vcpu, f"get_{name}")()), name
         assert machine.vcpu.get_xsave() == other.vcpu.get_xsave()
-        assert other.vcpu.get_msrs(ranges) == ranges
     finally:
         other.close()
 
