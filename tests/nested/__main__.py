@@ -1,6 +1,7 @@
 """Runs a command in the nested machine, what it prints as it comes: ``python -m nested COMMAND``.
 
-Several commands, each one argument of ``-c``, run one after the other in one machine.
+A single word is a command for the shell. Several commands, each one argument of ``-c``, run one
+after the other in one machine.
 """
 
 import argparse
@@ -16,7 +17,9 @@ def main():
     parser.add_argument("--log", metavar="FOLDER", help="keep console.log and qemu.log there")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
-    commands = [*arguments.c, *([arguments.command] if arguments.command else [])]
+    commands = arguments.c
+    if arguments.command:
+        commands.append(arguments.command if arguments.command[1:] else arguments.command[0])
     if not commands:
         parser.error("no command")
 

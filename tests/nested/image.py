@@ -69,12 +69,13 @@ def _add(archive, inode, path, mode, data, device=(0, 0)):
 
 
 def initramfs(tree, busybox, extra=()):
-    """The outer machine's: ``init.sh``, ``agent.sh``, busybox and modules."""
+    """The outer machine's: its scripts, busybox and modules."""
     found = modules(tree, [*MODULES, *extra])
     files = dict.fromkeys(["dev", "proc", "sys", "layer"])
     files |= {
         "init": (HERE / "init.sh").read_bytes(),
         "agent.sh": (HERE / "agent.sh").read_bytes(),
+        "hold.py": (HERE / "hold.py").read_bytes(),
         "bin/busybox": Path(busybox).read_bytes(),
         "modules/order": "".join(f"{name}\n" for name in found).encode(),
     }

@@ -26,5 +26,5 @@ ln -s /proc/self/fd dev/fd
 ip link set lo up
 hostname nested
 mkdir run/nested
-cp /bin/busybox /agent.sh run/nested
+cp /bin/busybox /agent.sh /hold.py run/nested
 exec switch_root . /run/nested/busybox sh /run/nested/agent.sh

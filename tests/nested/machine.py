@@ -13,6 +13,7 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -139,12 +140,14 @@ class NestedMachine:
         return (self.folder / "console.log").read_text(errors="replace")
 
     def _command(self, kernel, initrd, port):
+        # What the kernel does not know is in the environment of its first process.
+        append = f"{KERNEL} PYTHON={sys.executable}"
         command = [
             "qemu-system-x86_64",
             *("-M", "pc", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm"),
             *("-smp", str(self._cpus), "-m", self._memory),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-kernel", str(kernel), "-initrd", str(initrd), "-append", KERNEL),
+            *("-kernel", str(kernel), "-initrd", str(initrd), "-append", append),
             *("-serial", f"file:{self.folder}/console.log"),
             *("-monitor", f"unix:{self.folder}/monitor,server=on,wait=off"),
             *("-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"),

@@ -3,10 +3,13 @@
 import base64
 import lzma
 import os
+import select
 import socket
 import struct
 import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from nested import image, port
@@ -160,3 +163,27 @@ def test_vmlinux_is_unpacked():
     struct.pack_into("<II", header, 0x248, 64, len(payload) + 4)
     bzimage = bytes(header) + bytes(64) + payload + struct.pack("<I", 17)
     assert image.vmlinux(bzimage) == b"\x7fELF and the rest"
+
+
+def test_machine_ends_with_its_parent():
+    """Also if the parent was killed and could do nothing about it."""
+    program = (
+        "import subprocess, sys\n"
+        "from nested.machine import _die_with_parent\n"
+        "child = subprocess.Popen(['sleep', '600'], preexec_fn=_die_with_parent())\n"
+        "print(child.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(port.__file__).parents[1])},
+    )
+    with parent:
+        pidfd = os.pidfd_open(int(parent.stdout.readline()))
+        parent.kill()
+        try:
+            assert select.select([pidfd], [], [], 30)[0]
+        finally:
+            os.close(pidfd)
