@@ -434,9 +434,10 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "qmp-pretty": ("DEV", "the same with indented output", Options._monitor),
     "mon": ("[chardev=]ID[,mode=readline|control]", "monitor on a -chardev", Options._mon),
     "debugcon": ("DEV", "debug console (port 0xe9) on DEV", Options._debugcon),
-    "device": ("isa-debug-exit|isa-debugcon|pvpanic|virtio-rng-device|virtio-serial-device"
-               "|virtconsole|virtserialport|...[,KEY=VALUE...]",
-               "add a device; ports sit on the virtio-serial-device in front of them:\n"
+    "device": ("isa-debug-exit|isa-debugcon|pvpanic|virtio-blk-device|virtio-net-device"
+               "|virtio-rng-device|virtio-serial-device|virtconsole|virtserialport[,KEY=VALUE...]",
+               "add a device: virtio-blk-device,drive=ID; virtio-net-device,netdev=ID;\n"
+               "ports sit on the virtio-serial-device in front of them:\n"
                "virtconsole,chardev=ID; virtserialport,chardev=ID,name=NAME",
                Options._device),
     "drive": ("file=PATH,format=raw[,if=virtio|none][,id=ID][,readonly=on]"
