@@ -25,6 +25,7 @@ def test_drivers_find_their_devices(vm, tmp_path, peers):
     console, port = peers
     # One descriptor for both ways: what comes while nobody has a port open is thrown away.
     script = """
+mkdir /sys
 mount -t sysfs sysfs /sys
 echo rng $(cat /sys/class/misc/hw_random/rng_current)
 echo random $(head -c 512 /dev/hwrng | md5sum)
