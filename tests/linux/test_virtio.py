@@ -65,7 +65,7 @@ i=0
 while :; do echo "line $i"; i=$((i + 1)); done >/dev/hvc0
 """
     options = linux.options(tmp_path, script, modules=MODULES)
-    machine = vm(*options, *RNG, *consoles(console, port), memory="256M")
+    machine = vm(*options, *RNG, *consoles(console, port), memory="256M", smp=2)
     for _ in range(UPDATES):
         console.receive(len(console.received) + 200, keep=True, timeout=BOOT_S)
         machine.update(BOOT_S)
