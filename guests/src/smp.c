@@ -39,10 +39,10 @@ void smp_start(void)
     memcpy((void *)AP_TRAMPOLINE, ap_start, (u64)(ap_end - ap_start));
     mmio_write(LAPIC + 0x300, 0xc4500);                       /* INIT to all but self */
     mmio_write(LAPIC + 0x300, 0xc4600 | AP_TRAMPOLINE >> 12); /* start-up */
-    /* Unknown count: give up 50 ms after the last arrival. Told: wait 5 s for all. */
+    /* Unknown count: give up 50 ms after the last arrival. Known: wait 5 s for all. */
     u64 quiet = rdtsc();
     u32 seen = 1;
-    u64 patience = told ? 10000000000ul : 150000000ul;
+    u64 patience = want > 1 ? 10000000000ul : 150000000ul;
     while (!(want > 1 && online >= want) && rdtsc() - quiet < patience) {
         if (online != seen)
             seen = online, quiet = rdtsc();

@@ -13,7 +13,7 @@ import _thread
 
 from pyvmm._native import install_kick, name_thread
 from pyvmm.core.threads import Event, Lock, report_crash, spawn
-from pyvmm.errors import KvmError
+from pyvmm.errors import InternalError, KvmError
 from pyvmm.kvm import exits
 
 TYPE_CHECKING = False
@@ -115,6 +115,8 @@ class Cpu:
 
         Works while the guest runs (which it interrupts) and while it is stopped. Not for the
         vCPU's own thread.
+
+        :raises InternalError: the thread does not come; ``function`` may still be run later
         """
         done = Event()
         result: list[T] = []
@@ -131,7 +133,8 @@ class Cpu:
             self._work.append(work)
             self._kick()
             self._go.set()
-            done.wait()
+            if not done.wait(STOP_TIMEOUT_S):
+                raise InternalError(f"vCPU {self.index} does not leave KVM_RUN")
         if failure:
             raise failure[0]
         return result[0]

@@ -167,11 +167,15 @@ class Machine(CpuEvents):
         self.emit("RESUME", None)
 
     def pause_cpus(self) -> None:
-        """Get all vCPUs out of the guest, with no access half done, and the devices at rest."""
+        """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
+
+        :raises InternalError: one does not come (a file that it writes to hangs); all run on
+        """
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
             if not cpu.wait_stopped():
+                self.resume_cpus()
                 raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
         for device in self.devices:
             device.drain()

@@ -383,7 +383,13 @@ class Migration:
             raise CommandError("'-incoming' was not specified on the command line")
         if not self._deferred:
             raise CommandError("The incoming migration has already been started")
-        self._load(parse(uri))
+        source = parse(uri)
+        self.progress.error = None
+        try:
+            self._load(source)
+        except PyvmmError as error:
+            self._note_failure(str(error))
+            raise
         self._deferred = False
 
     def _load(self, source: Target) -> None:

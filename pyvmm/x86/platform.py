@@ -80,7 +80,7 @@ class Platform:
         The TSCs and the clock go on, as they do on a board whose reset line is pulled.
         """
         for vcpu, state in self._power_on:
-            vcpu_state.write(vcpu, state)
+            vcpu_state.reset(vcpu, state)
         for section, state in self._chips_on:
             section.load(state)
 

@@ -165,8 +165,17 @@ def power_on(vcpu: Vcpu) -> Record:
     return state
 
 
+def reset(vcpu: Vcpu, state: Any) -> None:
+    """Put a stopped vCPU back to what :func:`power_on` has read.
+
+    :raises MigrationError: naming the vCPU and what KVM refuses
+    """
+    vcpu.set_msrs(dict.fromkeys(vcpu.get_msrs(UNLISTED_MSRS), 0))
+    write(vcpu, state)
+
+
 def write(vcpu: Vcpu, state: Any) -> None:
-    """Give ``state`` to a vCPU that has not run yet, or that is stopped for a reset.
+    """Give ``state`` to a vCPU that has not run yet, or that is reset.
 
     :raises MigrationError: naming the vCPU and what KVM refuses
     """

@@ -50,16 +50,15 @@ def open_unix(vm):
     return machine, Stream(fd, fd)
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def tcp_address(machine):
+    """Where the one TCP server of the VM listens: the kernel has chosen the port."""
+    port = re.search(r"tcp:127\.0\.0\.1:(\d+),server=on", machine.hmp("info chardev"))[1]
+    return "127.0.0.1", int(port)
 
 
 def open_tcp(vm):
-    port = free_port()
-    machine = vm("-serial", f"tcp:127.0.0.1:{port},server=on,wait=off", serial=False)
-    fd = connected(("127.0.0.1", port), socket.AF_INET)
+    machine = vm("-serial", "tcp:127.0.0.1:0,server=on,wait=off", serial=False)
+    fd = connected(tcp_address(machine), socket.AF_INET)
     return machine, Stream(fd, fd)
 
 
@@ -167,13 +166,11 @@ def own_qmp(machine):
 @pytest.mark.parametrize("family", ["unix", "tcp"])
 def test_connections_are_never_refused(vm, family):
     if family == "unix":
-        spec, target, kind = "unix:q.sock,server=on,wait=off", None, socket.AF_UNIX
+        machine = vm("-qmp", "unix:q.sock,server=on,wait=off")
+        target, kind = str(machine.folder / "q.sock"), socket.AF_UNIX
     else:
-        port = free_port()
-        spec = f"tcp:127.0.0.1:{port},server=on,wait=off"
-        target, kind = ("127.0.0.1", port), socket.AF_INET
-    machine = vm("-qmp", spec)
-    target = target or str(machine.folder / "q.sock")
+        machine = vm("-qmp", "tcp:127.0.0.1:0,server=on,wait=off")
+        target, kind = tcp_address(machine), socket.AF_INET
     machine.expect("guest> ")
     stop, refused, served = threading.Event(), [], []
 

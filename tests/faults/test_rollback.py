@@ -207,21 +207,27 @@ def test_command_that_is_another_after_the_preflight(ticker, change):
 )
 @pytest.mark.parametrize("step", ["pyvmm.cli:serve", LOADED[0]])
 def test_hang(ticker, fault, step):
-    quick = "import pyvmm.migration.rollback as r; r.DEADLINE_S = 0.8"
-    machine = ticker(program=faulty("pyvmm:", quick))
-    assert f"did not take over within 10 s {BACK}" in update(
-        machine, replaced(machine, step, fault)
-    )
-    check_alive(machine)
+    check_late(ticker, step, fault)
 
 
 def test_hang_that_swallows_the_alarm(ticker):
-    quick = "import pyvmm.migration.rollback as r; r.DEADLINE_S = r.REPEAT_S = 0.5"
-    machine = ticker(program=faulty("pyvmm:", quick))
     fault = "import signal\ntry: signal.pause()\nexcept Exception: signal.pause()"
-    assert f"did not take over within 10 s {BACK}" in update(
-        machine, replaced(machine, LOADED[0], fault)
+    check_late(ticker, LOADED[0], fault)
+
+
+def check_late(ticker, step, fault):
+    """The deadline passes, and the guest is back. It is long enough for a loaded host to get to
+    where the new image handles it, and a good update has all its time."""
+    quick = (
+        "import os, pyvmm.migration.rollback as r\n"
+        "r.DEADLINE_S = 3.0 if os.path.exists('impatient') else 10.0"
     )
+    machine = ticker(program=faulty("pyvmm.migration.rollback:arm", quick))
+    (machine.folder / "impatient").touch()
+    assert f"did not take over within 10 s {BACK}" in update(
+        machine, replaced(machine, step, fault)
+    )
+    (machine.folder / "impatient").unlink()
     check_alive(machine)
 
 

@@ -15,9 +15,10 @@ from pyvmm.core.bus import Bus
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.threads import Event
 from pyvmm.cpr.fdstore import FdStore
-from pyvmm.errors import KvmError
+from pyvmm.errors import InternalError, KvmError
 from pyvmm.kvm import exits
 from pyvmm.kvm.system import System
+from pyvmm.machine import cpu as cpu_module
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.machine.machine import Machine as WholeMachine
@@ -291,7 +292,7 @@ def test_registers_that_kvm_does_not_list(machine):
     vcpu_state.write(new.vcpu, vcpu_state.read(machine.vcpu))
     assert new.vcpu.get_msrs([0x2FF]) == {0x2FF: 0}
     new.close()
-    vcpu_state.write(machine.vcpu, start)
+    vcpu_state.reset(machine.vcpu, start)
     assert machine.vcpu.get_msrs(values) == dict.fromkeys(values, 0)
 
 
@@ -623,6 +624,39 @@ def test_device_that_fails_stops_the_vcpu_with_a_verdict(machine):
     assert cpu.wait_stopped()
     cpu.close()
     assert len(events.errors) == 1
+
+
+def test_guest_runs_on_if_one_vcpu_cannot_be_stopped(monkeypatch):
+    monkeypatch.setattr(cpu_module, "STOP_TIMEOUT_S", 0.05)
+    machine = Machine(cpus=2)
+    whole = WholeMachine(MachineConfig(), EventLoop(), FdStore())
+    hanging, go_on = threading.Event(), threading.Event()
+
+    class Hanging(Bus):
+        def write(self, address, size, value):
+            hanging.set()
+            assert go_on.wait(DEADLINE_S)
+
+    ports = Hanging("I/O", 1 << 16)
+    second, first = (Cpu(vcpu, ports, ports, whole) for vcpu in machine.vcpus)
+    whole.cpus = [first, second]
+    machine.load(b"\xba\x34\x12\xee\xeb\xfd")  # mov $0x1234, %dx; 1: out %al, %dx; jmp 1b
+    for cpu in whole.cpus:
+        cpu.start()
+    whole.resume_cpus()
+    assert hanging.wait(DEADLINE_S)
+    with pytest.raises(InternalError, match="does not leave KVM_RUN"):
+        whole.pause_cpus()
+    assert not first._stop
+    with pytest.raises(InternalError, match="vCPU 0 does not leave"):
+        count(second)
+    go_on.set()
+    hanging.clear()
+    assert hanging.wait(DEADLINE_S)
+    monkeypatch.undo()
+    whole.pause_cpus()
+    whole.close()
+    machine.close()
 
 
 def test_no_vcpu_goes_while_another_may_still_kick_it():

@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+from faults.tools import faulty
 from harness import guests, run_cli, wait_until
 
 SMP = pytest.mark.parametrize("smp", [1, 2])
@@ -116,6 +117,19 @@ def test_multiboot_kernel(vm, smp):
     machine = vm("-kernel", guests.image("guest-mb.elf"), append="memhash mb=4 passes=2", smp=smp)
     machine.expect(f"program memhash on {smp} cpus")
     machine.expect("memhash PASS")
+    assert machine.wait_exit() == 0
+
+
+def test_second_cpu_that_comes_late(vm):
+    # As its thread does on a loaded host.
+    late = "import time; arguments[0].index and time.sleep(0.3)"
+    machine = vm(
+        *("-kernel", guests.image("guest.elf")),
+        append="memhash mb=4 passes=2",
+        smp=2,
+        program=faulty("pyvmm.machine.cpu:Cpu._enter", late),
+    )
+    machine.expect("program memhash on 2 cpus")
     assert machine.wait_exit() == 0
 
 

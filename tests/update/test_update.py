@@ -275,8 +275,10 @@ def test_incoming_that_waits_for_its_uri(vm):
     assert machine.hmp(f"migrate {STATE}") == ""
     assert machine.status == "paused (inmigrate)"
     assert machine.hmp("migrate_incoming file:nowhere").startswith("Error: ")
+    assert "Status: \t\tfailed" in machine.hmp("info migrate")
     assert machine.hmp(f"migrate_incoming {STATE}") == ""
     machine.wait_status("running")
+    assert "nowhere" not in machine.hmp("info migrate")
     seen = len(machine.serial)
     wait_until(lambda: machine.status and len(machine.serial) > seen, "a tick")
 
