@@ -21,7 +21,7 @@ MAKEFLAGS += --no-print-directory
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: run test check lint types fix bench soak build venv guests firmware wheel clean
+.PHONY: run test test-linux check lint types fix bench soak build venv guests firmware wheel clean
 
 run: build  ## boot the built-in guest, console and monitor on this terminal (Ctrl-a h helps)
 	@PATH="$(abspath $(BIN)):$$PATH" exec pyvmm run -serial mon:stdio $(ARGS)
@@ -32,6 +32,13 @@ test: build  ## lint, types and all tests, with the real /dev/kvm where there is
 	$(MAKE) types || failed=1; \
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS) || failed=1; \
 	exit $$failed
+
+# The tests where Linux boots: this host's /dev/kvm if that can, else one in an emulated machine.
+LINUX_TESTS ?= tests/linux tests/kvm/test_bindings.py
+
+test-linux: build  ## tests with a Linux guest, in an emulated machine where KVM cannot run Linux
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests \
+		$(BIN)/python -m pytest -p nested.plugin $(LINUX_TESTS) $(ARGS)
 
 check: build lint types  ## lint, types and unit tests; changes nothing
 	@$(BIN)/python -m pytest -m "not slow" tests/unit $(ARGS)

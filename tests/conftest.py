@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from harness import Vm
 
-KVM_FOLDERS = {"kvm", "update", "faults"}
+KVM_FOLDERS = {"kvm", "update", "faults", "linux"}
 #: Set for the tests and inherited by whatever they start, also through execve.
 SESSION_VARIABLE = "PYVMM_TEST_SESSION"
 MACHINES = pytest.StashKey()

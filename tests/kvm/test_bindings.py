@@ -25,7 +25,9 @@ from pyvmm.machine.machine import Machine as WholeMachine
 from pyvmm.x86 import cpuid, irqchip, vcpu_state
 
 RAM = 4 << 20
-TSC_AND_TIMER = {0x10, 0x6E0, 0x4B564D00, 0x4B564D01, 0x11, 0x12, 0x3B}
+#: What counts on by itself: TSC, its deadline and adjustment, kvmclock, Hyper-V's run time and
+#: reference counter.
+TSC_AND_TIMER = {0x10, 0x6E0, 0x4B564D00, 0x4B564D01, 0x11, 0x12, 0x3B, 0x40000010, 0x40000020}
 # Long mode in ring 3, as the guest kernel runs: page tables at 0x10000, code at 0x8000.
 PML4, PDPT, PD, GDT, CODE3 = 0x10000, 0x11000, 0x12000, 0x13000, 0x8000
 

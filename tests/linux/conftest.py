@@ -1,0 +1,16 @@
+"""These tests need a KVM on which Linux boots; ``make test-linux`` finds or makes one."""
+
+import os
+
+import pytest
+from nested import kvm
+
+
+@pytest.fixture(scope="session", autouse=True)
+def linux_boots():
+    if kvm.boots_linux():
+        return
+    reason = "this /dev/kvm cannot run Linux; make test-linux"
+    if os.environ.get("PYVMM_NESTED"):
+        pytest.fail(f"inside the nested machine: {reason}", pytrace=False)
+    pytest.skip(reason)
