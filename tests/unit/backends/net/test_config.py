@@ -49,7 +49,7 @@ def test_passt_arguments():
         ("bogus,id=n", "give one of tap, stream, passt"),
         ("tap", "-netdev tap: id= is missing"),
         ("tap,id=1n", "id='1n' is no name"),
-        ("tap,id=n,ifnam=t", "-netdev tap: 'ifnam' is not known here; the keys are ifname, fd"),
+        ("tap,id=n,ifnam=t", "-netdev tap: 'ifnam' is not known here; did you mean ifname?"),
         ("tap,id=n,ifname=", "ifname= is empty"),
         ("tap,id=n,ifname=sixteen-letters-", "has more than 15 bytes"),
         ("tap,id=n,ifname=a,fd=3", "ifname= and fd= exclude each other"),
