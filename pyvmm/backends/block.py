@@ -202,7 +202,7 @@ class BlockFile:
         if config.driver and (config.driver == "host_device") != self.is_device:
             other = "host_device" if self.is_device else "file"
             raise _error(config, f"driver={config.driver} is not for it; give driver={other}")
-        self._lock()
+        self._lock(inherited=not fresh)
         if not config.stated and fresh:
             self._refuse_other_formats()
         self._end = os.lseek(self.fd, 0, os.SEEK_END)
@@ -224,12 +224,17 @@ class BlockFile:
         except OSError as error:
             raise _error(self.config, _mend(error, self.config)) from error
 
-    def _lock(self) -> None:
+    def _lock(self, *, inherited: bool) -> None:
         config = self.config
         if config.locking == "off":
             return
         try:
-            locking.lock(self.fd, writing=not config.read_only, share_rw=config.share_rw)
+            locking.lock(
+                self.fd,
+                writing=not config.read_only,
+                share_rw=config.share_rw,
+                inherited=inherited,
+            )
         except locking.InUseError as error:
             if config.read_only:
                 mend = "end what writes it, or give share-rw=on to the device"

@@ -36,10 +36,12 @@ class InUseError(OSError):
         self.writing = writing
 
 
-def lock(fd: int, *, writing: bool, share_rw: bool = False) -> None:
+def lock(fd: int, *, writing: bool, share_rw: bool = False, inherited: bool = False) -> None:
     """Lock the image; once more on the same descriptor changes nothing.
 
     :param share_rw: allow others to write, as cluster file systems need it
+    :param inherited: the image before has locked it, and may come back: failing takes no
+        lock away
     :raises InUseError: another has it
     :raises OSError: with one of :data:`UNSUPPORTED`
     """
@@ -52,7 +54,8 @@ def lock(fd: int, *, writing: bool, share_rw: bool = False) -> None:
     conflicts = [*(DENIED + bit for bit in used), *(USED + bit for bit in denied)]
     held = [byte for byte in conflicts if _is_held(fd, byte)]
     if held:
-        _unlock(fd, mine)
+        if not inherited:
+            _unlock(fd, mine)
         raise InUseError(USED + WRITE in held or _is_held(fd, USED + WRITE))
 
 

@@ -6,6 +6,7 @@ them: what they do is drained before.
 
 from __future__ import annotations
 
+import errno
 from _queue import SimpleQueue  # queue imports threading
 
 from pyvmm._native import name_thread
@@ -37,13 +38,21 @@ class Workers:
         self._idle.set()
 
     def submit(self, call: Callable[[], None]) -> None:
-        """Have ``call()`` made soon. Any thread."""
+        """Have ``call()`` made soon. Any thread.
+
+        :raises OSError: the host allows not one thread
+        """
         with self._lock:
+            if self._unfinished >= self._threads and self._threads < self._most:
+                try:
+                    spawn(self._run, report_crash)
+                    self._threads += 1
+                except RuntimeError as error:
+                    # The host allows no more threads: the calls wait for those there are.
+                    if not self._threads:
+                        raise OSError(errno.EAGAIN, str(error)) from None
             self._unfinished += 1
             self._idle.clear()
-            if self._unfinished > self._threads and self._threads < self._most:
-                self._threads += 1
-                spawn(self._run, report_crash)
         self._calls.put(call)
 
     @property

@@ -157,16 +157,17 @@ class Rtc(Device):
             wait = self._next_wait()
         if wait is None:
             return
-        # A timer that comes too early only looks; so none is ever given up, and a guest cannot
-        # have thousands of them pending.
+        # A timer that comes too early only looks. One that a sooner one has taken the place of
+        # does not, or each would be followed by another, and a guest could make ever more.
         due = time.monotonic() + wait
         if self._due is None or due < self._due:
             self._due = due
-            self._loop.call_later(wait, self._handle_due)
+            self._loop.call_later(wait, lambda: self._handle_due(due))
 
-    def _handle_due(self) -> None:
-        self._due = None
-        self.handle_timer()
+    def _handle_due(self, due: float) -> None:
+        if due == self._due:
+            self._due = None
+            self.handle_timer()
 
     def on_read(self, offset: int, size: int) -> int:
         if offset == 0:

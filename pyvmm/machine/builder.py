@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from pyvmm._util.keyval import parse_int
 from pyvmm.boot import builtin, rom
 from pyvmm.chardev.config import ChardevConfig
 from pyvmm.chardev.null import NullChardev
@@ -187,20 +188,25 @@ def add_devices(machine: Machine) -> None:
 def add_device(machine: Machine, config: DeviceConfig) -> None:
     """One ``-device``; ``options`` has checked driver and properties."""
     properties = config.properties
+
+    def number(key: str, default: int) -> int:
+        where = f"-device {config.driver}"
+        return parse_int(properties[key], where, key, 0, 0xFFFF) if key in properties else default
+
     if config.driver == "isa-debug-exit":
-        iobase = int(properties.get("iobase", str(debugexit.IOBASE)), 0)
-        iosize = int(properties.get("iosize", str(debugexit.IOSIZE)), 0)
+        iobase = number("iobase", debugexit.IOBASE)
+        iosize = number("iosize", debugexit.IOSIZE)
         exit = debugexit.DebugExit(machine.request_exit, iobase=iobase, iosize=iosize)
         _add(machine, exit, iobase, iosize, debugexit.WIDTH)
     elif config.driver == "isa-debugcon":
-        iobase = int(properties.get("iobase", str(debugcon.IOBASE)), 0)
+        iobase = number("iobase", debugcon.IOBASE)
         chardev = None
         if "chardev" in properties:
             name = properties["chardev"]
             chardev = machine.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
         _add(machine, debugcon.DebugConsole(chardev, iobase=iobase), iobase, 1)
     else:
-        ioport = int(properties.get("ioport", str(pvpanic.IOPORT)), 0)
+        ioport = number("ioport", pvpanic.IOPORT)
         _add(machine, pvpanic.PvPanic(machine.report_panic, ioport=ioport), ioport, 1)
 
 

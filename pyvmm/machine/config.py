@@ -48,9 +48,9 @@ class DeviceConfig:
         self.properties = properties
 
     def shape(self) -> str:
-        """What has to stay the same over a live update: which disk is which, too."""
-        drive = self.properties.get("drive")
-        return f"{self.driver} ({drive})" if drive else self.driver
+        """What has to stay the same over a live update: which disk or network is which, too."""
+        behind = self.properties.get("drive") or self.properties.get("netdev")
+        return f"{self.driver} ({behind})" if behind else self.driver
 
 
 class MachineConfig:

@@ -176,18 +176,21 @@ class Machine(CpuEvents):
         :raises InternalError: a vCPU does not come (a file that it writes to hangs); all run on
         :raises HostError: a device cannot finish its work; all goes on
         """
-        for cpu in self.cpus:
-            cpu.request_stop()
-        for cpu in self.cpus:
-            if not cpu.wait_stopped():
-                self.resume_cpus()
-                raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
+        self._stop_cpus()
         try:
             for device in self.devices:
                 device.drain()
         except HostError:
             self.resume_cpus()
             raise
+
+    def _stop_cpus(self) -> None:
+        for cpu in self.cpus:
+            cpu.request_stop()
+        for cpu in self.cpus:
+            if not cpu.wait_stopped():
+                self.resume_cpus()
+                raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
 
     def resume_cpus(self) -> None:
         """Let all vCPUs enter the guest, and the devices work."""
@@ -334,11 +337,21 @@ class Machine(CpuEvents):
 
     def _halt(self, state: str) -> None:
         # The operator may have paused the guest in between: its vCPUs are out already.
-        if self.runstate.running:
+        if not self.runstate.running:
+            return
+        try:
+            self._stop_cpus()
+        except InternalError as error:
+            self.warn(str(error))
+            return
+        for device in self.devices:
             try:
-                self.pause(state)
-            except (HostError, InternalError) as error:
+                device.drain()
+            except HostError as error:
+                # A guest that has ended does not go on for it.
                 self.warn(str(error))
+        self.runstate.set(state)
+        self.emit("STOP", None)
 
     def warn(self, text: str) -> None:
         """Tell the operator on standard error."""

@@ -99,18 +99,22 @@ def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> Vir
     from pyvmm.devices.virtio import net
 
     where = f"-device {DRIVER}"
-    number = sum(device.name == DRIVER for device in machine.devices)
-    mac = (FIRST_MAC + number).to_bytes(6, "big")
+    before = sum(device.name == DRIVER for device in machine.devices)
+    mac = (FIRST_MAC + before).to_bytes(6, "big")
     if "mac" in properties:
         mac = parse_mac(properties["mac"], where)
+
+    def number(key: str, default: int, least: int, most: int) -> int:
+        return parse_int(properties[key], where, key, least, most) if key in properties else default
+
     flags = [key for key in FLAGS if parse_bool(properties.get(key, "on"), where, key)]
     assert machine.netdevs is not None
     return net.VirtioNet(
         loop,
         machine.netdevs.get(properties["netdev"]),
         mac,
-        mtu=int(properties.get("host_mtu", "0"), 0),
+        mtu=number("host_mtu", 0, *MTUS),
         features=sum(net.FLAGS[key] for key in flags),
-        rx_queue_size=int(properties.get("rx_queue_size", str(net.QUEUE_SIZE)), 0),
-        tx_queue_size=int(properties.get("tx_queue_size", str(net.QUEUE_SIZE)), 0),
+        rx_queue_size=number("rx_queue_size", net.QUEUE_SIZE, *QUEUE_SIZES),
+        tx_queue_size=number("tx_queue_size", net.QUEUE_SIZE, *QUEUE_SIZES),
     )

@@ -38,7 +38,10 @@ def check_port(properties: dict[str, str], where: str) -> None:
     check_keys(properties, PORT_PROPERTIES, where)
     if "nr" in properties:
         parse_int(properties["nr"], where, "nr", 0, MAX_PORTS - 1)
-    if len(properties.get("name", "").encode()) > MAX_NAME:
+    name = properties.get("name", "")
+    if not name.isprintable():
+        raise ConfigError(f"{where}: name={shorten(name)}: give characters that can be printed")
+    if len(name.encode()) > MAX_NAME:
         raise ConfigError(f"{where}: name: at most {MAX_NAME} bytes; choose a shorter one")
 
 

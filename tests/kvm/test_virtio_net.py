@@ -119,7 +119,7 @@ def test_host_and_guest_talk_over_a_tap(vm, offload):
                 sock.send(b"u" * size)
                 assert sock.recv(2000) == b"u" * size
         if shutil.which("ping"):
-            ping = ["ping", "-n", "-q", "-c", "5", "-i", "0.01", "-w", "20", GUEST_IP]
+            ping = ["ping", "-n", "-q", "-c", "5", "-i", "0.01", "-W", "20", GUEST_IP]
             text = subprocess.run(ping, capture_output=True, text=True, check=False).stdout
             assert "5 received, 0% packet loss" in text
         assert "type=tap,ifname=tap0,script=no" in machine.hmp("info network")

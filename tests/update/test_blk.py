@@ -65,6 +65,30 @@ def is_locked(path):
     return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
 
 
+def test_the_way_back_leaves_the_disk_as_it_was(vm, path):
+    """The new image takes the disk over, cannot take its queue, and hands it back."""
+    machine = vm(*drive(path, ",cache=none"), append="virtio-blk depth=32")
+    machine.expect("pass 0 ok")
+    words = [word.replace("serial=abc", "serial=abc,queue-size=4") for word in machine.argv]
+    for _ in range(2):
+        machine.set_update([*words, "-incoming", "file:vm.state"])
+        machine.hmp_send("migrate file:vm.state")
+        while not machine.replied:
+            assert is_locked(path)
+        machine.hmp_reply()
+        assert "the guest is back in the image before" in machine.hmp("info migrate")
+        machine.seen = len(machine.serial)
+        machine.expect(r"pass \d+ ok")
+        machine.expect(r"pass \d+ ok")
+    assert is_locked(path)
+    machine.set_update()
+    machine.update()
+    machine.seen = len(machine.serial)
+    machine.expect(r"pass \d+ ok")
+    done = passes(machine)
+    assert done == list(range(len(done)))
+
+
 def test_the_image_stays_locked_and_the_same_when_its_name_goes_to_another(vm, path):
     machine = vm(*drive(path), append="virtio-blk")
     machine.expect("pass 0 ok")

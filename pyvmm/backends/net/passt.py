@@ -53,17 +53,29 @@ class PasstBackend(StreamBackend):
         option: str = "-netdev passt",
     ) -> None:
         super().__init__(id, loop, fds)
+        self._command = (program, arguments or [], option)
+        # It had ended before the update: its start takes time, and may fail, so the guest must
+        # not wait for it.
+        self._ended = False
         fd = fds.take(self._name)
-        if fd is None:
+        if fd is not None:
+            self._adopt(fd)
+        elif fds.is_incoming:
+            self._ended = True
+        else:
+            self._adopt(launch(*self._command))
+
+    def start(self) -> None:
+        super().start()
+        if self._ended:
+            self._ended = False
             try:
-                fd = launch(program, arguments or [], option)
+                self._adopt(launch(*self._command))
             except ConfigError as error:
-                if not fds.is_incoming:
-                    raise
-                # It had ended before the update, which the guest must survive.
                 sys.stderr.write(f"pyvmm: {error}\n")
-                return
-        fds.keep(self._name, fd)
+
+    def _adopt(self, fd: int) -> None:
+        self.fds.keep(self._name, fd)
         self.open_stream(fd)
 
     @property

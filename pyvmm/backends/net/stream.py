@@ -129,6 +129,8 @@ class StreamBackend(NetBackend):
             self._end = self._start + received
             self._buffer[self._start : self._end] = state[at : at + received]
             self._unsent = state[at + received : at + received + unsent]
+            # A kick may come before the start, and its frame must not come before this one.
+            self._full = bool(self._unsent)
         self._load_address(state[at + received + unsent :])
 
     def close(self) -> None:

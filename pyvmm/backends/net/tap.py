@@ -79,16 +79,21 @@ class TapBackend(NetBackend):
         inherited = fds.take(self._name)
         self.ifname = ifname
         self.fd = fd if inherited is None else inherited
-        if self.fd < 0:
-            try:
+        try:
+            if inherited is None and fd >= 0 and fds.is_incoming:
+                raise ConfigError(f"{option}: fd={fd}: the interface was deleted; open another")
+            if self.fd < 0:
                 self.fd = self._open(ifname, vnet_hdr)
-            except ConfigError as error:
-                if not fds.is_incoming:
-                    raise
-                # It was deleted before the update, which the guest must survive.
-                self.link_up = False
-                sys.stderr.write(f"pyvmm: {error}\n")
-                return
+        except ConfigError as error:
+            if not fds.is_incoming:
+                raise
+            # It was deleted before the update, which the guest must survive. What the number
+            # fd= stands for by now is another's; what the guest was offered stays.
+            self.fd = -1
+            self.link_up = False
+            self.has_offloads = vnet_hdr
+            sys.stderr.write(f"pyvmm: {error}\n")
+            return
         try:
             flags = self._examine()
             if inherited is not None and ifname not in ("", self.ifname):

@@ -66,6 +66,7 @@ WORKERS = 16
 INLINE_MAX = 128 << 10
 DRAIN_TIMEOUT_S = 10.0
 ERROR_INTERVAL_S = 1.0
+MAX_ERRNO = 4095
 
 _HEADER = struct.Struct("<I4xQ")
 _SEGMENT = struct.Struct("<QII")
@@ -125,6 +126,7 @@ class VirtioBlk(VirtioDevice):
             )
         self._on_error = on_error
         self._told_at = -ERROR_INTERVAL_S
+        self._flush_waits = False
         self._workers = Workers(f"blk {config.drive}", WORKERS)
 
     def properties(self) -> dict[str, Any]:
@@ -176,7 +178,13 @@ class VirtioBlk(VirtioDevice):
         if before and not self.writeback:
             # The driver will not flush any more what was written until now.
             with self.lock:
-                self._submit(self.file.flush, T_FLUSH, None)
+                # One that has not begun will do for this, too, however often the driver asks.
+                if not self._flush_waits:
+                    try:
+                        self._submit(self._flush_own, T_FLUSH, None)
+                        self._flush_waits = True
+                    except OSError as error:
+                        self._report(T_FLUSH, error)
 
     def on_reset(self) -> None:
         self.writeback = self._default_writeback
@@ -282,6 +290,10 @@ class VirtioBlk(VirtioDevice):
 
     # ---- work that waits for the host ------------------------------------------------------
 
+    def _flush_own(self) -> None:
+        self._flush_waits = False
+        self.file.flush()
+
     def _submit(self, call: Callable[[], None], kind: int, chain: Chain | None) -> int | None:
         """Have a worker make ``call`` and return the chain; there is no status yet."""
         self._workers.submit(lambda: self._work(call, kind, chain))
@@ -335,6 +347,8 @@ class VirtioBlk(VirtioDevice):
         self.writeback, self.file.lost = state.writeback, state.flush_error
 
     def _check(self, state: Record) -> None:
+        if state.flush_error > MAX_ERRNO:
+            raise ValueError(f"flush_error {state.flush_error} is no error number")
         block = state.block_size
         if block & (block - 1) or not self.file.alignment <= block <= 4096:
             raise ValueError(

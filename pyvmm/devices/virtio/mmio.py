@@ -25,6 +25,7 @@ from pyvmm.core.threads import Lock
 from pyvmm.devices.base import Device
 from pyvmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from pyvmm.devices.virtio.queue import Queue, QueueError
+from pyvmm.errors import HostError
 from pyvmm.vmstate.fields import (
     Description,
     Record,
@@ -40,6 +41,7 @@ from pyvmm.vmstate.fields import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pyvmm.core.iothread import IoThread
@@ -97,6 +99,7 @@ FEATURES = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1
 F_UNKNOWN = 1 << 63
 
 MAX_QUEUES = 64
+DRAIN_TIMEOUT_S = 10.0
 
 #: Registers of a queue's addresses -> attribute, and how far to shift the value.
 _ADDRESSES = {
@@ -285,7 +288,7 @@ class VirtioMmio(Device):
 
     def _write_status(self, value: int) -> None:
         if value == 0:
-            self._reset_device()
+            self._reset_device(self._drain_for_driver)
             return
         # A driver may not clear bits but by a reset.
         status = self.status | value & S_DRIVERS
@@ -344,18 +347,18 @@ class VirtioMmio(Device):
         if not queue.ready:
             return
         running = self.running
-        self.drain()
+        self._drain_for_driver()
         with self.device.lock:
             queue.disable()
         if running:
             self.start()
 
-    def _reset_device(self) -> None:
+    def _reset_device(self, drain: Callable[[], None]) -> None:
         # First: what comes to its end now is not returned any more.
         with self._bits:
             self.status = 0
         running = self.running
-        self.drain()
+        drain()
         with self.device.lock:
             self.device.on_reset()
             self._clear()
@@ -410,7 +413,7 @@ class VirtioMmio(Device):
     # ---- run states and state --------------------------------------------------------------
 
     def reset(self) -> None:
-        self._reset_device()
+        self._reset_device(self.drain)
         self.config_generation = 0
 
     def resume(self) -> None:
@@ -429,11 +432,26 @@ class VirtioMmio(Device):
             )
 
     def drain(self) -> None:
+        """As for every device.
+
+        :raises HostError: the host does not get done with what is under way
+        """
         self.running = False
-        # Whoever is serving a queue comes to the end of it.
-        with self.device.lock:
-            pass
+        # Whoever is serving a queue comes to the end of it, unless it hangs in the host.
+        if not self.device.lock.acquire(timeout=DRAIN_TIMEOUT_S):
+            raise HostError(f"{self.name}: the queue that is being served does not come to its end")
+        self.device.lock.release()
         self.device.drain()
+
+    def _drain_for_driver(self) -> None:
+        """The same on a vCPU's thread, which has nowhere to go before it is done: a disk that
+        hangs holds up the driver that resets it, for as long as it does."""
+        while True:
+            try:
+                self.drain()
+            except HostError:
+                continue
+            return
 
     def start(self) -> None:
         self.running = True

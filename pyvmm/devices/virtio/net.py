@@ -21,7 +21,7 @@ import struct
 from pyvmm.backends.net.base import HEADER, MAX_FRAME, MAX_PARTS, NetFrontend
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import GuestError
-from pyvmm.vmstate.fields import Buffer, Description, Record
+from pyvmm.vmstate.fields import Buffer, Description, Record, u16
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ _FRAMES = 64
 _BYTES = 256 << 10
 
 
+def _check(state: Record) -> None:
+    if state.status & ~S_LINK_UP:
+        raise ValueError(f"status {state.status:#x} does not exist")
+
+
 class VirtioNet(VirtioDevice, NetFrontend):
     """The device.
 
@@ -93,8 +98,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
 
     virtio_id = 1
     name = "virtio-net-device"
-    # The guest knows it: it stays, whatever the next command line counts up to.
-    vmstate = Description("virtio-net", [Buffer("mac", 6)])
+    # What the guest knows. The address stays, whatever the next command line counts up to.
+    vmstate = Description("virtio-net", [Buffer("mac", 6), u16("status")], check=_check)
 
     def __init__(
         self,
@@ -120,6 +125,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         # Receive buffers, with their sizes, taken for a frame that they have no room for yet.
         self._parked: list[tuple[Chain, int]] = []
         self._room = 0
+        self.status = S_LINK_UP if backend.link_up else 0
         self._update_config()
         backend.frontend = self
 
@@ -150,8 +156,13 @@ class VirtioNet(VirtioDevice, NetFrontend):
         # before there is no way back.
         self.loop.call_soon(self.backend.start)
 
+    def attach(self) -> None:
+        # The image before may have told the driver otherwise.
+        if self.backend.link_up != bool(self.status & S_LINK_UP):
+            self.handle_link(self.backend.link_up)
+
     def load(self, state: Record) -> None:
-        self.mac = state.mac
+        self.mac, self.status = state.mac, state.status
         self._update_config()
         self._set_offloads(self.driver_features)
 
@@ -173,6 +184,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self.kick(TX)
 
     def handle_link(self, up: bool) -> None:
+        self.status = S_LINK_UP if up else 0
         self._update_config()
         if self.driver_features & F_STATUS:
             self.notify_config()
@@ -275,6 +287,5 @@ class VirtioNet(VirtioDevice, NetFrontend):
         )
 
     def _update_config(self) -> None:
-        status = S_LINK_UP if self.backend.link_up else 0
         # Fields of features that are not offered do not exist, but have their places.
-        self.config = _CONFIG.pack(self.mac, status, 0, self.mtu)
+        self.config = _CONFIG.pack(self.mac, self.status, 0, self.mtu)

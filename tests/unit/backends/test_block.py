@@ -351,6 +351,20 @@ def test_an_update_may_change_the_cache_mode(image):
     assert os.pread(again.fd, 100, 1) == bytes(100)
 
 
+def test_an_update_that_fails_leaves_the_lock(image):
+    """The image before comes back, and nobody may have got in between."""
+    old = image(share_rw=True)
+    fds = hand_over(old)
+    old.close()
+    other = image(share_rw=True)
+    with pytest.raises(ConfigError, match="in use"):
+        image(fds=fds)
+    other.close()
+    with pytest.raises(ConfigError, match="in use"):
+        image()
+    fds.close_unclaimed()
+
+
 def test_an_update_without_the_file_opens_no_other(image):
     with pytest.raises(MigrationError, match="was not handed over"):
         image(fds=FdStore({}))

@@ -3,7 +3,9 @@
 import os
 import time
 
-from pyvmm.core.threads import Event
+import pytest
+
+from pyvmm.core.threads import Event, spawn
 from pyvmm.core.workers import Workers
 
 DEADLINE_S = 20
@@ -73,6 +75,29 @@ def test_nothing_is_held_once_all_is_done():
     assert workers.wait(DEADLINE_S)
     memory.append(0)  # BufferError if a view is left
     workers.close()
+
+
+def test_no_more_threads_are_to_be_had(monkeypatch):
+    workers = Workers("test-limit", 4)
+    real, left = spawn, [1]
+
+    def limited(*arguments):
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        real(*arguments)
+
+    monkeypatch.setattr("pyvmm.core.workers.spawn", limited)
+    done = []
+    for number in range(3):
+        workers.submit(lambda number=number: done.append(number))
+    assert workers.wait(DEADLINE_S)
+    assert done == [0, 1, 2]
+    workers.close()
+    none = Workers("test-none", 4)
+    with pytest.raises(OSError, match="can't start new thread"):
+        none.submit(int)
+    assert none.wait(0)  # nothing is owed
 
 
 def test_a_call_that_fails_ends_no_thread(capsys):

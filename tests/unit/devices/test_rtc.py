@@ -467,6 +467,18 @@ def test_a_guest_cannot_pile_up_timers(rtc):
     assert len(rtc.loop.timers) < 5
 
 
+def test_timers_that_sooner_ones_came_before_are_not_followed_by_others(rtc):
+    write(rtc, REG_B, UIE | H24)
+    for _ in range(100):
+        write(rtc, REG_B, UIE | PIE | H24)
+        write(rtc, REG_B, UIE | H24)
+        rtc.loop.timers.pop()[1]()
+    timers, rtc.loop.timers = rtc.loop.timers, []
+    for _, callback in timers:
+        callback()
+    assert len(rtc.loop.timers) == 1
+
+
 def test_reset_lets_the_line_go(rtc, clock):
     write(rtc, REG_B, UIE | H24)
     clock.now += 1

@@ -50,6 +50,17 @@ def test_shape_has_the_virtio_devices_in_order():
     assert other["-device"] != shape["-device"]
 
 
+def test_shape_has_which_network_is_which():
+    def shape(*netdevs):
+        words = [
+            *("-netdev", "stream,id=a,addr.path=x", "-netdev", "stream,id=b,addr.path=y"),
+            *(word for id in netdevs for word in ("-device", f"virtio-net-device,netdev={id}")),
+        ]
+        return options.parse(["-serial", "none", *words]).shape()["-device"]
+
+    assert shape("a", "b") != shape("b", "a")
+
+
 def test_shape_has_the_ports():
     def shape(*words):
         return (
@@ -114,6 +125,7 @@ def test_ports_sit_on_the_bus_that_they_name():
         (["virtio-serial-device", "virtconsole,nr=31"], "nr='31' is not possible"),
         (["virtio-serial-device", "virtconsole,size=3"], "'size' is not known here"),
         (["virtio-serial-device", f"virtserialport,name={'x' * 129}"], "name: at most 128 bytes"),
+        (["virtio-serial-device", "virtserialport,name=\udcff"], "characters that can be printed"),
         (["virtio-serial-device", "virtconsole,chardev=none"], "none"),
     ],
 )

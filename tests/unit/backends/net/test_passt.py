@@ -85,8 +85,13 @@ def test_its_end_takes_the_link_down_until_the_next_update(images, recorder, rou
     old.until(lambda: front.links == [False])
     assert front.backend.info == {"state": "ended"}
     new = images(old.exec())
-    front = recorder(new.make(PasstBackend))
+    again = f"--search=again-{os.getpid()}.invalid"
+    front = recorder(new.make(PasstBackend, arguments=[again]))
+    # Nothing is begun that a way back to the old image would have to undo.
+    assert find(again.encode()) is None
+    assert not front.backend.link_up
     front.start()
+    assert front.links == [True]
     ask(new, front)
 
 
@@ -122,6 +127,7 @@ def test_program_that_hangs(image, tmp_path, monkeypatch):
 def test_failure_does_not_keep_an_update_from_happening(images, capsys):
     new = images({})
     backend = new.make(PasstBackend, program="/nowhere/passt")
+    backend.start()
     assert not backend.link_up
     assert "cannot start /nowhere/passt" in capsys.readouterr().err
     assert backend.send([memoryview(bytes(HEADER) + WHO_HAS)])

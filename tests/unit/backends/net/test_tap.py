@@ -165,6 +165,19 @@ def test_deleted_interface_does_not_keep_an_update_from_happening(images, capsys
     assert backend.peek() is None
     assert backend.send([memoryview(NO_HEADER + frame(b"to nobody"))])
 
+    # The guest may have negotiated them: its state must be taken.
+    assert backend.has_offloads
+
+
+def test_number_of_a_descriptor_means_nothing_after_an_exec(images, capsys, namespace):
+    other = images().make(TapBackend, ifname="t1")
+    new = images({})
+    # Deleted before the update; the number is that of another's by now.
+    backend = new.make(TapBackend, fd=other.fd)
+    assert not backend.link_up
+    assert backend.fd == -1
+    assert f"fd={other.fd}: the interface was deleted" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("flags", [0, tap.IFF_VNET_HDR])
 def test_descriptor_that_the_starter_opened(image, recorder, namespace, flags):

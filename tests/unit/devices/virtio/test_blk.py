@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyvmm.backends.block import BlockFile
 from pyvmm.backends.block_config import BlkConfig, BlockConfig
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.core.threads import Event
+from pyvmm.core.threads import Event, spawn
 from pyvmm.core.workers import Workers
 from pyvmm.cpr.fdstore import FdStore
 from pyvmm.devices.virtio import blk, mmio
@@ -338,6 +338,32 @@ def test_the_driver_chooses_the_cache_mode(disk, durable, monkeypatch):
     assert one.driver.config(32, 1) == b"\1"
 
 
+def test_a_driver_that_never_stops_choosing_does_not_pile_up_flushes(disk, monkeypatch):
+    one = disk()
+    begun, go = Event(), Event()
+    flushed = []
+
+    def flush(_self):
+        begun.set()
+        assert go.wait(DEADLINE_S)
+        flushed.append(None)
+
+    def choose(writeback):
+        one.driver.write(mmio.CONFIG + 32, writeback, 1)
+
+    monkeypatch.setattr(BlockFile, "flush", flush)
+    choose(0)
+    assert begun.wait(DEADLINE_S)
+    for _ in range(100):
+        choose(1)
+        choose(0)
+    assert one.driver.device._workers.unfinished <= 1 + blk.WORKERS
+    go.set()
+    one.driver.transport.drain()
+    # At least one has begun after the last choice.
+    assert len(flushed) >= 2
+
+
 @pytest.mark.parametrize("offset", [0, 20, 31, 33, 59, 60, 200])
 def test_the_rest_of_the_configuration_space_is_read_only(disk, offset):
     one = disk()
@@ -476,6 +502,59 @@ def test_reset_waits_for_requests_under_way(disk, monkeypatch):
     assert one.ask(blk.T_IN, 0, room=4096) == (0, data)
 
 
+def test_reset_of_a_disk_that_hangs_holds_up_its_driver_and_no_more(disk, monkeypatch):
+    """The guest's reset ends when the host's request does: it is no error of the VMM's."""
+    one = disk(image={"direct": True})
+    go, waits = Event(), []
+    real = Workers.wait
+    monkeypatch.setattr(BlockFile, "flush", lambda _self: go.wait(DEADLINE_S))
+    monkeypatch.setattr(blk, "DRAIN_TIMEOUT_S", 0.01)
+
+    def wait(self, timeout_s):
+        waits.append(timeout_s)
+        if len(waits) == 3:
+            go.set()
+            timeout_s = DEADLINE_S
+        return real(self, timeout_s)
+
+    monkeypatch.setattr(Workers, "wait", wait)
+    queue = one.driver.queues[0]
+    queue.add([struct.pack("<IIQ", blk.T_FLUSH, 0, 0)], [1])
+    queue.kick()
+    one.driver.run()
+    one.driver.write(mmio.STATUS, 0)
+    assert len(waits) == 3
+    monkeypatch.undo()
+    one.driver.start()
+    assert one.ask(blk.T_IN, 0, room=512)[0] == 0
+
+
+def test_drain_does_not_wait_for_a_write_that_hangs_on_the_loop(disk, monkeypatch):
+    one = disk()
+    entered, go, ended = Event(), Event(), Event()
+
+    def write(_self, _buffers, _offset, **_durable):
+        entered.set()
+        assert go.wait(DEADLINE_S)
+
+    monkeypatch.setattr(BlockFile, "write", write)
+    monkeypatch.setattr(mmio, "DRAIN_TIMEOUT_S", 0.01)
+    queue = one.driver.queues[0]
+    queue.add([struct.pack("<IIQ", blk.T_OUT, 0, 0), bytes(512)], [1])
+    queue.kick()
+    failures = []
+    spawn(lambda: (one.driver.run(), ended.set()), failures.append)
+    assert entered.wait(DEADLINE_S)
+    with pytest.raises(HostError, match="does not come to its end"):
+        one.driver.transport.drain()
+    go.set()
+    assert ended.wait(DEADLINE_S)
+    assert failures == []
+    one.driver.transport.drain()
+    one.driver.transport.start()
+    assert len(one.wait(1)) == 1
+
+
 def test_drain_does_not_wait_for_ever(disk, monkeypatch):
     one = disk(image={"direct": True})
     go = Event()
@@ -535,13 +614,16 @@ def test_an_update_does_not_forget_that_a_flush_failed(disk, monkeypatch):
         ("block_size", 0, "block_size 0: the image has blocks of 512 bytes"),
         ("block_size", 1000, "block_size 1000"),
         ("block_size", 1 << 31, "block_size 2147483648"),
+        ("lost", (1 << 32) - 1, "flush_error 4294967295 is no error number"),
     ],
 )
 def test_states_that_cannot_be(disk, field, value, problem):
     one = disk()
-    setattr(one.driver.device, field, value)
+    owner = one.file if field == "lost" else one.driver.device
+    before = getattr(owner, field)
+    setattr(owner, field, value)
     data = one.driver.encode()
-    setattr(one.driver.device, field, SECTORS if field == "capacity" else 512)
+    setattr(owner, field, before)
     with pytest.raises(VmStateError, match=problem):
         one.driver.decode(data)
     one.driver.transport.start()

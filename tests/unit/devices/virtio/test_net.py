@@ -628,6 +628,52 @@ def test_address_that_the_guest_knows_stays(network):
     assert n.driver.config(0, 6) == mac
 
 
+def test_link_that_comes_back_with_an_update_is_told(network):
+    """As with passt, which is started anew."""
+    n = network()
+    n.start()
+    n.peer.close()
+    n.rx.add([], [2000])
+    n.rx.kick()
+    n.run()
+    assert n.driver.config(6, 2) == b"\0\0"
+    n.driver.write(mmio.INTERRUPT_ACK, mmio.INT_CONFIG)
+    n.driver.interrupts()
+    generation = n.driver.read(mmio.CONFIG_GENERATION)
+    os.close(n.fd)
+    ours, n.peer = socket.socketpair()
+    n.peer.settimeout(DEADLINE_S)
+    n.fd = ours.detach()
+    n.update()
+    n.run()
+    assert n.driver.config(6, 2) == b"\1\0"
+    assert n.driver.read(mmio.INTERRUPT_STATUS) & mmio.INT_CONFIG
+    assert n.driver.interrupts()
+    assert n.driver.read(mmio.CONFIG_GENERATION) != generation
+    n.peer.sendall(framed(frame(b"back again")))
+    n.run()
+    assert received(n.rx) == [ONE_BUFFER + frame(b"back again")]
+
+
+def test_link_that_did_not_change_is_not_told(network):
+    n = network()
+    n.start()
+    generation = n.driver.read(mmio.CONFIG_GENERATION)
+    n.update()
+    n.run()
+    assert n.driver.read(mmio.CONFIG_GENERATION) == generation
+    assert not n.driver.read(mmio.INTERRUPT_STATUS) & mmio.INT_CONFIG
+
+
+def test_link_state_that_does_not_exist_is_refused(network):
+    n = network()
+    n.start()
+    n.driver.device.status = 2
+    state = n.driver.encode()
+    with pytest.raises(VmStateError, match="status 0x2 does not exist"):
+        n.driver.decode(state)
+
+
 def test_state_of_a_device_with_other_features_is_refused(network, monkeypatch):
     monkeypatch.setattr(StreamBackend, "has_offloads", True)
     n = network()

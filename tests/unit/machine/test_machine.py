@@ -1,0 +1,51 @@
+"""What a machine does at the ends that need no KVM."""
+
+import pytest
+
+from pyvmm.core import runstate
+from pyvmm.core.eventloop import EventLoop
+from pyvmm.cpr.fdstore import FdStore
+from pyvmm.devices.base import Device
+from pyvmm.errors import HostError
+from pyvmm.machine.config import MachineConfig
+from pyvmm.machine.machine import Machine
+
+
+class Hanging(Device):
+    """A device whose host does not answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.resting = False
+
+    def drain(self):
+        self.resting = True
+        raise HostError("requests do not end")
+
+    def start(self):
+        self.resting = False
+
+
+@pytest.fixture
+def machine():
+    machine = Machine(MachineConfig(), EventLoop(), FdStore())
+    machine.devices = [Hanging(), Hanging()]
+    machine.runstate.set(runstate.RUNNING)
+    yield machine
+    machine.loop.close()
+
+
+def test_disk_that_hangs_does_not_let_a_guest_go_on_that_has_ended(machine, capsys):
+    """Emulation failed: entered once more, the vCPU would do who knows what."""
+    machine.on_thread_error("thread virtio-0 failed")
+    machine.loop.run_once()
+    assert machine.runstate.state == runstate.INTERNAL_ERROR
+    assert all(device.resting for device in machine.devices)
+    assert "requests do not end" in capsys.readouterr().err
+
+
+def test_disk_that_hangs_keeps_a_guest_running_that_an_operator_stops(machine):
+    with pytest.raises(HostError):
+        machine.stop()
+    assert machine.runstate.running
+    assert not any(device.resting for device in machine.devices)
