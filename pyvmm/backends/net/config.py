@@ -127,6 +127,10 @@ class NetdevConfig:
     def _check_tap(self) -> None:
         if len(self.text("ifname").encode("utf-8", "surrogateescape")) > 15:
             raise self._error(f"ifname={shorten(self.text('ifname'))} has more than 15 bytes")
+        # What the kernel takes for a name (dev_valid_name), as far as it can be printed.
+        name = self.text("ifname")
+        if not name.isprintable() or name in (".", "..") or set(name) & set("/: "):
+            raise self._error(f"ifname={shorten(name)} is no name of an interface; give one: tap0")
         if "ifname" in self.options and "fd" in self.options:
             raise self._error("ifname= and fd= exclude each other; leave one out")
         for key in ("script", "downscript"):
