@@ -191,7 +191,12 @@ def check_netdevs(netdevs: Iterable[NetdevConfig], users: Iterable[str]) -> None
     :raises ConfigError: two of one name, a name that nothing has, two devices on one
     """
     made: set[str] = set()
+    given: set[int] = set()
     for netdev in netdevs:
+        fd = netdev.number("fd", -1)
+        if fd in given:
+            raise ConfigError(f"{netdev.option}: fd={fd} is given twice; open one for each")
+        given |= {fd} - {-1}
         if netdev.id in made:
             raise ConfigError(f"{netdev.option}: the id {netdev.id} is given twice; rename one")
         made.add(netdev.id)

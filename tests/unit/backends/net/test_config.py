@@ -113,6 +113,14 @@ def test_what_does_not_belong_together(users, problem):
     assert problem in str(error.value)
 
 
+def test_one_descriptor_for_two():
+    first, second = parse_netdev("tap,id=a,fd=5"), parse_netdev("tap,id=b,fd=0x5")
+    other = parse_netdev("stream,id=c,addr.path=p")
+    with pytest.raises(ConfigError, match="-netdev tap: fd=5 is given twice; open one for each"):
+        check_netdevs([first, second, other], [])
+    check_netdevs([first, other], [])
+
+
 def test_one_name_for_two():
     with pytest.raises(ConfigError, match="the id n0 is given twice"):
         check_netdevs([parse_netdev("tap,id=n0"), parse_netdev("passt,id=n0")], [])
