@@ -40,22 +40,31 @@ def lock(fd: int, *, writing: bool, share_rw: bool = False, inherited: bool = Fa
     """Lock the image; once more on the same descriptor changes nothing.
 
     :param share_rw: allow others to write, as cluster file systems need it
-    :param inherited: the image before has locked it, and may come back: failing takes no
-        lock away
+    :param inherited: the image before has locked it, and may come back: its locks stay as
+        they are if this fails
     :raises InUseError: another has it
     :raises OSError: with one of :data:`UNSUPPORTED`
     """
     used = [READ, WRITE] if writing else [READ]
     denied = [] if share_rw else [WRITE]
     mine = [*(USED + bit for bit in used), *(DENIED + bit for bit in denied)]
+    conflicts = [*(DENIED + bit for bit in used), *(USED + bit for bit in denied)]
+    if inherited:
+        _look(fd, conflicts)
     # First lock, then look: of two that do so at once at least one sees the other.
     for byte in mine:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
-    conflicts = [*(DENIED + bit for bit in used), *(USED + bit for bit in denied)]
-    held = [byte for byte in conflicts if _is_held(fd, byte)]
-    if held:
+    try:
+        _look(fd, conflicts)
+    except InUseError:
         if not inherited:
             _unlock(fd, mine)
+        raise
+
+
+def _look(fd: int, conflicts: list[int]) -> None:
+    held = [byte for byte in conflicts if _is_held(fd, byte)]
+    if held:
         raise InUseError(USED + WRITE in held or _is_held(fd, USED + WRITE))
 
 

@@ -23,8 +23,8 @@ class IoThread:
     """One thread, started by :meth:`start`.
 
     :param name: as ``top -H`` shows it
-    :param on_crash: told on the thread what no handler of the loop caught; the loop is dead
-        then, so the VM cannot go on
+    :param on_crash: told on the thread what no handler of the loop caught; the loop is not
+        served then, so the VM cannot go on before it is reset and this is started again
     """
 
     def __init__(self, name: str, on_crash: Callable[[str], None]) -> None:
@@ -35,9 +35,10 @@ class IoThread:
         self._ended = Event()
 
     def start(self) -> None:
-        """Begin to serve the loop; harmless if it runs."""
-        if not self._started:
+        """Begin to serve the loop, or begin again after a crash; harmless if it runs."""
+        if not self._started or self._ended.is_set():
             self._started = True
+            self._ended.clear()
             spawn(self._run, self._handle_crash)
 
     def close(self) -> None:

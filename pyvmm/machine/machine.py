@@ -154,9 +154,17 @@ class Machine(CpuEvents):
             self.attach_devices()
 
     def attach_devices(self) -> None:
-        """Let the devices take input: their state is complete, booted or loaded."""
+        """Let the devices take input: their state is complete, booted or loaded. What one of
+        them raises comes when all had their turn: after an update the guest goes on all the
+        same, and needs the rest of them."""
+        failures = []
         for device in self.devices:
-            device.resume()
+            try:
+                device.resume()
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def pause(self, state: str) -> None:
         """Stop the vCPUs and go from running to ``state``."""

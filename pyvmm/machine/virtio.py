@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from pyvmm._util.keyval import check_keys, shorten
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.machine import netdev, virtio_blk, virtio_console
 from pyvmm.machine.config import DeviceConfig
 from pyvmm.x86 import layout
@@ -189,4 +189,10 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
 
 
 def _eventfd() -> int:
-    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    except OSError as error:
+        raise HostError(
+            f"-device: {error.strerror}: each queue of a virtio device needs a descriptor; raise"
+            " the limit (ulimit -n), or give less ports or devices"
+        ) from None

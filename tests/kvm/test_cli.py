@@ -216,3 +216,12 @@ def test_file_chardev_is_not_executable(tmp_path):
     log = tmp_path / "log"
     assert run_cli("run", "-serial", f"file:{log}", *QUIET).returncode == 0
     assert not stat.S_IMODE(log.stat().st_mode) & 0o111
+
+
+def test_numbers_with_leading_zeroes_are_numbers(tmp_path):
+    """Checked as decimal, they are used as that, too."""
+    network = ["-netdev", f"stream,id=n,server=on,addr.path={tmp_path}/s"]
+    device = ["-device", "virtio-net-device,netdev=n,rx_queue_size=0256,host_mtu=01500"]
+    ports = ["-device", "isa-debugcon,iobase=01026", "-device", "pvpanic,ioport=01285"]
+    done = run_cli("run", *QUIET, *network, *device, *ports)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,6 +1,10 @@
 """virtio devices as the tiny guest's drivers find them on the real /dev/kvm."""
 
+import shlex
+import subprocess
+
 import pytest
+from harness.process import DEADLINE_S, pyvmm
 from harness.stream import Peer, consoles
 
 SMP = pytest.mark.parametrize("smp", [1, 2])
@@ -121,3 +125,14 @@ def test_evil_guest_harms_nobody_but_itself(vm, tmp_path, smp, seed):
     assert machine.memory_kib("Anonymous") - before < 1024
     assert b"FAIL" not in machine.serial
     assert machine.stderr() == ""
+
+
+def test_queues_without_descriptors_for_them():
+    words = ["-nodefaults", "-device", "virtio-serial-device,max_ports=31"]
+    limit = f"ulimit -n 60; exec {shlex.join([pyvmm(), 'run', *words])}"
+    done = subprocess.run(
+        ["sh", "-c", limit], capture_output=True, text=True, check=False, timeout=DEADLINE_S
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pyvmm: -device: Too many open files: each queue")

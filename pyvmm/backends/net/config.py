@@ -126,6 +126,10 @@ class NetdevConfig:
     def _check_tap(self) -> None:
         if len(self.text("ifname").encode("utf-8", "surrogateescape")) > 15:
             raise self._error(f"ifname={shorten(self.text('ifname'))} has more than 15 bytes")
+        # What the kernel takes for a name (dev_valid_name), as far as it can be printed.
+        name = self.text("ifname")
+        if not name.isprintable() or name in (".", "..") or set(name) & set("/: "):
+            raise self._error(f"ifname={shorten(name)} is no name of an interface; give one: tap0")
         if "ifname" in self.options and "fd" in self.options:
             raise self._error("ifname= and fd= exclude each other; leave one out")
         for key in ("script", "downscript"):
@@ -181,7 +185,12 @@ def check_netdevs(netdevs: Iterable[NetdevConfig], users: Iterable[str]) -> None
     :raises ConfigError: two of one name, a name that nothing has, two devices on one
     """
     made: set[str] = set()
+    given: set[int] = set()
     for netdev in netdevs:
+        fd = netdev.number("fd", -1)
+        if fd in given:
+            raise ConfigError(f"{netdev.option}: fd={fd} is given twice; open one for each")
+        given |= {fd} - {-1}
         if netdev.id in made:
             raise ConfigError(f"{netdev.option}: the id {netdev.id} is given twice; rename one")
         made.add(netdev.id)

@@ -96,7 +96,9 @@ class TapBackend(NetBackend):
             return
         try:
             flags = self._examine()
-            if inherited is not None and ifname not in ("", self.ifname):
+            # tap%d lets the kernel choose the number.
+            chosen = not ifname or "%" in ifname
+            if inherited is not None and not chosen and ifname != self.ifname:
                 raise VmStateError(self._name, f"it is {self.ifname}, not ifname={ifname}")
         except VmStateError as error:
             if inherited is None:

@@ -419,8 +419,6 @@ class VirtioMmio(Device):
     def resume(self) -> None:
         """Serve kicks from now on."""
         self.device.loop.call_soon(self._attach)
-        if self._thread is not None:
-            self._thread.start()
         self.device.attach()
 
     def _attach(self) -> None:
@@ -454,6 +452,8 @@ class VirtioMmio(Device):
             return
 
     def start(self) -> None:
+        if self._thread is not None:
+            self._thread.start()  # if it crashed; the machine was reset then
         self.running = True
         self.device.resume()
         if self.active:

@@ -359,6 +359,7 @@ def test_an_update_that_fails_leaves_the_lock(image):
     other = image(share_rw=True)
     with pytest.raises(ConfigError, match="in use"):
         image(fds=fds)
+    image(share_rw=True).close()
     other.close()
     with pytest.raises(ConfigError, match="in use"):
         image()

@@ -34,3 +34,16 @@ def test_crash_is_told_once(capsys):
     assert "test-io" in crashes[0]
     assert "ZeroDivisionError" in crashes[0]
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_after_a_crash_it_can_be_started_again(capsys):
+    told, again = Event(), Event()
+    thread = IoThread("test-io", lambda _error: told.set())
+    thread.loop.call_soon(lambda: 1 // 0)
+    thread.start()
+    assert told.wait(10)
+    thread.loop.call_soon(again.set)
+    thread.start()
+    assert again.wait(10)
+    thread.close()
+    capsys.readouterr()

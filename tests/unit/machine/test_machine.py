@@ -49,3 +49,20 @@ def test_disk_that_hangs_keeps_a_guest_running_that_an_operator_stops(machine):
         machine.stop()
     assert machine.runstate.running
     assert not any(device.resting for device in machine.devices)
+
+
+def test_device_that_cannot_take_input_keeps_no_other_from_it(machine):
+    class Broken(Device):
+        def resume(self):
+            raise OSError("no such terminal")
+
+    class Works(Device):
+        attached = False
+
+        def resume(self):
+            self.attached = True
+
+    machine.devices = [Broken(), Works()]
+    with pytest.raises(OSError, match="no such terminal"):
+        machine.attach_devices()
+    assert machine.devices[1].attached

@@ -52,6 +52,9 @@ def test_passt_arguments():
         ("tap,id=n,ifnam=t", "-netdev tap: 'ifnam' is not known here; did you mean ifname?"),
         ("tap,id=n,ifname=", "ifname= is empty"),
         ("tap,id=n,ifname=sixteen-letters-", "has more than 15 bytes"),
+        ("tap,id=n,ifname=a/b", "ifname='a/b' is no name of an interface"),
+        ("tap,id=n,ifname=a\nb", "ifname='a\\nb' is no name"),
+        ("tap,id=n,ifname=..", "is no name"),
         ("tap,id=n,ifname=a,fd=3", "ifname= and fd= exclude each other"),
         ("tap,id=n,fd=2", "give a number from 3"),
         ("tap,id=n,script=/etc/up", "script= is run by nobody here; give script=no"),
@@ -108,6 +111,14 @@ def test_what_does_not_belong_together(users, problem):
     with pytest.raises(ConfigError) as error:
         check_netdevs(netdevs, users)
     assert problem in str(error.value)
+
+
+def test_one_descriptor_for_two():
+    first, second = parse_netdev("tap,id=a,fd=5"), parse_netdev("tap,id=b,fd=0x5")
+    other = parse_netdev("stream,id=c,addr.path=p")
+    with pytest.raises(ConfigError, match="-netdev tap: fd=5 is given twice; open one for each"):
+        check_netdevs([first, second, other], [])
+    check_netdevs([first, other], [])
 
 
 def test_one_name_for_two():

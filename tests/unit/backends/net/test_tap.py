@@ -146,6 +146,13 @@ def test_another_interface_is_no_update(images, packets, image):
     os.fstat(inherited[("netdev/n0", 0)])
 
 
+def test_name_whose_number_the_kernel_chooses_lives_through_an_exec(images, namespace):
+    old = images()
+    name = old.make(TapBackend, ifname="vm%d").ifname
+    assert name == "vm0"
+    assert images(old.exec()).make(TapBackend, ifname="vm%d").ifname == name
+
+
 def test_deleted_interface_takes_the_link_down(images, recorder, packets, image):
     front, _host = packets
     run("ip", "link", "del", "t0")

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.core.eventloop import EventLoop
+from pyvmm.core.iothread import IoThread
 from pyvmm.core.threads import Event, spawn
 from pyvmm.devices.virtio import mmio
 from pyvmm.devices.virtio.device import F_EVENT_IDX, F_VERSION_1, VirtioDevice
@@ -361,6 +362,36 @@ def test_reset_waits_for_the_queue_that_is_being_served(echo):
     assert done.wait(10)
     assert failures == []
     assert echo.device.acts[-2:] == ["reset", "resume"]
+
+
+def test_device_whose_thread_crashed_works_after_a_reset_of_the_machine(capsys):
+    told, answered = Event(), Event()
+    thread = IoThread("test-io", lambda _error: told.set())
+    driver = VirtioDriver(Echo(thread.loop))
+    driver.transport._thread = thread
+    thread.start()
+    try:
+        driver.start()
+        driver.device.handle_chain = lambda _queue, _chain: 1 // 0
+        driver.queues[0].add([b"x"], [64])
+        driver.queues[0].kick()
+        assert told.wait(10)
+        # As the machine does.
+        driver.transport.drain()
+        driver.transport.reset()
+        driver.transport.start()
+        del driver.device.handle_chain
+        serve = driver.device.handle_chain
+        driver.device.handle_chain = lambda *chain: (serve(*chain), answered.set())
+        driver.start()
+        request = driver.queues[0].add([b"again"], [64])
+        driver.queues[0].kick()
+        assert answered.wait(10)
+        driver.transport.drain()
+        assert request.data(5) == b"again"
+    finally:
+        driver.close()
+    capsys.readouterr()
 
 
 # ---- stops, and state ----------------------------------------------------------------------
