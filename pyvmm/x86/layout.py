@@ -110,7 +110,6 @@ CMOS = (0x70, 2)
 CMOS_CENTURY = 0x32  # its index in the clock's RAM
 POST_CODE = (0x80, 1)
 PORT92 = (0x92, 1)
-PORT_92 = (0x92, 1)
 PIC_SLAVE = (0xA0, 2)  # in KVM
 DEBUGCON = (0xE9, 1)
 DEBUG_EXIT = (0xF4, 4)
