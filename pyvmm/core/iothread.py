@@ -11,10 +11,7 @@ from pyvmm.core.threads import Event, report_crash, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import signal as _signal
     from collections.abc import Callable
-else:
-    import _signal  # what signal wraps in enums, at the cost of importing enum
 
 STOP_TIMEOUT_S = 10.0
 
@@ -52,8 +49,6 @@ class IoThread:
 
     def _run(self) -> None:
         name_thread(self.name)
-        # Signals are the main thread's, whatever mask was inherited.
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
         self.loop.run()
         self._ended.set()
 

@@ -14,10 +14,7 @@ from pyvmm.core.threads import Event, Lock, report_crash, spawn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import signal as _signal
     from collections.abc import Callable
-else:
-    import _signal  # what signal wraps in enums, at the cost of importing enum
 
 
 class Workers:
@@ -71,8 +68,6 @@ class Workers:
 
     def _run(self) -> None:
         name_thread(self._name)
-        # Signals are the main thread's, whatever mask was inherited.
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
         while (call := self._calls.get()) is not None:
             try:
                 call()
