@@ -68,6 +68,28 @@ def check_text(text: str, option: str) -> None:
     raise ConfigError(f"{option}: {shorten(text)} has a character that no path or name can have")
 
 
+class KeyedOption:
+    """The keys of one option, as typed.
+
+    :ivar option: how errors name it
+    :ivar options: key to value
+    """
+
+    __slots__ = ("option", "options")
+
+    option: str
+    options: dict[str, str]
+
+    def text(self, key: str) -> str:
+        """A value as typed; empty if it is not given."""
+        return self.options.get(key, "")
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """A value that is on or off."""
+        value = self.options.get(key)
+        return default if value is None else parse_bool(value, self.option, key)
+
+
 def check_keys(values: Iterable[str], known: Collection[str], option: str) -> None:
     """Refuse keys that are not among *known*, listing those.
 

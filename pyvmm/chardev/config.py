@@ -7,10 +7,10 @@ beforehand. Every value is checked here; the factory only reads them.
 from __future__ import annotations
 
 from pyvmm._util.keyval import (
+    KeyedOption,
     check_id,
     check_keys,
     check_text,
-    parse_bool,
     parse_int,
     parse_keyval,
     shorten,
@@ -49,7 +49,7 @@ _SHORT_LIST = (
 )
 
 
-class ChardevConfig:
+class ChardevConfig(KeyedOption):
     """One chardev that is asked for, or (kind ``chardev``) the name of one made elsewhere.
 
     :param kind: one of :data:`KINDS`, or ``chardev``
@@ -58,7 +58,7 @@ class ChardevConfig:
     :raises ConfigError: for a key or value that the kind does not have
     """
 
-    __slots__ = ("id", "kind", "option", "options")
+    __slots__ = ("id", "kind")
 
     def __init__(self, kind: str, id: str, options: dict[str, str], option: str) -> None:
         self.kind = kind
@@ -66,15 +66,6 @@ class ChardevConfig:
         self.options = options
         self.option = option
         self._check()
-
-    def text(self, key: str) -> str:
-        """A value as typed; empty if it is not given."""
-        return self.options.get(key, "")
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        """A value that is on or off."""
-        value = self.options.get(key)
-        return default if value is None else parse_bool(value, self.option, key)
 
     def number(self, key: str, default: int = 0) -> int:
         """A port, or a number of seconds."""

@@ -5,7 +5,14 @@ Pure: nothing is opened. Every value is checked here; the factory only reads the
 
 from __future__ import annotations
 
-from pyvmm._util.keyval import check_id, check_keys, parse_bool, parse_int, parse_keyval, shorten
+from pyvmm._util.keyval import (
+    KeyedOption,
+    check_id,
+    check_keys,
+    parse_int,
+    parse_keyval,
+    shorten,
+)
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -57,7 +64,7 @@ KINDS: dict[str, dict[str, str]] = {
 }
 
 
-class NetdevConfig:
+class NetdevConfig(KeyedOption):
     """One network back end that is asked for.
 
     :param kind: one of :data:`KINDS`
@@ -65,7 +72,7 @@ class NetdevConfig:
     :raises ConfigError: for a key or value that the kind does not have
     """
 
-    __slots__ = ("id", "kind", "option", "options")
+    __slots__ = ("id", "kind")
 
     def __init__(self, kind: str, id: str, options: dict[str, str], option: str) -> None:
         self.kind = kind
@@ -73,15 +80,6 @@ class NetdevConfig:
         self.options = options
         self.option = f"{option} {kind}"
         self._check()
-
-    def text(self, key: str) -> str:
-        """A value as typed; empty if it is not given."""
-        return self.options.get(key, "")
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        """A value that is on or off."""
-        value = self.options.get(key)
-        return default if value is None else parse_bool(value, self.option, key)
 
     def number(self, key: str, default: int = 0) -> int:
         """A value that is a number."""
