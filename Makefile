@@ -34,7 +34,7 @@ test: build  ## lint, types and all tests, with the real /dev/kvm where there is
 	exit $$failed
 
 # The tests where Linux boots: this host's /dev/kvm if that can, else one in an emulated machine.
-LINUX_TESTS ?= tests/linux tests/kvm/test_bindings.py
+LINUX_TESTS ?= tests/linux tests/kvm/test_bindings.py tests/kvm/test_vcpu.py
 
 test-linux: build  ## tests with a Linux guest, in an emulated machine where KVM cannot run Linux
 	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests \

@@ -1,9 +1,11 @@
 """A loop that runs until something is so, a front end that records, and a pretended exec."""
 
 import os
+import socket
 import time
 
 import pytest
+from harness.images import making
 
 from pyvmm.chardev.base import Frontend
 from pyvmm.chardev.factory import ChardevSet
@@ -107,18 +109,7 @@ class Image:
 
 @pytest.fixture
 def images():
-    """A maker of images: the first, or with what an exec left over, the next."""
-    made = []
-
-    def make(inherited=None):
-        made.append(Image(inherited))
-        return made[-1]
-
-    before = set(os.listdir("/proc/self/fd"))
-    yield make
-    for image in made:
-        image.close()
-    assert set(os.listdir("/proc/self/fd")) == before, "descriptors leaked"
+    yield from making(Image)
 
 
 @pytest.fixture
@@ -130,3 +121,26 @@ def image(images):
 def recorder():
     """The class of front ends that record."""
     return Recorder
+
+
+@pytest.fixture
+def _in_folder(tmp_path, monkeypatch):
+    # Relative paths: a temporary folder's may be longer than a socket's can be.
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def clients():
+    """A maker of client sockets that are closed in the end."""
+    made = []
+
+    def connect(path_or_address="s"):
+        family = socket.AF_UNIX if isinstance(path_or_address, str) else socket.AF_INET
+        made.append(socket.socket(family))
+        made[-1].settimeout(20)
+        made[-1].connect(path_or_address)
+        return made[-1]
+
+    yield connect
+    for sock in made:
+        sock.close()

@@ -1,4 +1,5 @@
 import pytest
+from harness.uart import Port
 
 from pyvmm.testing.memory_chardev import MemoryChardev
 from pyvmm.vmstate.fields import Cursor
@@ -57,3 +58,13 @@ def memory_chardev():
     yield make
     for chardev in made:
         chardev.close()
+
+
+@pytest.fixture
+def make_port(memory_chardev):
+    return lambda **options: Port(memory_chardev(**options))
+
+
+@pytest.fixture
+def port(make_port):
+    return make_port()

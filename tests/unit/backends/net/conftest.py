@@ -5,6 +5,7 @@ import time
 
 import pytest
 from harness import network
+from harness.images import making
 
 from pyvmm.backends.net.base import HEADER, NetFrontend
 from pyvmm.core.eventloop import EventLoop
@@ -106,18 +107,7 @@ class Image:
 
 @pytest.fixture
 def images():
-    """A maker of images: the first, or with what an exec left over, the next."""
-    made = []
-
-    def make(inherited=None):
-        made.append(Image(inherited))
-        return made[-1]
-
-    before = set(os.listdir("/proc/self/fd"))
-    yield make
-    for image in made:
-        image.close()
-    assert set(os.listdir("/proc/self/fd")) == before, "descriptors leaked"
+    yield from making(Image)
 
 
 @pytest.fixture
