@@ -33,12 +33,8 @@ test: build  ## lint, types and all tests, with the real /dev/kvm where there is
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS) || failed=1; \
 	exit $$failed
 
-# The tests where Linux boots: this host's /dev/kvm if that can, else one in an emulated machine.
-LINUX_TESTS ?= tests/linux tests/kvm/test_bindings.py tests/kvm/test_vcpu.py
-
-test-linux: build  ## tests with a Linux guest, in an emulated machine where KVM cannot run Linux
-	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests \
-		$(BIN)/python -m pytest -p nested.plugin $(LINUX_TESTS) $(ARGS)
+test-linux: build  ## the tests with a Linux guest alone; where KVM cannot run it, in an emulated machine
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/linux $(ARGS)
 
 check: build lint types  ## lint, types and unit tests; changes nothing
 	@$(BIN)/python -m pytest -m "not slow" tests/unit $(ARGS)

@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 from harness import Vm
 
+pytest_plugins = ["nested.plugin"]
+
 KVM_FOLDERS = {"kvm", "update", "faults", "linux"}
 #: Set for the tests and inherited by whatever they start, also through execve.
 SESSION_VARIABLE = "PYVMM_TEST_SESSION"
@@ -22,8 +24,11 @@ hypothesis.settings.load_profile("pyvmm")
 def pytest_collection_modifyitems(config, items):
     root = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(root).parts[0] in KVM_FOLDERS:
+        folder = item.path.relative_to(root).parts[0]
+        if folder in KVM_FOLDERS:
             item.add_marker(pytest.mark.kvm)
+        if folder == "linux":
+            item.add_marker(pytest.mark.linux)
 
 
 def pytest_runtest_setup(item):

@@ -1,4 +1,4 @@
-"""These tests need a KVM on which Linux boots; ``make test-linux`` finds or makes one."""
+"""These tests need a KVM on which Linux boots; ``nested.plugin`` finds or makes one."""
 
 import os
 
@@ -10,7 +10,7 @@ from nested import kvm
 def linux_boots():
     if kvm.boots_linux():
         return
-    reason = "this /dev/kvm cannot run Linux; make test-linux"
+    reason = "this /dev/kvm cannot run Linux; leave out --linux-kvm=here"
     if os.environ.get("PYVMM_NESTED"):
         pytest.fail(f"inside the nested machine: {reason}", pytrace=False)
     pytest.skip(reason)

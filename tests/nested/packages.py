@@ -38,8 +38,8 @@ def need_programs():
         return [package for program, package in PROGRAMS.items() if not shutil.which(program)]
 
     if (lack := lacking()) and os.geteuid() == 0 and shutil.which("apt-get"):
-        _update_lists()
-        _run("apt-get", "install", "-q", "-y", "--no-install-recommends", *lack)
+        install = ("apt-get", "install", "-q", "-y", "--no-install-recommends", *lack)
+        _with_lists(lambda: _run(*install))
     if lack := lacking():
         raise MissingError(f"missing; as root: apt-get install {' '.join(lack)}")
 
@@ -57,7 +57,7 @@ def unpacked(package):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        archive = _download(_real_name(package), scratch)
+        archive = _with_lists(lambda: _download(_real_name(package), scratch))
         tree = Path(scratch, "tree")
         _run("dpkg-deb", "-x", archive, tree)
         try:
@@ -95,14 +95,18 @@ def _write(path, data):
     os.rename(file.name, path)
 
 
-def _update_lists():
-    """Get the lists of packages if this host has none yet, as a fresh container has not."""
-    if os.geteuid() == 0 and not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
+def _with_lists(action):
+    """Do what needs the lists of packages: a fresh container has none, an old one stale ones."""
+    try:
+        return action()
+    except MissingError:
+        if os.geteuid() != 0:
+            raise
         _run("apt-get", "update", "-q")
+        return action()
 
 
 def _real_name(package):
-    _update_lists()
     depends = _run("apt-cache", "depends", "--important", package)
     found = re.search(r"Depends: (linux-image-\S+)", depends)
     return found[1] if found else package

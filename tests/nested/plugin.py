@@ -1,9 +1,9 @@
-"""pytest plugin: runs the tests where Linux boots, ``pytest -p nested.plugin``.
+"""pytest plugin: runs the tests where Linux boots, those of the folder ``linux``.
 
-If this host's /dev/kvm can run an unmodified Linux, it does nothing. If not, the tests are
-collected here, but a second pytest runs them in a nested machine; its reports come over as it
-makes them and are shown, counted and written as if they were this one's. A test that takes the
-machine down fails; the rest go on in a new machine.
+If this host's /dev/kvm can run an unmodified Linux, it does nothing. If not, these tests are
+collected here, but after all others a second pytest runs them in a nested machine; its reports
+come over as it makes them and are shown, counted and written as if they were this one's. A test
+that takes the machine down fails; the rest go on in a new machine.
 
 The same module is the second pytest's plugin, which prints the reports (``PYVMM_NESTED=inside``).
 """
@@ -34,7 +34,7 @@ def pytest_addoption(parser):
         "--linux-kvm",
         choices=["auto", "here", "nested"],
         default="auto",
-        help="where tests run: on this host's KVM, in a nested machine, or as this host's allows",
+        help="where Linux boots: on this host's KVM, in a nested machine, or as this host's allows",
     )
     parser.addoption("--nested-log", metavar="FOLDER", help="keep the nested machine's logs there")
 
@@ -42,12 +42,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if os.environ.get(ROLE) == "inside":
         config.pluginmanager.register(_Inside(config), "nested-inside")
-    elif _is_nested(config.getoption("--linux-kvm")):
+    else:
         config.pluginmanager.register(_Outside(config), "nested-outside")
-
-
-def _is_nested(where):
-    return where == "nested" or (where == "auto" and not kvm.boots_linux())
 
 
 class _Inside:
@@ -66,17 +62,18 @@ class _Outside:
         self._config = config
         self._items = {}
         self._pending = b""
-        self._noise = []
 
-    def pytest_report_header(self):
-        return "linux: the tests run in a nested machine"
-
-    @pytest.hookimpl(tryfirst=True)
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session):
-        if session.testsfailed or self._config.option.collectonly:
-            return None
+        linux = [item for item in session.items if item.get_closest_marker("linux")]
+        if self._config.option.collectonly or not linux or not self._nested_wanted():
+            return (yield)
+        everything = session.items
+        session.items = [item for item in everything if item not in linux]
+        done = yield
+        session.items = everything
         self._session = session
-        self._items = {item.nodeid: item for item in session.items}
+        self._items = {item.nodeid: item for item in linux}
         folder = self._config.getoption("--nested-log")
         with tempfile.TemporaryDirectory(prefix="nested-") as scratch:
             number = 0
@@ -85,7 +82,11 @@ class _Outside:
                 log.mkdir(parents=True, exist_ok=True)
                 self._run_in_a_machine(log)
                 number += 1
-        return True
+        return done
+
+    def _nested_wanted(self):
+        where = self._config.getoption("--linux-kvm")
+        return where == "nested" or (where == "auto" and not kvm.boots_linux())
 
     def _run_in_a_machine(self, log):
         """Run what was not run yet, until all is done or the machine is down."""
@@ -101,22 +102,21 @@ class _Outside:
                 for item in list(self._items.values()):
                     self._fail(item, f"pytest ended with status {done.code}:\n{done.output}")
         except MissingError as error:
-            raise pytest.UsageError(f"nested machine: {error}") from None
+            verdict = self._fail if os.environ.get("PYVMM_REQUIRE_KVM") == "1" else self._skip
+            for item in list(self._items.values()):
+                verdict(item, f"nested machine: {error}")
         except NestedError as error:
             # They run in order: this one was running, or about to.
             self._fail(next(iter(self._items.values())), str(error))
 
     def _command(self):
-        options = "-p no:cacheprovider -p nested.plugin -p pytest_timeout"
+        options = "-p no:cacheprovider -p pytest_timeout"
         limits = f"-o timeout={TEST_S} -o faulthandler_timeout={TEST_S - 20}"
         return [sys.executable, "-m", "pytest", *options.split(), *limits.split(), *self._items]
 
     def _environment(self):
-        import nested
-
         return os.environ | {
             ROLE: "inside",
-            "PYTHONPATH": str(Path(nested.__file__).parents[1]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "PYVMM_TEST_DEADLINE": str(DEADLINE_S),
@@ -143,10 +143,16 @@ class _Outside:
                 raise self._session.Failed(self._session.shouldfail)
 
     def _fail(self, item, why):
+        self._end(item, "failed", why)
+
+    def _skip(self, item, why):
+        self._end(item, "skipped", (str(item.path), item.location[1], f"Skipped: {why}"))
+
+    def _end(self, item, outcome, why):
+        """Report a test that did not run."""
         del self._items[item.nodeid]
-        report = pytest.TestReport(
-            item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed", why, "call"
-        )
+        keywords = dict.fromkeys(item.keywords, 1)
+        report = pytest.TestReport(item.nodeid, item.location, keywords, outcome, why, "call")
         self._config.hook.pytest_runtest_logreport(report=report)
 
     def _show(self, text):
