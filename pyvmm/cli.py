@@ -186,6 +186,7 @@ def serve(
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
+        machine.loop.on_error = machine.handle_error
         machine.loop.run()
         return machine.exit_code
     finally:

@@ -85,6 +85,9 @@ class SocketChardev(FdChardev):
         except ValueError as problem:
             raise self._error(str(problem)) from None
 
+    def recover(self) -> None:
+        self._disconnect()  # its peer must not go on where something is missing
+
     def close(self) -> None:
         self.connector.close()
         super().close()

@@ -14,7 +14,7 @@ from pyvmm._native import lib
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import HostError, InternalError, PyvmmError, StateError
+from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
@@ -140,7 +140,11 @@ class Machine(CpuEvents):
     def emit(self, name: str, data: dict[str, Any] | None) -> None:
         """Tell the listeners of an event."""
         for listener in self._listeners:
-            listener(name, data)
+            try:
+                listener(name, data)
+            except Exception as error:
+                # A monitor's: what the event is about goes on.
+                self.handle_error(error, listener)
 
     # ---- running and stopping --------------------------------------------------------------
 
@@ -287,6 +291,22 @@ class Machine(CpuEvents):
         self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
 
     # ---- and what follows from it; main loop -----------------------------------------------
+
+    def handle_error(self, error: Exception, function: Callable[..., None]) -> None:
+        """A call of the main loop failed, by a bug. Whose it was makes a new start if it can
+        (``recover``); the guest goes on, unless the machine itself is at a loss."""
+        owner = getattr(function, "__self__", None)
+        text = f"internal error in {place(error)}: {error!r}"
+        if owner is self:
+            self._internal_error(text)
+            return
+        self.warn(text)
+        recover = getattr(owner, "recover", None)
+        if recover is not None:
+            try:
+                recover()
+            except Exception as second:
+                self.warn(f"internal error in {place(second)}: {second!r}")
 
     def _stop_for(self, handler: Callable[[], None]) -> None:
         for cpu in self.cpus:

@@ -11,7 +11,7 @@ threads. Whoever else works on queues (a chardev's input, an I/O worker's end) g
 
 from __future__ import annotations
 
-from pyvmm.core.threads import Lock
+from pyvmm.core.threads import Lock, report_crash
 from pyvmm.errors import GuestError
 
 TYPE_CHECKING = False
@@ -150,13 +150,16 @@ class VirtioDevice:
 
     def work(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call under the lock, if the device is active. A broken rule of the guest's ends in
-        DEVICE_NEEDS_RESET. Any thread."""
+        DEVICE_NEEDS_RESET, and so does a bug of ours: the others go on. Any thread."""
         with self.lock:
             if self.active:
                 try:
                     function(*arguments)
                 except GuestError as error:
                     self.fail(str(error))
+                except Exception as error:
+                    report_crash(error)
+                    self.fail(f"internal error: {error!r}")
 
     def kick(self, index: int) -> None:
         """Have :meth:`handle_queue` called soon. Any thread."""

@@ -372,15 +372,12 @@ def test_device_whose_thread_crashed_works_after_a_reset_of_the_machine(capsys):
     thread.start()
     try:
         driver.start()
-        driver.device.handle_chain = lambda _queue, _chain: 1 // 0
-        driver.queues[0].add([b"x"], [64])
-        driver.queues[0].kick()
+        thread.loop.call_soon(lambda: 1 // 0)
         assert told.wait(10)
         # As the machine does.
         driver.transport.drain()
         driver.transport.reset()
         driver.transport.start()
-        del driver.device.handle_chain
         serve = driver.device.handle_chain
         driver.device.handle_chain = lambda *chain: (serve(*chain), answered.set())
         driver.start()

@@ -46,3 +46,18 @@ def test_update(loop, plug):
     driver.run()
     assert driver.queues[0].reap() == [(request, 64)]
     assert driver.read(mmio.INTERRUPT_STATUS) == mmio.INT_USED
+
+
+def test_bug_of_the_device_costs_the_device_only(loop, plug, capsys):
+    class Broken(VirtioRng):
+        def handle_chain(self, queue, chain):
+            raise RuntimeError("injected")
+
+    driver = plug(Broken(loop))
+    driver.start()
+    driver.queues[0].add([], [64])
+    driver.queues[0].kick()
+    driver.run()
+    assert driver.status & mmio.S_NEEDS_RESET
+    assert "injected" in driver.transport.properties()["error"]
+    assert "injected" in capsys.readouterr().err
