@@ -24,6 +24,13 @@ ACTIONS = {
 }
 
 
+#: Properties of devices that are the host's affair, or part of the state, or (of ports) compared
+#: with their device.
+_NOT_TOLD = frozenset(
+    "id drive netdev chardev bus nr name mac share-rw write-cache max_ports".split()
+)
+
+
 class MonitorConfig:
     """A monitor on a chardev.
 
@@ -48,9 +55,11 @@ class DeviceConfig:
         self.properties = properties
 
     def shape(self) -> str:
-        """What has to stay the same over a live update: which disk or network is which, too."""
+        """What has to stay the same over a live update: which disk or network is which, and all
+        that the guest was told."""
         behind = self.properties.get("drive") or self.properties.get("netdev")
-        return f"{self.driver} ({behind})" if behind else self.driver
+        told = [f"{k}={v}" for k, v in sorted(self.properties.items()) if k not in _NOT_TOLD]
+        return " ".join([self.driver, *([f"({behind})"] if behind else []), *told])
 
 
 class MachineConfig:
@@ -94,7 +103,7 @@ class MachineConfig:
             "-serial": str(len(self.serials)),
             "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
             # What a back end can do is part of what the guest was told.
-            "-netdev": ", ".join(f"{netdev.kind} {netdev.id}" for netdev in self.netdevs),
+            "-netdev": ", ".join(netdev.shape() for netdev in self.netdevs),
             # Of virtio devices the order decides where they are.
             "-device": ",".join(
                 sorted(
@@ -104,6 +113,12 @@ class MachineConfig:
             ),
             **self._ports(),
         }
+
+    def chardev_kinds(self) -> dict[str, str]:
+        """Of what kind each chardev is: one that an update keeps goes on with the descriptors
+        and the state that it has."""
+        places = [*self.chardevs, *self.serials, *(monitor.chardev for monitor in self.monitors)]
+        return {one.id: one.shape() for one in places if one is not None and one.kind != "chardev"}
 
     def _ports(self) -> dict[str, str]:
         if not any(device.driver == "virtio-serial-device" for device in self.devices):

@@ -93,6 +93,13 @@ class NetdevConfig(KeyedOption):
         """Seconds until a client calls again; 0 for never."""
         return self.number("reconnect-ms") / 1000 or float(self.number("reconnect"))
 
+    def shape(self) -> str:
+        """What has to stay the same over a live update."""
+        if self.kind == "stream":
+            return f"stream {self.id} {'unix' if 'addr.path' in self.options else 'inet'}"
+        offloads = "" if self.flag("vnet_hdr", True) else " vnet_hdr=off"
+        return f"{self.kind} {self.id}{offloads}"
+
     def passt_arguments(self) -> list[str]:
         """passt's command line."""
         words = [f"--{key}={self.text(key)}" for key in _PASST_TEXTS if key in self.options]
