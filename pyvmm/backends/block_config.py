@@ -36,7 +36,8 @@ _MEND_FORMAT = (
 _NODE = ("driver", "node-name", "read-only", "auto-read-only", "discard", "detect-zeroes")
 _CACHE = ("cache.direct", "cache.no-flush")
 _PROTOCOL = (*_NODE, *_CACHE, "filename", "aio", "locking")
-_DRIVE = (
+#: Keys of ``-drive``.
+DRIVE_KEYS = (
     *("file", "format", "if", "id", "media", "readonly", "read-only", "cache", "cache.writeback"),
     *(*_CACHE, "discard", "detect-zeroes", "aio", "werror", "rerror", "file.locking"),
 )
@@ -159,7 +160,7 @@ class BlockOptions:
         :raises ConfigError: naming the option, the value and the mend
         """
         keys = parse_keyval(text, option)
-        check_keys(keys, _DRIVE, option)
+        check_keys(keys, DRIVE_KEYS, option)
         interface = keys.get("if", "virtio")
         if interface not in ("none", "virtio"):
             raise ConfigError(f"{option}: if={shorten(interface)}: give virtio or none")

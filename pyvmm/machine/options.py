@@ -7,7 +7,14 @@ that begin with one. Nothing is opened here, so a command line can be judged bef
 
 from __future__ import annotations
 
-from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
+from pyvmm._util.keyval import (
+    check_keys,
+    did_you_mean,
+    parse_bool,
+    parse_int,
+    parse_keyval,
+    shorten,
+)
 from pyvmm._util.sizes import parse_size
 from pyvmm.boot import builtin
 from pyvmm.boot.config import UNPACKERS, KernelConfig
@@ -52,8 +59,8 @@ DEVICES: dict[str, tuple[str, ...]] = {
 
 
 class HelpRequested(Exception):
-    """``-help`` was among the options; the argument is the option whose values are asked
-    for, or empty."""
+    """``-help`` was among the options; the arguments are the option whose values are asked
+    for and of which kind, or empty."""
 
 
 class Options:
@@ -90,8 +97,9 @@ class Options:
             value = next(words, None)
             if value is None:
                 raise ConfigError(f"-{name}: a value is missing; write -{name} {argument}")
-            if value in ("help", "?"):
-                raise HelpRequested(name)
+            kind, _, last = value.rpartition(",")
+            if last in ("help", "?") and name not in PLAIN:
+                raise HelpRequested(name, kind.partition(",")[0].removeprefix("driver="))
             if name not in REPEATABLE and name in self._given:
                 raise ConfigError(f"-{name}: given twice; leave one of them out")
             self._given.add(name)
@@ -243,8 +251,9 @@ class Options:
                 self.config.devices.append(virtio.parse(driver, keys, f"{option} {driver}"))
                 virtio.check_devices(self.config.devices)
                 return
-            known = ", ".join([*DEVICES, *virtio.DRIVERS, *virtio.PORTS])
-            raise ConfigError(f"{option}: {shorten(driver)} is no device; give one of {known}")
+            known = [*DEVICES, *virtio.DRIVERS, *virtio.PORTS]
+            mend = did_you_mean(driver, known) or f"give one of {', '.join(known)}"
+            raise ConfigError(f"{option}: {shorten(driver)} is no device; {mend}")
         where = f"{option} {driver}"
         check_keys(keys, DEVICES[driver], where)
         for key in ("iobase", "ioport"):
@@ -308,7 +317,7 @@ class Options:
         """Accepted because QEMU's command lines have it; it is so anyway."""
 
     def _help(self, value: str, option: str) -> None:
-        raise HelpRequested("")
+        raise HelpRequested("", "")
 
     # ---- what the options mean together ----------------------------------------------------
 
@@ -392,6 +401,9 @@ REPEATABLE = {"object", "netdev", "chardev", "serial", "monitor", "qmp", "qmp-pr
     "debugcon",
     "name",
 }
+
+#: Options whose value may be any text.
+PLAIN = {"append", "kernel", "initrd", "bios", "name"}
 
 #: name: (what its value looks like, help, handler)
 OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
@@ -480,8 +492,6 @@ def parse(argv: list[str]) -> MachineConfig:
 def _unknown(word: str) -> str:
     if not word.startswith("-"):
         return f"{shorten(word)}: not an option; a kernel is given with -kernel FILE"
-    from difflib import get_close_matches
-
-    close = get_close_matches(word.lstrip("-"), OPTIONS, 1)
-    mend = f"did you mean -{close[0]}?" if close else "see pyvmm run -help"
+    close = did_you_mean(word.lstrip("-"), OPTIONS).replace("mean ", "mean -")
+    mend = close or "see pyvmm run -help"
     return f"{shorten(word)}: unknown option; {mend}"

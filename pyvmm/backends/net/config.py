@@ -9,6 +9,7 @@ from pyvmm._util.keyval import (
     KeyedOption,
     check_id,
     check_keys,
+    did_you_mean,
     parse_int,
     parse_keyval,
     shorten,
@@ -216,7 +217,4 @@ def _mend(kind: str) -> str:
         return "networking without privileges is -netdev passt here"
     if kind in ("socket", "dgram"):
         return "give stream"
-    from difflib import get_close_matches
-
-    close = get_close_matches(kind, KINDS, 1)
-    return f"did you mean {close[0]}?" if close else f"give one of {', '.join(KINDS)}"
+    return did_you_mean(kind, KINDS) or f"give one of {', '.join(KINDS)}"
