@@ -27,7 +27,7 @@ ACTIONS = {
 #: Properties of devices that are the host's affair, or part of the state, or (of ports) compared
 #: with their device.
 _NOT_TOLD = frozenset(
-    "id drive netdev chardev bus nr name mac share-rw write-cache max_ports".split()
+    "id drive netdev chardev bus nr name mac share-rw write-cache werror rerror max_ports".split()
 )
 
 

@@ -453,8 +453,11 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "virtconsole,chardev=ID; virtserialport,chardev=ID,name=NAME",
                Options._device),
     "drive": ("file=PATH,format=raw[,if=virtio|none][,id=ID][,readonly=on]"
-              "[,cache=none|writeback|...][,discard=unmap]",
-              "disk image; if=none: for a -device virtio-blk-device,drive=ID", Options._drive),
+              "[,cache=none|writeback|...][,discard=unmap][,werror=enospc|report|ignore|stop]"
+              "[,rerror=report|ignore|stop]",
+              "disk image; if=none: for a -device virtio-blk-device,drive=ID\n"
+              "what follows an error of the host: the guest is told, or pauses until cont\n"
+              "(enospc: if there is no space)", Options._drive),
     "blockdev": ("driver=raw|file|host_device,node-name=ID[,filename=PATH|,file=ID][,...]",
                  "the same as nodes, with dotted keys or as JSON", Options._blockdev),
     "name": ("NAME", "name of the guest, for lists and monitors", Options._name),

@@ -70,11 +70,13 @@ def test_an_update_that_fails_in_the_new_image_goes_back_to_the_disk(vm, path):
     assert done == list(range(len(done)))
 
 
+FULL = "import os\nif os.path.exists('full'): raise OSError(28, 'No space left on device')"
+
+
 def test_a_full_host_is_told_of(vm, path):
-    full = "import os\nif os.path.exists('full'): raise OSError(28, 'No space left on device')"
-    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none"]
+    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none,werror=report"]
     drive += ["-device", "virtio-blk-device,drive=disk", *QMP]
-    program = faulty("pyvmm.backends.block:BlockFile.write", full)
+    program = faulty("pyvmm.backends.block:BlockFile.write", FULL)
     machine = vm(*drive, append="virtio-blk depth=4", program=program)
     machine.expect("pass 1 ok")
     with Qmp(machine.folder / "qmp.sock") as qmp:
@@ -91,3 +93,35 @@ def test_a_full_host_is_told_of(vm, path):
         "nospace": True,
         "reason": "No space left on device",
     }
+
+
+def test_a_full_host_pauses_the_guest_until_there_is_space(vm, path):
+    """Also over an update: the requests that wait are part of the state."""
+    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none"]
+    drive += ["-device", "virtio-blk-device,drive=disk,id=vda", *QMP]
+    program = faulty("pyvmm.backends.block:BlockFile.write", FULL)
+    machine = vm(*drive, append="virtio-blk depth=4", program=program)
+    machine.expect("pass 1 ok")
+    with Qmp(machine.folder / "qmp.sock") as qmp:
+        (machine.folder / "full").touch()
+        while (message := qmp.next()).get("event") != "BLOCK_IO_ERROR":
+            pass
+        assert (message["data"]["action"], message["data"]["nospace"]) == ("stop", True)
+        qmp.wait_event("STOP")
+        assert qmp.execute("query-status")["status"] == "io-error"
+        assert "Attached to:      vda\n    I/O status:       nospace" in machine.hmp("info block")
+        qmp.execute("cont")
+        qmp.events.clear()
+        machine.wait_status("paused (io-error)")
+        assert update(machine) == ""
+        assert qmp.execute("query-status")["status"] == "io-error"
+        (machine.folder / "full").unlink()
+        qmp.execute("cont")
+        for _ in range(2):
+            machine.expect(r"pass \d+ ok")
+        assert update(machine) == ""
+        machine.expect(r"pass \d+ ok")
+    assert b"FAIL" not in machine.serial
+    done = passes(machine)
+    assert done == list(range(len(done)))
+    assert "I/O status" not in machine.hmp("info block")
