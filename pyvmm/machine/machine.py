@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 
+# How long the loop stands still for a host that is busy with the guest's requests when a reset
+# comes, and how soon it looks again.
+RESET_PATIENCE_S = 0.2
+RESET_RETRY_S = 0.5
+
 PANICKED = 1  # bit of the pvpanic port
 
 
@@ -75,6 +80,8 @@ class Machine(CpuEvents):
         self.autostart = not config.start_paused
         self._listeners: list[Listener] = []
         self._requests: list[Callable[[], None]] = []
+        # Whether the vCPUs stand until a reset can be made, and the operator knows.
+        self._reset_waits = self._told_of_reset = False
 
     # ---- what operators and programs ask for ----------------------------------------------
 
@@ -100,7 +107,8 @@ class Machine(CpuEvents):
             self.pause(runstate.PAUSED)
 
     def reset(self, reason: str = "host-qmp-system-reset") -> None:
-        """Reset the machine; it runs on if it was running, stays paused if it was not.
+        """Reset the machine; it runs on if it was running, stays paused if it was not. A host
+        that still works for the guest as it was is waited for: this returns before.
 
         :raises PyvmmError: if the kernel cannot be loaded again; the guest is paused then
         """
@@ -108,7 +116,12 @@ class Machine(CpuEvents):
             return
         running = self.runstate.running
         if running:
-            self.pause_cpus()
+            self._stop_cpus()
+            try:
+                self._drain(RESET_PATIENCE_S)
+            except HostError as error:
+                self._reset_later(reason, error)
+                return
         elif self.runstate.needs_reset():
             self.runstate.set(runstate.PRELAUNCH)
         try:
@@ -120,6 +133,20 @@ class Machine(CpuEvents):
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
+
+    def _reset_later(self, reason: str, error: HostError) -> None:
+        if not self._told_of_reset:
+            self.warn(f"reset: {error}; it waits for them")
+        self._told_of_reset = self._reset_waits = True
+
+        def again() -> None:
+            self._reset_waits = False
+            self._guest_reset(reason)
+            self._told_of_reset = self._reset_waits
+
+        # As a request, which an update does not forget.
+        self._requests.append(again)
+        self.loop.call_later(RESET_RETRY_S, self.serve_requests)
 
     def powerdown(self) -> None:
         """Press the power button; the guest may heed it."""
@@ -190,11 +217,14 @@ class Machine(CpuEvents):
         """
         self._stop_cpus()
         try:
-            for device in self.devices:
-                device.drain()
+            self._drain()
         except HostError:
             self.resume_cpus()
             raise
+
+    def _drain(self, timeout_s: float | None = None) -> None:
+        for device in self.devices:
+            device.drain(timeout_s)
 
     def _stop_cpus(self) -> None:
         for cpu in self.cpus:
@@ -206,6 +236,8 @@ class Machine(CpuEvents):
 
     def resume_cpus(self) -> None:
         """Let all vCPUs enter the guest, and the devices work."""
+        if self._reset_waits:
+            return  # the guest that was is not to go on
         for device in self.devices:
             device.start()
         for cpu in self.cpus:
@@ -320,8 +352,10 @@ class Machine(CpuEvents):
         The main loop does so by itself. An update does it before it saves: what waits here
         would not survive the exec.
         """
-        while self._requests and not self.loop.stopping:
-            self._requests.pop(0)()
+        # One that has to wait puts itself there again.
+        for _ in range(len(self._requests)):
+            if self._requests and not self.loop.stopping:
+                self._requests.pop(0)()
 
     @property
     def has_requests(self) -> bool:

@@ -384,12 +384,8 @@ class VirtioBlk(VirtioDevice):
         if self.retries:
             self.loop.call_soon(lambda: self.work(self._retry))
 
-    def drain(self) -> None:
-        """Wait for the workers.
-
-        :raises HostError: the host does not get done with a request
-        """
-        if not self._workers.wait(DRAIN_TIMEOUT_S):
+    def drain(self, timeout_s: float | None = None) -> None:
+        if not self._workers.wait(DRAIN_TIMEOUT_S if timeout_s is None else timeout_s):
             raise HostError(
                 f"{self._workers.unfinished} requests to {self.file.config.filename!r} do not end"
             )

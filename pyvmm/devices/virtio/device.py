@@ -107,9 +107,13 @@ class VirtioDevice:
         """Forget what belongs to the driver that was. With the lock held, after a
         :meth:`drain`."""
 
-    def drain(self) -> None:
+    def drain(self, timeout_s: float | None = None) -> None:
         """Wait until no request is under way. No queue is served from before this call until
-        :meth:`resume`. Without the lock; must not depend on the main loop, which waits."""
+        :meth:`resume`. Without the lock; must not depend on the main loop, which waits.
+
+        :param timeout_s: how long; None: as long as the device finds good
+        :raises HostError: that was not enough
+        """
 
     def resume(self) -> None:
         """The guest runs (again): after this every queue is served as if it had been kicked."""

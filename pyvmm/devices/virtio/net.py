@@ -149,7 +149,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self._room = 0
         self._set_offloads(0)
 
-    def drain(self) -> None:
+    def drain(self, timeout_s: float | None = None) -> None:
         with self.lock:
             for _ in self._parked:
                 self.queues[RX].unpop()

@@ -48,7 +48,7 @@ class Echo(VirtioDevice):
         assert not self.active
         self.acts.append("reset")
 
-    def drain(self):
+    def drain(self, timeout_s=None):
         self.acts.append("drain")
 
     def resume(self):
