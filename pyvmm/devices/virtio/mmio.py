@@ -145,9 +145,12 @@ _TRANSPORT = Description(
 
 
 def description(device: type[VirtioDevice] | VirtioDevice) -> Description:
-    """How the state of a device and its transport is written."""
-    own = [Struct("device", device.vmstate)] if device.vmstate is not None else []
-    return Description(device.name, [Struct("transport", _TRANSPORT), *own])
+    """How the state of a device and its transport is written. The version is the device's own,
+    which the stream says nowhere else."""
+    if device.vmstate is None:
+        return Description(device.name, [Struct("transport", _TRANSPORT)])
+    parts = [Struct("transport", _TRANSPORT), Struct("device", device.vmstate)]
+    return Description(device.name, parts, version=device.vmstate.version)
 
 
 class VirtioMmio(Device):

@@ -405,6 +405,14 @@ def test_drained_device_serves_nothing_until_it_starts(echo):
     assert len(echo.queues[0].reap()) == 1
 
 
+def test_version_of_a_device_is_that_of_its_section():
+    class Newer(Echo):
+        vmstate = Description("echo", [], version=3)
+
+    assert mmio.description(Newer).version == mmio.description(Newer).minimum_version == 3
+    assert mmio.description(VirtioDevice).version == 1
+
+
 def test_update_carries_everything(echo, loop):
     ask(echo, b"before")
     echo.device.notify_config()
