@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.backends.block_config import BlockConfig
     from pyvmm.backends.net.config import NetdevConfig
+    from pyvmm.backends.rng import RngConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.memory.config import RamConfig
 
@@ -27,7 +28,8 @@ ACTIONS = {
 #: Properties of devices that are the host's affair, or part of the state, or (of ports) compared
 #: with their device.
 _NOT_TOLD = frozenset(
-    "id drive netdev chardev bus nr name mac share-rw write-cache werror rerror max_ports".split()
+    "id drive netdev chardev bus nr name mac share-rw write-cache werror rerror max_ports"
+    " rng max-bytes period".split()
 )
 
 
@@ -70,6 +72,7 @@ class MachineConfig:
         self.name = ""
         self.memory_size = 128 << 20
         self.objects: list[RamConfig] = []
+        self.rngs: list[RngConfig] = []
         self.memory_backend = ""  # id of the object that is main memory
         self.anon_alloc = "memfd"  # where memory without an object comes from: memfd, mmap
         self.topology = Topology(1, 1, 1)

@@ -148,6 +148,14 @@ class Options:
     def _object(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="qom-type")
         kind = keys.pop("qom-type", "")
+        if kind.startswith("rng-"):
+            from pyvmm.backends import rng
+
+            if kind not in rng.KINDS:
+                known = ", ".join(rng.KINDS)
+                raise ConfigError(f"{option}: {shorten(kind)} is no source; give one of {known}")
+            self.config.rngs.append(rng.RngConfig(kind, keys))
+            return
         self.config.objects.append(RamConfig.from_options(kind, keys))
 
     def _machine(self, value: str, option: str) -> None:
@@ -345,10 +353,12 @@ class Options:
             if "chardev" in device.properties
         ]
         check_chardevs(requests)
-        if config.netdevs or any(device.driver.startswith("virtio-") for device in config.devices):
-            from pyvmm.machine import netdev
+        virtio = any(device.driver.startswith("virtio-") for device in config.devices)
+        if config.netdevs or config.rngs or virtio:
+            from pyvmm.machine import netdev, virtio_rng
 
             netdev.check_all(config)
+            virtio_rng.check_all(config)
 
     def _complete_block(self) -> None:
         config = self.config
@@ -418,7 +428,8 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "bios": ("FILE", "ROM that the CPUs start in (default: built in)", Options._bios),
     "object": ("memory-backend-memfd|file|ram,id=ID,size=SIZE[,share=on|off][,prealloc=on]"
                "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
-               "memory that -machine memory-backend=ID makes the guest's; the only one is it",
+               "memory that -machine memory-backend=ID makes the guest's; the only one is it;\n"
+               "or rng-random,id=ID[,filename=PATH], for -device virtio-rng-device,rng=ID",
                Options._object),
     "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]"
                 "[,aux-ram-share=on][,kernel-unpack=host|guest]",
