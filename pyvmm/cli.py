@@ -146,7 +146,9 @@ def serve(
     except options.HelpRequested as request:
         if carried is not None:
             raise
-        print(usage(str(request)), end="")
+        from pyvmm.machine import help
+
+        print(help.describe(*request.args), end="")
         return 0
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
@@ -186,6 +188,7 @@ def serve(
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
+        machine.loop.on_error = machine.handle_error
         machine.loop.run()
         return machine.exit_code
     finally:
@@ -266,19 +269,6 @@ def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publ
     except Exception as error:
         machine.warn(f"'pyvmm list' does not show this VM: {error}")
         return None
-
-
-def usage(option: str) -> str:
-    """``pyvmm run -help``, or what one option takes."""
-    from pyvmm.machine.options import OPTIONS
-
-    names = [option] if option else list(OPTIONS)
-    lines = [] if option else ["usage: pyvmm run [OPTION...]\n\n"]
-    for name in names:
-        argument, text, _ = OPTIONS[name]
-        lines.append(f"  -{name} {argument}".rstrip() + "\n")
-        lines += [f"        {line}\n" for line in text.split("\n")]
-    return "".join(lines)
 
 
 def _handle(machine: Machine, number: int, handler: Callable[[], None]) -> None:

@@ -66,3 +66,14 @@ class CommandError(PyvmmError):
 
 class InternalError(PyvmmError):
     """A broken invariant: a bug in pyvmm."""
+
+
+def place(error: BaseException) -> str:
+    """Module and function that raised an error; empty if it was not raised."""
+    trace = error.__traceback__
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    frame = trace.tb_frame
+    return f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}"

@@ -97,14 +97,21 @@ def check_keys(values: Iterable[str], known: Collection[str], option: str) -> No
     """
     for key in values:
         if key not in known:
-            from difflib import get_close_matches
-
             listed = ", ".join(known) or "none"
-            close = get_close_matches(key[:60], known, 1)
-            mend = f"did you mean {close[0]}? The" if close else "the"
+            mend = did_you_mean(key, known)
+            mend = f"{mend} The" if mend else "the"
             raise ConfigError(
                 f"{option}: {shorten(key)} is not known here; {mend} keys are {listed}"
             )
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """A question, for an error, about the one of *known* that is most like *word*; empty if none
+    is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word[:60], known, 1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def check_id(id: str, option: str) -> None:

@@ -2,8 +2,7 @@
 
 Pure: nothing is opened or looked up. QEMU's tree of block nodes is taken as far as raw images
 need it: a ``raw`` node over a ``file`` or ``host_device`` node, or one of the latter alone.
-Left out: other formats, backing files, throttling, and what to do on errors (they are reported
-to the guest).
+Left out: other formats, backing files, throttling.
 """
 
 from __future__ import annotations
@@ -29,6 +28,9 @@ CACHE_MODES = {
     "unsafe": (True, False, True),
 }
 DRIVERS = ("raw", "file", "host_device")
+#: What follows an error of the host, in writing and in reading; the first is the default.
+WERROR = ("enospc", "report", "ignore", "stop")
+RERROR = ("report", "ignore", "stop")
 _MEND_FORMAT = (
     "only raw images are possible; convert it with qemu-img convert -O raw, and give format=raw"
 )
@@ -36,13 +38,14 @@ _MEND_FORMAT = (
 _NODE = ("driver", "node-name", "read-only", "auto-read-only", "discard", "detect-zeroes")
 _CACHE = ("cache.direct", "cache.no-flush")
 _PROTOCOL = (*_NODE, *_CACHE, "filename", "aio", "locking")
-_DRIVE = (
+#: Keys of ``-drive``.
+DRIVE_KEYS = (
     *("file", "format", "if", "id", "media", "readonly", "read-only", "cache", "cache.writeback"),
     *(*_CACHE, "discard", "detect-zeroes", "aio", "werror", "rerror", "file.locking"),
 )
 BLK_PROPERTIES = (
     *("drive", "serial", "write-cache", "config-wce", "discard", "write-zeroes"),
-    *("logical_block_size", "physical_block_size", "queue-size", "share-rw"),
+    *("logical_block_size", "physical_block_size", "queue-size", "share-rw", "werror", "rerror"),
 )
 
 
@@ -59,11 +62,14 @@ class BlockConfig:
     :ivar unmap: whether discards reach the image
     :ivar locking: ``on``, ``off`` or ``auto`` (where the file system can)
     :ivar share_rw: whether others may write the image meanwhile
+    :ivar werror: one of :data:`WERROR`: ``stop`` pauses the guest, whose request is repeated when
+        it goes on, and ``enospc`` does so if there is no space, and tells the guest otherwise
+    :ivar rerror: one of :data:`RERROR`
     """
 
     __slots__ = (
         "direct", "driver", "filename", "id", "is_drive", "locking", "no_flush", "read_only",
-        "share_rw", "stated", "unmap", "writeback",
+        "rerror", "share_rw", "stated", "unmap", "werror", "writeback",
     )  # fmt: skip
 
     def __init__(self, id: str, filename: str) -> None:
@@ -75,6 +81,7 @@ class BlockConfig:
         self.read_only = self.direct = self.no_flush = self.unmap = self.share_rw = False
         self.writeback = True
         self.locking = "auto"
+        self.werror, self.rerror = WERROR[0], RERROR[0]
 
     @property
     def where(self) -> str:
@@ -93,11 +100,13 @@ class BlkConfig:
     :ivar write_cache: whether the device begins as a write-back cache; None: as the drive says
     :ivar block_size: logical block size in bytes; 0: what the image needs
     :ivar physical_block_size: in bytes; 0: the logical one
+    :ivar werror: as the drive's; empty: as the drive says
+    :ivar rerror: the same
     """
 
     __slots__ = (
         "block_size", "config_wce", "discard", "drive", "physical_block_size", "queue_size",
-        "serial", "share_rw", "write_cache", "write_zeroes",
+        "rerror", "serial", "share_rw", "werror", "write_cache", "write_zeroes",
     )  # fmt: skip
 
     def __init__(self, properties: Mapping[str, str]) -> None:
@@ -132,6 +141,8 @@ class BlkConfig:
         self.discard = flag("discard", True)
         self.write_zeroes = flag("write-zeroes", True)
         self.share_rw = flag("share-rw", False)
+        self.werror = _policy(properties, "werror", ("auto", *WERROR), where).replace("auto", "")
+        self.rerror = _policy(properties, "rerror", ("auto", *RERROR), where).replace("auto", "")
         self.queue_size = power("queue-size", 256, 4, 1024)
         self.block_size = power("logical_block_size", 0, SECTOR, 4096)
         self.physical_block_size = power("physical_block_size", 0, SECTOR, 32768)
@@ -159,7 +170,7 @@ class BlockOptions:
         :raises ConfigError: naming the option, the value and the mend
         """
         keys = parse_keyval(text, option)
-        check_keys(keys, _DRIVE, option)
+        check_keys(keys, DRIVE_KEYS, option)
         interface = keys.get("if", "virtio")
         if interface not in ("none", "virtio"):
             raise ConfigError(f"{option}: if={shorten(interface)}: give virtio or none")
@@ -179,8 +190,8 @@ class BlockOptions:
             raise ConfigError(
                 f"{option}: media={shorten(keys['media'])}: give disk, and readonly=on for a CD"
             )
-        for key in ("werror", "rerror"):
-            _only(keys, key, "report", option)
+        drive.werror = _policy(keys, "werror", WERROR, option)
+        drive.rerror = _policy(keys, "rerror", RERROR, option)
         for key in ("readonly", "read-only"):
             drive.read_only |= _flag(keys, key, option)
         cache = keys.get("cache", "writeback")
@@ -361,6 +372,13 @@ def _locking(keys: Mapping[str, str], key: str, option: str) -> str:
     value = keys.get(key, "auto")
     if value not in ("auto", "on", "off"):
         raise ConfigError(f"{option}: {key}={shorten(value)}: give auto, on or off")
+    return value
+
+
+def _policy(keys: Mapping[str, str], key: str, known: tuple[str, ...], option: str) -> str:
+    value = keys.get(key, known[0])
+    if value not in known:
+        raise ConfigError(f"{option}: {key}={shorten(value)}: give one of {', '.join(known)}")
     return value
 
 

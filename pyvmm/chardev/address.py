@@ -8,11 +8,15 @@ import os
 import stat
 import struct
 
+from pyvmm.core.threads import report_crash, spawn
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
+
+    from pyvmm.core.eventloop import EventLoop
 
 STREAM_TYPE = _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
 LONGEST_PATH = 107  # sockaddr_un.sun_path less its NUL, unix(7)
@@ -45,6 +49,13 @@ class Address:
 
         :raises ConfigError: if the host is not known
         """
+
+    def find(self, loop: EventLoop, done: Callable[[ConfigError | None], None]) -> None:
+        """The same without waiting for name servers.
+
+        :param done: called with what was wrong, if anything, at once or from the loop
+        """
+        done(None)
 
     def listen(self) -> _socket.socket:
         """A nonblocking socket that listens here.
@@ -199,6 +210,24 @@ class TcpAddress(Address):
     def resolve(self) -> None:
         if self.sockaddr is None:
             self.family, self.sockaddr = self._look_up(0)[0]
+
+    def find(self, loop: EventLoop, done: Callable[[ConfigError | None], None]) -> None:
+        if self.sockaddr is None:
+            try:
+                self.family, self.sockaddr = self._look_up(_socket.AI_NUMERICHOST)[0]
+            except ConfigError:
+                # A thread of its own: getaddrinfo(3) knows no time limit.
+                spawn(lambda: self._ask(loop, done), report_crash)
+                return
+        done(None)
+
+    def _ask(self, loop: EventLoop, done: Callable[[ConfigError | None], None]) -> None:
+        problem: ConfigError | None = None
+        try:
+            self.resolve()
+        except ConfigError as error:
+            problem = error
+        loop.call_soon(lambda: done(problem))
 
     def listen(self) -> _socket.socket:
         problem: OSError | None = None

@@ -85,6 +85,11 @@ class ChardevConfig(KeyedOption):
         items = [self.kind, f"id={self.id}", *(f"{k}={v}" for k, v in self.options.items())]
         return ",".join(item.replace(",", ",,") for item in items)
 
+    def shape(self) -> str:
+        """What has to stay the same over a live update, for its descriptors to fit."""
+        family = ("unix " if "path" in self.options else "tcp ") if self.kind == "socket" else ""
+        return f"{family}{self.kind}{',mux=on' if self.flag('mux') else ''}"
+
     def _check(self) -> None:
         if self.kind == "chardev":
             return

@@ -12,7 +12,9 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import select
 import stat
+import sys
 
 from pyvmm.chardev.address import STREAM_TYPE
 from pyvmm.core.eventloop import READABLE, WRITABLE
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 STREAM, LISTENER = 0, 1
 _CONNECT_TIMEOUT_S = 10
+_PATIENCE_MS = 100  # if the guest runs
 _RETRY_S = 1.0  # after an accept that failed for want of descriptors or memory
 
 
@@ -42,6 +45,7 @@ class Connector:
     :param reconnect_s: for a client: call again so many seconds after a loss; 0 for never,
         but for one attempt after an update
     :param nodelay: send small TCP segments at once
+    :param running: whether the guest runs: what takes long goes on behind its back
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Connector:
         server: bool = False,
         reconnect_s: float = 0,
         nodelay: bool = False,
+        running: bool = False,
     ) -> None:
         self.address = address
         self.server = server
@@ -64,6 +69,9 @@ class Connector:
         self._adopt = adopt
         self._reconnect_s = reconnect_s
         self._nodelay = nodelay
+        self._running = running
+        self._problem: ConfigError | None = None  # of the latest call
+        self._opened = False
         self._listener: _socket.socket | None = None
         self._inherited: _socket.socket | None = None
         self._calling: _socket.socket | None = None
@@ -78,7 +86,9 @@ class Connector:
         :raises VmStateError: if an inherited descriptor is not the socket it should be
         """
         try:
-            return self._open()
+            resumed = self._open()
+            self._opened = True
+            return resumed
         except BaseException:
             # What was inherited stays open: the old image needs it for its return.
             if self._listener is not None and self._listener is self._inherited:
@@ -106,6 +116,8 @@ class Connector:
         elif self._fds.is_incoming:
             # It was lost before the update. The guest goes on, whether anybody answers or not.
             self._call()
+        elif self._running:
+            self._call_soon()
         else:
             self.address.resolve()
             if self._reconnect_s:
@@ -191,28 +203,60 @@ class Connector:
     def _call(self) -> None:
         """Begin a connection; :meth:`_handle_answer` comes when it is decided."""
         self._timer = None
+        self.address.find(self._loop, self._connect)
+
+    def _connect(self, problem: ConfigError | None) -> None:
+        if self._closed:
+            return  # while its name was looked up
+        if problem is not None:
+            self._failed(problem)
+            return
         try:
-            self.address.resolve()
             self._calling = _socket.socket(self.address.family, STREAM_TYPE)
             self._calling.setblocking(False)
-            problem = self._calling.connect_ex(self.address.sockaddr)
-        except (OSError, ConfigError):
-            self._call_later()
+            error = self._calling.connect_ex(self.address.sockaddr)
+        except OSError as refusal:
+            self._failed(self._refused(refusal.strerror))
             return
-        if problem == 0:
+        if error == 0:
             self._called()
-        elif problem == errno.EINPROGRESS:
+        elif error == errno.EINPROGRESS:
             self._loop.add(self._calling.fileno(), WRITABLE, self._handle_answer)
         else:  # EAGAIN of a Unix socket is a full backlog
-            self._call_later()
+            self._failed(self._refused(os.strerror(error)))
 
     def _handle_answer(self, _revents: int) -> None:
         assert self._calling is not None
         self._loop.remove(self._calling.fileno())
-        if self._calling.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR) == 0:
+        error = self._calling.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
+        if error == 0:
             self._called()
         else:
-            self._call_later()
+            self._failed(self._refused(os.strerror(error)))
+
+    def _call_soon(self) -> None:
+        """Call while the guest runs: most calls are decided at once, for the others nobody
+        waits."""
+        self._call()
+        if self._calling is not None:
+            poll = select.poll()
+            poll.register(self._calling, select.POLLOUT)
+            if poll.poll(_PATIENCE_MS):
+                self._handle_answer(0)
+        if self._problem is not None and not self._reconnect_s:
+            raise self._problem
+
+    def _failed(self, problem: ConfigError) -> None:
+        self._problem = problem
+        if self._running and self._opened and not self._reconnect_s:
+            sys.stderr.write(f"pyvmm: {problem}\n")
+        self._call_later()
+
+    def _refused(self, problem: object) -> ConfigError:
+        return ConfigError(
+            f"{self.address.option}: cannot connect to {self.address}: {problem};"
+            " start the server first, or give reconnect=SECONDS"
+        )
 
     def _call_now(self) -> None:
         """Connect before anything else happens, within bounded time."""
@@ -222,10 +266,7 @@ class Connector:
             sock.connect(self.address.sockaddr)
         except OSError as error:
             sock.close()
-            raise ConfigError(
-                f"{self.address.option}: cannot connect to {self.address}:"
-                f" {error.strerror or error}; start the server first, or give reconnect=SECONDS"
-            ) from error
+            raise self._refused(error.strerror or error) from error
         self._answered(sock)
 
     def _called(self) -> None:

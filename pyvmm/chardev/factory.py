@@ -39,6 +39,7 @@ class ChardevSet:
         self._users: dict[str, int] = {}
         # Made while the machine runs, so not on the next image's command line.
         self._added: dict[str, ChardevConfig] = {}
+        self._running = False
         self.stdio: StdioChardev | None = None
 
     def create(self, config: ChardevConfig) -> Chardev:
@@ -92,6 +93,7 @@ class ChardevSet:
 
         :raises PyvmmError: as :meth:`create`
         """
+        self._running = True
         chardev = self.create(config)
         self._added[config.id] = config
         return chardev
@@ -220,4 +222,5 @@ class ChardevSet:
             wait=config.flag("wait", True),
             reconnect_s=config.number("reconnect"),
             nodelay=config.flag("nodelay"),
+            running=self._running,
         )

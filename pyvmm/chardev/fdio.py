@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # One read of one wake-up: a flood on one chardev must not keep the loop from the others.
 CHUNK = 4096
+_RECOVER_S = 1.0
 
 
 class FdChardev(Chardev):
@@ -73,6 +74,10 @@ class FdChardev(Chardev):
     def close(self) -> None:
         self._drop_stream()
         self._connected = False
+
+    def recover(self) -> None:
+        """One of the loop's calls to this chardev failed: go on, without failing all the time."""
+        self.loop.call_later(_RECOVER_S, self._refresh)
 
     # What a kind of chardev has of its own.
 

@@ -26,6 +26,8 @@ class SocketChardev(FdChardev):
     :param wait: for a server: whether :meth:`wait_connected` waits
     :param reconnect_s: for a client: call again so many seconds after a loss; 0 for never
     :param nodelay: send small TCP segments at once
+    :param running: whether the guest runs: a server that does not answer at once is waited for
+        in the background
     :raises ConfigError: if the address cannot be used; for a client that does not
         reconnect, also if nobody answers
     :raises VmStateError: if an inherited descriptor is not the socket it should be
@@ -42,6 +44,7 @@ class SocketChardev(FdChardev):
         wait: bool = True,
         reconnect_s: int = 0,
         nodelay: bool = False,
+        running: bool = False,
     ) -> None:
         super().__init__(id, loop, fds)
         self.address = address
@@ -55,6 +58,7 @@ class SocketChardev(FdChardev):
             server=server,
             reconnect_s=reconnect_s,
             nodelay=nodelay,
+            running=running,
         )
         try:
             self.resumed = self.connector.open()
@@ -84,6 +88,9 @@ class SocketChardev(FdChardev):
             self.address.load_state(state)
         except ValueError as problem:
             raise self._error(str(problem)) from None
+
+    def recover(self) -> None:
+        self._disconnect()  # its peer must not go on where something is missing
 
     def close(self) -> None:
         self.connector.close()

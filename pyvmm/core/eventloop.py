@@ -55,6 +55,9 @@ class EventLoop:
         self._calls: list[Callable[[], None]] = []
         #: Whether :meth:`stop` was called.
         self.stopping = False
+        #: Called with the exception that a handler, timer or call raised, and with that
+        #: function, whose descriptor is no longer served. None: it leaves :meth:`run`.
+        self.on_error: Callable[[Exception, Callable[..., None]], None] | None = None
         self._signal_fds: tuple[int, ...] = ()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake_fd, READABLE, self._handle_wake)
@@ -102,15 +105,15 @@ class EventLoop:
             # An earlier handler of this round may have removed this one, and its number may
             # be another file's already, which must not be told of the old one's hang-up.
             if self._handlers.get(fd) is handler:
-                handler(revents)
+                self._serve(handler, revents, fd=fd)
         now = time.monotonic()
         while self._timers and self._timers[0].due <= now:
             callback = heappop(self._timers).callback
             if callback is not None:
-                callback()
+                self._serve(callback)
         # Only what is there now: a call that queues itself again must not starve the rest.
         for _ in range(len(self._calls)):
-            self._calls.pop(0)()
+            self._serve(self._calls.pop(0))
 
     def watch_signals(self) -> None:
         """Wake up for every signal that has a Python handler. Main thread.
@@ -130,6 +133,17 @@ class EventLoop:
         for fd in (self._wake_fd, *self._signal_fds):
             self.remove(fd)
             os.close(fd)
+
+    def _serve(self, function: Callable[..., None], *arguments: int, fd: int = -1) -> None:
+        try:
+            function(*arguments)
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            # It is ready still, and would fail again without end.
+            if self._handlers.get(fd) is function:
+                self.remove(fd)
+            self.on_error(error, function)
 
     def _timeout_ms(self, timeout_s: float | None) -> int | None:
         if self._calls or self.stopping:

@@ -49,9 +49,13 @@ class Device(BusDevice):
         for name, value in state.__dict__.items():
             setattr(self, name, value)
 
-    def drain(self) -> None:
+    def drain(self, timeout_s: float | None = None) -> None:
         """The vCPUs have stopped: finish what is under way, begin nothing, until
-        :meth:`start`. A state may be saved next, or the machine reset."""
+        :meth:`start`. A state may be saved next, or the machine reset.
+
+        :param timeout_s: how long to wait for the host; None: as long as the device finds good
+        :raises HostError: the host does not get done with it in time
+        """
 
     def start(self) -> None:
         """The vCPUs are about to run, at first or again after :meth:`drain`."""

@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.backends.block_config import BlockConfig
     from pyvmm.backends.net.config import NetdevConfig
+    from pyvmm.backends.rng import RngConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.memory.config import RamConfig
 
@@ -22,6 +23,14 @@ ACTIONS = {
     "panic": ("shutdown", "pause", "exit-failure", "none"),
     "internal-error": ("pause", "exit-failure"),
 }
+
+
+#: Properties of devices that are the host's affair, or part of the state, or (of ports) compared
+#: with their device.
+_NOT_TOLD = frozenset(
+    "id drive netdev chardev bus nr name mac share-rw write-cache werror rerror max_ports"
+    " rng max-bytes period".split()
+)
 
 
 class MonitorConfig:
@@ -48,9 +57,11 @@ class DeviceConfig:
         self.properties = properties
 
     def shape(self) -> str:
-        """What has to stay the same over a live update: which disk or network is which, too."""
+        """What has to stay the same over a live update: which disk or network is which, and all
+        that the guest was told."""
         behind = self.properties.get("drive") or self.properties.get("netdev")
-        return f"{self.driver} ({behind})" if behind else self.driver
+        told = [f"{k}={v}" for k, v in sorted(self.properties.items()) if k not in _NOT_TOLD]
+        return " ".join([self.driver, *([f"({behind})"] if behind else []), *told])
 
 
 class MachineConfig:
@@ -61,6 +72,7 @@ class MachineConfig:
         self.name = ""
         self.memory_size = 128 << 20
         self.objects: list[RamConfig] = []
+        self.rngs: list[RngConfig] = []
         self.memory_backend = ""  # id of the object that is main memory
         self.anon_alloc = "memfd"  # where memory without an object comes from: memfd, mmap
         self.topology = Topology(1, 1, 1)
@@ -94,7 +106,7 @@ class MachineConfig:
             "-serial": str(len(self.serials)),
             "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
             # What a back end can do is part of what the guest was told.
-            "-netdev": ", ".join(f"{netdev.kind} {netdev.id}" for netdev in self.netdevs),
+            "-netdev": ", ".join(netdev.shape() for netdev in self.netdevs),
             # Of virtio devices the order decides where they are.
             "-device": ",".join(
                 sorted(
@@ -104,6 +116,12 @@ class MachineConfig:
             ),
             **self._ports(),
         }
+
+    def chardev_kinds(self) -> dict[str, str]:
+        """Of what kind each chardev is: one that an update keeps goes on with the descriptors
+        and the state that it has."""
+        places = [*self.chardevs, *self.serials, *(monitor.chardev for monitor in self.monitors)]
+        return {one.id: one.shape() for one in places if one is not None and one.kind != "chardev"}
 
     def _ports(self) -> dict[str, str]:
         if not any(device.driver == "virtio-serial-device" for device in self.devices):

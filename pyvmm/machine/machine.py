@@ -14,7 +14,7 @@ from pyvmm._native import lib
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import HostError, InternalError, PyvmmError, StateError
+from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     Listener = Callable[[str, dict[str, Any] | None], None]
 
 EXIT_FAILURE = 1
+
+# How long the loop stands still for a host that is busy with the guest's requests when a reset
+# comes, and how soon it looks again.
+RESET_PATIENCE_S = 0.2
+RESET_RETRY_S = 0.5
 
 PANICKED = 1  # bit of the pvpanic port
 
@@ -75,6 +80,8 @@ class Machine(CpuEvents):
         self.autostart = not config.start_paused
         self._listeners: list[Listener] = []
         self._requests: list[Callable[[], None]] = []
+        # Whether the vCPUs stand until a reset can be made, and the operator knows.
+        self._reset_waits = self._told_of_reset = False
 
     # ---- what operators and programs ask for ----------------------------------------------
 
@@ -100,7 +107,8 @@ class Machine(CpuEvents):
             self.pause(runstate.PAUSED)
 
     def reset(self, reason: str = "host-qmp-system-reset") -> None:
-        """Reset the machine; it runs on if it was running, stays paused if it was not.
+        """Reset the machine; it runs on if it was running, stays paused if it was not. A host
+        that still works for the guest as it was is waited for: this returns before.
 
         :raises PyvmmError: if the kernel cannot be loaded again; the guest is paused then
         """
@@ -108,7 +116,12 @@ class Machine(CpuEvents):
             return
         running = self.runstate.running
         if running:
-            self.pause_cpus()
+            self._stop_cpus()
+            try:
+                self._drain(RESET_PATIENCE_S)
+            except HostError as error:
+                self._reset_later(reason, error)
+                return
         elif self.runstate.needs_reset():
             self.runstate.set(runstate.PRELAUNCH)
         try:
@@ -120,6 +133,20 @@ class Machine(CpuEvents):
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
+
+    def _reset_later(self, reason: str, error: HostError) -> None:
+        if not self._told_of_reset:
+            self.warn(f"reset: {error}; it waits for them")
+        self._told_of_reset = self._reset_waits = True
+
+        def again() -> None:
+            self._reset_waits = False
+            self._guest_reset(reason)
+            self._told_of_reset = self._reset_waits
+
+        # As a request, which an update does not forget.
+        self._requests.append(again)
+        self.loop.call_later(RESET_RETRY_S, self.serve_requests)
 
     def powerdown(self) -> None:
         """Press the power button; the guest may heed it."""
@@ -140,7 +167,11 @@ class Machine(CpuEvents):
     def emit(self, name: str, data: dict[str, Any] | None) -> None:
         """Tell the listeners of an event."""
         for listener in self._listeners:
-            listener(name, data)
+            try:
+                listener(name, data)
+            except Exception as error:
+                # A monitor's: what the event is about goes on.
+                self.handle_error(error, listener)
 
     # ---- running and stopping --------------------------------------------------------------
 
@@ -186,11 +217,14 @@ class Machine(CpuEvents):
         """
         self._stop_cpus()
         try:
-            for device in self.devices:
-                device.drain()
+            self._drain()
         except HostError:
             self.resume_cpus()
             raise
+
+    def _drain(self, timeout_s: float | None = None) -> None:
+        for device in self.devices:
+            device.drain(timeout_s)
 
     def _stop_cpus(self) -> None:
         for cpu in self.cpus:
@@ -202,6 +236,8 @@ class Machine(CpuEvents):
 
     def resume_cpus(self) -> None:
         """Let all vCPUs enter the guest, and the devices work."""
+        if self._reset_waits:
+            return  # the guest that was is not to go on
         for device in self.devices:
             device.start()
         for cpu in self.cpus:
@@ -288,6 +324,22 @@ class Machine(CpuEvents):
 
     # ---- and what follows from it; main loop -----------------------------------------------
 
+    def handle_error(self, error: Exception, function: Callable[..., None]) -> None:
+        """A call of the main loop failed, by a bug. Whose it was makes a new start if it can
+        (``recover``); the guest goes on, unless the machine itself is at a loss."""
+        owner = getattr(function, "__self__", None)
+        text = f"internal error in {place(error)}: {error!r}"
+        if owner is self:
+            self._internal_error(text)
+            return
+        self.warn(text)
+        recover = getattr(owner, "recover", None)
+        if recover is not None:
+            try:
+                recover()
+            except Exception as second:
+                self.warn(f"internal error in {place(second)}: {second!r}")
+
     def _stop_for(self, handler: Callable[[], None]) -> None:
         for cpu in self.cpus:
             cpu.request_stop()
@@ -300,8 +352,10 @@ class Machine(CpuEvents):
         The main loop does so by itself. An update does it before it saves: what waits here
         would not survive the exec.
         """
-        while self._requests and not self.loop.stopping:
-            self._requests.pop(0)()
+        # One that has to wait puts itself there again.
+        for _ in range(len(self._requests)):
+            if self._requests and not self.loop.stopping:
+                self._requests.pop(0)()
 
     @property
     def has_requests(self) -> bool:

@@ -7,7 +7,14 @@ that begin with one. Nothing is opened here, so a command line can be judged bef
 
 from __future__ import annotations
 
-from pyvmm._util.keyval import check_keys, parse_bool, parse_int, parse_keyval, shorten
+from pyvmm._util.keyval import (
+    check_keys,
+    did_you_mean,
+    parse_bool,
+    parse_int,
+    parse_keyval,
+    shorten,
+)
 from pyvmm._util.sizes import parse_size
 from pyvmm.boot import builtin
 from pyvmm.boot.config import UNPACKERS, KernelConfig
@@ -52,8 +59,8 @@ DEVICES: dict[str, tuple[str, ...]] = {
 
 
 class HelpRequested(Exception):
-    """``-help`` was among the options; the argument is the option whose values are asked
-    for, or empty."""
+    """``-help`` was among the options; the arguments are the option whose values are asked
+    for and of which kind, or empty."""
 
 
 class Options:
@@ -90,8 +97,9 @@ class Options:
             value = next(words, None)
             if value is None:
                 raise ConfigError(f"-{name}: a value is missing; write -{name} {argument}")
-            if value in ("help", "?"):
-                raise HelpRequested(name)
+            kind, _, last = value.rpartition(",")
+            if last in ("help", "?") and name not in PLAIN:
+                raise HelpRequested(name, kind.partition(",")[0].removeprefix("driver="))
             if name not in REPEATABLE and name in self._given:
                 raise ConfigError(f"-{name}: given twice; leave one of them out")
             self._given.add(name)
@@ -140,6 +148,14 @@ class Options:
     def _object(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="qom-type")
         kind = keys.pop("qom-type", "")
+        if kind.startswith("rng-"):
+            from pyvmm.backends import rng
+
+            if kind not in rng.KINDS:
+                known = ", ".join(rng.KINDS)
+                raise ConfigError(f"{option}: {shorten(kind)} is no source; give one of {known}")
+            self.config.rngs.append(rng.RngConfig(kind, keys))
+            return
         self.config.objects.append(RamConfig.from_options(kind, keys))
 
     def _machine(self, value: str, option: str) -> None:
@@ -243,8 +259,9 @@ class Options:
                 self.config.devices.append(virtio.parse(driver, keys, f"{option} {driver}"))
                 virtio.check_devices(self.config.devices)
                 return
-            known = ", ".join([*DEVICES, *virtio.DRIVERS, *virtio.PORTS])
-            raise ConfigError(f"{option}: {shorten(driver)} is no device; give one of {known}")
+            known = [*DEVICES, *virtio.DRIVERS, *virtio.PORTS]
+            mend = did_you_mean(driver, known) or f"give one of {', '.join(known)}"
+            raise ConfigError(f"{option}: {shorten(driver)} is no device; {mend}")
         where = f"{option} {driver}"
         check_keys(keys, DEVICES[driver], where)
         for key in ("iobase", "ioport"):
@@ -308,7 +325,7 @@ class Options:
         """Accepted because QEMU's command lines have it; it is so anyway."""
 
     def _help(self, value: str, option: str) -> None:
-        raise HelpRequested("")
+        raise HelpRequested("", "")
 
     # ---- what the options mean together ----------------------------------------------------
 
@@ -336,10 +353,12 @@ class Options:
             if "chardev" in device.properties
         ]
         check_chardevs(requests)
-        if config.netdevs or any(device.driver.startswith("virtio-") for device in config.devices):
-            from pyvmm.machine import netdev
+        virtio = any(device.driver.startswith("virtio-") for device in config.devices)
+        if config.netdevs or config.rngs or virtio:
+            from pyvmm.machine import netdev, virtio_rng
 
             netdev.check_all(config)
+            virtio_rng.check_all(config)
 
     def _complete_block(self) -> None:
         config = self.config
@@ -393,6 +412,9 @@ REPEATABLE = {"object", "netdev", "chardev", "serial", "monitor", "qmp", "qmp-pr
     "name",
 }
 
+#: Options whose value may be any text.
+PLAIN = {"append", "kernel", "initrd", "bios", "name"}
+
 #: name: (what its value looks like, help, handler)
 OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "m": ("SIZE", "guest memory, e.g. 512M or 4G (default 128M)", Options._memory),
@@ -406,7 +428,8 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "bios": ("FILE", "ROM that the CPUs start in (default: built in)", Options._bios),
     "object": ("memory-backend-memfd|file|ram,id=ID,size=SIZE[,share=on|off][,prealloc=on]"
                "[,mem-path=PATH][,hugetlb=on][,hugetlbsize=SIZE]",
-               "memory that -machine memory-backend=ID makes the guest's; the only one is it",
+               "memory that -machine memory-backend=ID makes the guest's; the only one is it;\n"
+               "or rng-random,id=ID[,filename=PATH], for -device virtio-rng-device,rng=ID",
                Options._object),
     "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]"
                 "[,aux-ram-share=on][,kernel-unpack=host|guest]",
@@ -441,8 +464,11 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "virtconsole,chardev=ID; virtserialport,chardev=ID,name=NAME",
                Options._device),
     "drive": ("file=PATH,format=raw[,if=virtio|none][,id=ID][,readonly=on]"
-              "[,cache=none|writeback|...][,discard=unmap]",
-              "disk image; if=none: for a -device virtio-blk-device,drive=ID", Options._drive),
+              "[,cache=none|writeback|...][,discard=unmap][,werror=enospc|report|ignore|stop]"
+              "[,rerror=report|ignore|stop]",
+              "disk image; if=none: for a -device virtio-blk-device,drive=ID\n"
+              "what follows an error of the host: the guest is told, or pauses until cont\n"
+              "(enospc: if there is no space)", Options._drive),
     "blockdev": ("driver=raw|file|host_device,node-name=ID[,filename=PATH|,file=ID][,...]",
                  "the same as nodes, with dotted keys or as JSON", Options._blockdev),
     "name": ("NAME", "name of the guest, for lists and monitors", Options._name),
@@ -480,8 +506,6 @@ def parse(argv: list[str]) -> MachineConfig:
 def _unknown(word: str) -> str:
     if not word.startswith("-"):
         return f"{shorten(word)}: not an option; a kernel is given with -kernel FILE"
-    from difflib import get_close_matches
-
-    close = get_close_matches(word.lstrip("-"), OPTIONS, 1)
-    mend = f"did you mean -{close[0]}?" if close else "see pyvmm run -help"
+    close = did_you_mean(word.lstrip("-"), OPTIONS).replace("mean ", "mean -")
+    mend = close or "see pyvmm run -help"
     return f"{shorten(word)}: unknown option; {mend}"

@@ -11,7 +11,7 @@ import os
 
 from pyvmm._util.keyval import check_keys, shorten
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.machine import netdev, virtio_blk, virtio_console
+from pyvmm.machine import netdev, virtio_blk, virtio_console, virtio_rng
 from pyvmm.machine.config import DeviceConfig
 from pyvmm.x86 import layout
 
@@ -55,12 +55,6 @@ class Driver:
         self.own_thread = own_thread
 
 
-def _load_rng() -> type[VirtioDevice]:
-    from pyvmm.devices.virtio.rng import VirtioRng
-
-    return VirtioRng
-
-
 def _load_console() -> type[VirtioDevice]:
     from pyvmm.devices.virtio.console import VirtioConsole
 
@@ -72,7 +66,9 @@ DRIVERS = {
         virtio_blk.PROPERTIES, virtio_blk.load, virtio_blk.create, virtio_blk.check, own_thread=True
     ),
     "virtio-net-device": Driver(netdev.PROPERTIES, netdev.load, netdev.create, netdev.check),
-    "virtio-rng-device": Driver((), _load_rng),
+    "virtio-rng-device": Driver(
+        virtio_rng.PROPERTIES, virtio_rng.load, virtio_rng.create, virtio_rng.check
+    ),
     virtio_console.SERIAL: Driver(
         virtio_console.PROPERTIES, _load_console, virtio_console.create, virtio_console.check
     ),

@@ -6,6 +6,8 @@ import errno
 
 from pyvmm.backends.block_config import BLK_PROPERTIES as PROPERTIES
 from pyvmm.backends.block_config import BlkConfig
+from pyvmm.core import runstate
+from pyvmm.errors import PyvmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,13 +33,23 @@ def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> Vir
     config = BlkConfig(properties)
     file = machine.drives[config.drive]
 
-    def report(operation: str, error: OSError) -> None:
-        machine.loop.call_soon(lambda: _emit(machine, file, operation, error))
+    def report(operation: str, error: OSError, action: str) -> None:
+        machine.loop.call_soon(lambda: tell(operation, error, action))
 
-    return VirtioBlk(loop, file, config, report)
+    def tell(operation: str, error: OSError, action: str) -> None:
+        _emit(machine, file, operation, error, action)
+        # Unless it stands, or has gone on meanwhile, and with it the request.
+        if device.retries and machine.runstate.running:
+            try:
+                machine.pause(runstate.IO_ERROR)
+            except PyvmmError as problem:
+                machine.warn(str(problem))
+
+    device = VirtioBlk(loop, file, config, report)
+    return device
 
 
-def _emit(machine: Machine, file: BlockFile, operation: str, error: OSError) -> None:
+def _emit(machine: Machine, file: BlockFile, operation: str, error: OSError, action: str) -> None:
     id = file.config.id
     properties = [device.properties() for device in machine.devices]
     index = [one.get("drive") for one in properties].index(id)
@@ -48,7 +60,7 @@ def _emit(machine: Machine, file: BlockFile, operation: str, error: OSError) -> 
             "device": id if file.config.is_drive else "",
             **({} if file.config.is_drive else {"node-name": id}),
             "operation": operation,
-            "action": "report",
+            "action": action,
             "nospace": error.errno == errno.ENOSPC,
             "reason": error.strerror or str(error),
         },

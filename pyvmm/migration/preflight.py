@@ -44,6 +44,7 @@ def describe(config: MachineConfig) -> dict[str, Any]:
         "machine": MACHINE_TYPE,
         "incoming": config.incoming,
         "shape": config.shape(),
+        "chardevs": config.chardev_kinds(),
         "sections": {
             f"{name}[{instance}]": [description.minimum_version, description.version]
             for (name, instance), description in builder.descriptions(config).items()
@@ -90,6 +91,15 @@ def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
             raise MigrationError(
                 f"the new command: {option} is {shape.get(option) or 'nothing'}, this machine "
                 f"has {value or 'nothing'}; make them equal"
+            )
+    chardevs = new.get("chardevs", {})
+    for id, kind in own["chardevs"].items():
+        # They may come and go; null has nothing to go on with.
+        other = chardevs.get(id, kind)
+        if other != kind and "null" not in (other, kind):
+            raise MigrationError(
+                f"the new command: chardev {id} is {other}, this machine has {kind}; "
+                "make them equal"
             )
     sections = new.get("sections", {})
     for section, (_, version) in own["sections"].items():

@@ -12,7 +12,7 @@ import os
 import sys
 
 from pyvmm.cpr import state as cpr_state
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import PyvmmError, place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class WayBack:
         # Without the command: if the old image fails too, it does not come back here.
         values = {name: value for name, value in carried.values.items() if name != COMMAND}
         values[ERROR] = text.encode("utf-8", "replace")
-        values[WHERE] = _place(error).encode("utf-8", "replace")
+        values[WHERE] = place(error).encode("utf-8", "replace")
         command = carried.values[COMMAND].decode("utf-8", "surrogateescape").split("\0")
         try:
             state_fd = cpr_state.publish(carried.fds, values)
@@ -124,14 +124,3 @@ class WayBack:
 
     def _handle_alarm(self, _number: int, _frame: object) -> None:
         raise DeadlineError(f"the new image did not take over within {DEADLINE_S:.0f} s")
-
-
-def _place(error: BaseException) -> str:
-    # Module and function that raised it.
-    trace = error.__traceback__
-    if trace is None:
-        return ""
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    frame = trace.tb_frame
-    return f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_name}"

@@ -132,6 +132,9 @@ class Client(FdChardev):
         self.adopt(fd)
         return True
 
+    def recover(self) -> None:
+        self._disconnect()
+
     def _read_fd(self, fd: int, count: int) -> bytes:
         return read_socket(self.frontend, fd, count)
 
@@ -174,6 +177,10 @@ class MonitorServer:
         self._listener = self._take_listener(keep_listener) or self._address.listen()
         fds.keep(self._name, self._listener.fileno())
         self._watch()
+
+    def recover(self) -> None:
+        """One of the loop's calls failed: look at the listener again, later."""
+        self._machine.loop.call_later(_RETRY_S, self._watch)
 
     def close(self) -> None:
         """Send everybody away."""

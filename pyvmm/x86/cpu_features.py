@@ -5,7 +5,7 @@ Imported by machines whose ``-cpu`` names features; all others show the guest wh
 
 from __future__ import annotations
 
-from pyvmm._util.keyval import parse_bool, shorten
+from pyvmm._util.keyval import did_you_mean, parse_bool, shorten
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -100,7 +100,8 @@ def parse(value: str, option: str) -> dict[str, bool]:
         if name in ("check", "enforce") and is_on:
             continue  # it is so anyway
         if name not in GROUPS and not any(find(name)):
-            raise ConfigError(f"{option}: {shorten(name)} is no CPU feature{_suggest(name)}")
+            mend = did_you_mean(name, known()) or "they are named as in QEMU"
+            raise ConfigError(f"{option}: {shorten(name)} is no CPU feature; {mend}")
         if changes.setdefault(name, is_on) != is_on:
             raise ConfigError(f"{option}: {name} is wanted and not; leave one of them out")
     return dict(sorted(changes.items()))
@@ -123,9 +124,7 @@ def without_dependents(names: list[str]) -> list[str]:
     return gone
 
 
-def _suggest(name: str) -> str:
-    from difflib import get_close_matches
-
-    known = {word for names in WORDS.values() for word in names.split()} | set(GROUPS)
-    close = get_close_matches(name, sorted(known - {"-"}), 1)
-    return f"; did you mean {close[0]}?" if close else "; they are named as in QEMU"
+def known() -> list[str]:
+    """All features that can be named, in alphabetical order."""
+    words = {word for names in WORDS.values() for word in names.split()} | set(GROUPS)
+    return sorted(words - {"-"})

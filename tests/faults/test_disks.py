@@ -1,9 +1,11 @@
 """Disks of hosts that do not answer, or answer with errors."""
 
 import re
+import time
 
 import pytest
 from faults.tools import BACK, QMP, Qmp, faulty, replaced, update
+from harness import wait_until
 
 HANG = "import os, time\nwhile os.path.exists('hung'): time.sleep(0.01)"
 SHORT = "import pyvmm.devices.virtio.blk as blk\nblk.DRAIN_TIMEOUT_S = 0.3"
@@ -38,7 +40,6 @@ def test_a_disk_that_hangs_holds_up_nothing_but_its_own_requests(vm, path):
         machine.hmp("cont")
     assert machine.status == "running"
     assert "do not end" in machine.hmp("update")
-    assert "do not end" in machine.hmp("system_reset")
     assert machine.status == "running"
     hung.unlink()
     machine.seen = len(machine.serial)
@@ -47,6 +48,30 @@ def test_a_disk_that_hangs_holds_up_nothing_but_its_own_requests(vm, path):
     machine.expect(r"pass \d+ ok")
     done = passes(machine)
     assert done == list(range(len(done)))
+
+
+def test_a_reset_waits_for_a_disk_that_hangs_and_the_monitor_does_not(vm, path):
+    hang = f"import os\nif os.path.exists('hung'): open('waits', 'w')\n{HANG}"
+    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none"]
+    drive += ["-device", "virtio-blk-device,drive=disk", *QMP]
+    program = faulty("pyvmm.backends.block:BlockFile.flush", hang)
+    machine = vm(*drive, append="virtio-blk depth=4", program=program)
+    machine.expect("pass 1 ok")
+    hung = machine.folder / "hung"
+    hung.touch()
+    wait_until((machine.folder / "waits").exists, "a flush that hangs")
+    began = time.monotonic()
+    with Qmp(machine.folder / "qmp.sock") as qmp:
+        assert machine.hmp("system_reset") == ""
+        assert "it waits for them" in machine.stderr()
+        assert qmp.execute("query-status")["status"] == "running"
+        assert "RESET" not in qmp.events
+        assert time.monotonic() - began < 5  # what a stop waits for the host is longer
+        hung.unlink()
+        qmp.wait_event("RESET")
+    machine.expect("pass 0 ok")
+    assert update(machine) == ""
+    machine.expect("pass . ok")
 
 
 def test_the_end_does_not_wait_for_a_disk_that_hangs(vm, path):
@@ -70,11 +95,13 @@ def test_an_update_that_fails_in_the_new_image_goes_back_to_the_disk(vm, path):
     assert done == list(range(len(done)))
 
 
+FULL = "import os\nif os.path.exists('full'): raise OSError(28, 'No space left on device')"
+
+
 def test_a_full_host_is_told_of(vm, path):
-    full = "import os\nif os.path.exists('full'): raise OSError(28, 'No space left on device')"
-    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none"]
+    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none,werror=report"]
     drive += ["-device", "virtio-blk-device,drive=disk", *QMP]
-    program = faulty("pyvmm.backends.block:BlockFile.write", full)
+    program = faulty("pyvmm.backends.block:BlockFile.write", FULL)
     machine = vm(*drive, append="virtio-blk depth=4", program=program)
     machine.expect("pass 1 ok")
     with Qmp(machine.folder / "qmp.sock") as qmp:
@@ -91,3 +118,35 @@ def test_a_full_host_is_told_of(vm, path):
         "nospace": True,
         "reason": "No space left on device",
     }
+
+
+def test_a_full_host_pauses_the_guest_until_there_is_space(vm, path):
+    """Also over an update: the requests that wait are part of the state."""
+    drive = ["-drive", f"file={path},format=raw,if=none,id=disk,cache=none"]
+    drive += ["-device", "virtio-blk-device,drive=disk,id=vda", *QMP]
+    program = faulty("pyvmm.backends.block:BlockFile.write", FULL)
+    machine = vm(*drive, append="virtio-blk depth=4", program=program)
+    machine.expect("pass 1 ok")
+    with Qmp(machine.folder / "qmp.sock") as qmp:
+        (machine.folder / "full").touch()
+        while (message := qmp.next()).get("event") != "BLOCK_IO_ERROR":
+            pass
+        assert (message["data"]["action"], message["data"]["nospace"]) == ("stop", True)
+        qmp.wait_event("STOP")
+        assert qmp.execute("query-status")["status"] == "io-error"
+        assert "Attached to:      vda\n    I/O status:       nospace" in machine.hmp("info block")
+        qmp.execute("cont")
+        qmp.events.clear()
+        machine.wait_status("paused (io-error)")
+        assert update(machine) == ""
+        assert qmp.execute("query-status")["status"] == "io-error"
+        (machine.folder / "full").unlink()
+        qmp.execute("cont")
+        for _ in range(2):
+            machine.expect(r"pass \d+ ok")
+        assert update(machine) == ""
+        machine.expect(r"pass \d+ ok")
+    assert b"FAIL" not in machine.serial
+    done = passes(machine)
+    assert done == list(range(len(done)))
+    assert "I/O status" not in machine.hmp("info block")

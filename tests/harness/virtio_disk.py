@@ -38,8 +38,8 @@ class Disk:
         self.driver.start(features)
 
     def device(self):
-        def on_error(operation, error):
-            self.errors.append((operation, error.errno))
+        def on_error(operation, error, action):
+            self.errors.append((operation, error.errno, action))
 
         return VirtioBlk(self.loop, self.file, BlkConfig(self.properties), on_error)
 

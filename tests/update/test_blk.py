@@ -5,6 +5,7 @@ import re
 import struct
 
 import pytest
+from faults.tools import replaced
 
 SIZE = 4 << 20
 
@@ -69,7 +70,8 @@ def test_the_way_back_leaves_the_disk_as_it_was(vm, path):
     """The new image takes the disk over, cannot take its queue, and hands it back."""
     machine = vm(*drive(path, ",cache=none"), append="virtio-blk depth=32")
     machine.expect("pass 0 ok")
-    words = [word.replace("serial=abc", "serial=abc,queue-size=4") for word in machine.argv]
+    fault = ("pyvmm.devices.virtio.mmio:VirtioMmio.load", "raise ValueError('injected')")
+    words = replaced(machine, *fault)
     for _ in range(2):
         machine.set_update([*words, "-incoming", "file:vm.state"])
         machine.hmp_send("migrate file:vm.state")

@@ -79,6 +79,13 @@ OPTIONS = {
         lambda argv: [*argv, "-object", "memory-backend-memfd,id=ram0,size=64M", *INCOMING],
         "-object is ram0",
     ),
+    "a chardev of another kind": (
+        lambda argv: [
+            *("pty,id=serial" if word.startswith("socket,id=serial,") else word for word in argv),
+            *INCOMING,
+        ],
+        "chardev serial is pty, this machine has unix socket",
+    ),
     "unknown option": (
         lambda argv: [*argv, "-frobnicate", *INCOMING],
         "-frobnicate.: unknown option",

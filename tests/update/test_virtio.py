@@ -28,7 +28,8 @@ def test_entropy_goes_on(vm, smp):
 
 
 def test_stopped_guest_goes_on_where_it_was(vm):
-    machine = vm("-device", "virtio-rng-device", append="virtio-rng step=16")
+    source = ("-object", "rng-random,id=r", "-device", "virtio-rng-device,rng=r")
+    machine = vm(*source, append="virtio-rng step=16")
     machine.expect(r"rng \d+")
     machine.hmp("stop")
     machine.update()

@@ -102,6 +102,10 @@ class NetBackend:
         :raises VmStateError: if it is not possible state
         """
 
+    def recover(self) -> None:
+        """One of the loop's calls to this back end failed: go on, but not at once, if the
+        same would fail again."""
+
     def close(self) -> None:
         """Give everything back. Idempotent."""
 

@@ -9,6 +9,7 @@ from pyvmm._util.keyval import (
     KeyedOption,
     check_id,
     check_keys,
+    did_you_mean,
     parse_int,
     parse_keyval,
     shorten,
@@ -92,6 +93,13 @@ class NetdevConfig(KeyedOption):
     def reconnect_s(self) -> float:
         """Seconds until a client calls again; 0 for never."""
         return self.number("reconnect-ms") / 1000 or float(self.number("reconnect"))
+
+    def shape(self) -> str:
+        """What has to stay the same over a live update."""
+        if self.kind == "stream":
+            return f"stream {self.id} {'unix' if 'addr.path' in self.options else 'inet'}"
+        offloads = "" if self.flag("vnet_hdr", True) else " vnet_hdr=off"
+        return f"{self.kind} {self.id}{offloads}"
 
     def passt_arguments(self) -> list[str]:
         """passt's command line."""
@@ -209,7 +217,4 @@ def _mend(kind: str) -> str:
         return "networking without privileges is -netdev passt here"
     if kind in ("socket", "dgram"):
         return "give stream"
-    from difflib import get_close_matches
-
-    close = get_close_matches(kind, KINDS, 1)
-    return f"did you mean {close[0]}?" if close else f"give one of {', '.join(KINDS)}"
+    return did_you_mean(kind, KINDS) or f"give one of {', '.join(KINDS)}"

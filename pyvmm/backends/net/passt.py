@@ -58,6 +58,10 @@ class PasstBackend(StreamBackend):
         # not wait for it.
         self._ended = False
         fd = fds.take(self._name)
+        if fd is not None and _is_gone(fd):
+            # Which nobody noticed if the guest has no driver that looks for frames.
+            fds.drop(fd)
+            fd = None
         if fd is not None:
             self._adopt(fd)
         elif fds.is_incoming:
@@ -125,6 +129,13 @@ def launch(program: str, arguments: list[str], option: str) -> int:
         ours.close()
         theirs.close()
         os.close(output)
+
+
+def _is_gone(fd: int) -> bool:
+    """Whether nobody is at the other end of a socket."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(revents & select.POLLHUP for _fd, revents in poll.poll(0))
 
 
 def _wait(pid: int) -> int:

@@ -144,6 +144,9 @@ class StreamBackend(NetBackend):
         self._unsent = b""
         self._full = False
 
+    def recover(self) -> None:
+        self._lose()  # the frames that come may not be in step
+
     # What a kind of stream has of its own.
 
     def _handle_lost(self) -> None:

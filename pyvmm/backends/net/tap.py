@@ -42,6 +42,7 @@ TUN_F_TSO_ECN = 0x08
 
 _IFREQ = struct.Struct("16sH22x")  # struct ifreq: name and flags
 LONGEST_NAME = 15
+_RECOVER_S = 1.0
 
 
 class TapBackend(NetBackend):
@@ -235,6 +236,10 @@ class TapBackend(NetBackend):
             self.frontend.handle_frames()
         elif revents & HANGUP:
             self._lose()
+
+    def recover(self) -> None:
+        self._held = None  # perhaps the frame is to blame
+        self.loop.call_later(_RECOVER_S, self._poll)
 
     def _lose(self) -> None:
         """The interface was deleted. The next image makes it anew."""

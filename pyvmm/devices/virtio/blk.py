@@ -9,10 +9,14 @@ What an evil guest can try: requests without header or status, of any type and f
 the disk's end or not of whole blocks, discards with unknown flags and endless lists, buffers
 that it changes meanwhile (it harms its own data), and resets with requests under way (which
 wait for these). None of them allocates what the guest chose.
+
+What the host could not do is told to the guest, or pauses it (``werror``, ``rerror``): the
+request waits in ``retries``, and with it the driver, until the guest goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import struct
 import time
 
@@ -20,7 +24,7 @@ from pyvmm.core.threads import report_crash
 from pyvmm.core.workers import Workers
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import ConfigError, GuestError, HostError
-from pyvmm.vmstate.fields import Description, boolean, u32, u64
+from pyvmm.vmstate.fields import Description, StructArray, boolean, u16, u32, u64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,35 +82,56 @@ _WRITEBACK = 32  # offset of that byte
 _STATE = [u64("capacity"), u32("block_size"), boolean("writeback"), u32("flush_error")]
 
 
+def _check_retries(state: Record) -> None:
+    heads = [one.head for one in state.retries]
+    if len(heads) != len(set(heads)):
+        raise ValueError(f"requests {heads} wait twice")
+
+
+_REQUEST = Description("virtio-blk-request", [u16("head")])
+_RETRIES = Description(
+    "virtio-blk/retries",
+    [u16("retry_count"), StructArray("retries", _REQUEST, "retry_count", 1024)],
+    needed=lambda device: device.retries,
+    check=_check_retries,
+)
+
+
 class VirtioBlk(VirtioDevice):
     """The device.
 
     :param file: the image
     :param config: the properties of the ``-device``
-    :param on_error: told of what the host could not do: ``read`` or ``write``, and why; on any
-        thread, about once a second at most
+    :param on_error: told of what the host could not do: ``read`` or ``write``, why, and what
+        follows: ``report``, ``ignore`` or ``stop``; on any thread, about once a second at most
     :ivar capacity: in sectors of 512 bytes, as the guest knows it
     :ivar block_size: logical block size in bytes
     :ivar writeback: the driver's choice: whether writes may wait for a flush
+    :ivar retries: requests (their ``head``) that wait for the guest to go on
+    :ivar io_status: ``ok``, or why it was paused: ``nospace`` or ``failed``
     :raises ConfigError: a block size that the image cannot do
     """
 
     virtio_id = 2
     name = "virtio-blk-device"
-    vmstate = Description("virtio-blk", _STATE)
+    vmstate = Description("virtio-blk", _STATE, subsections=[_RETRIES])
 
     def __init__(
         self,
         loop: EventLoop,
         file: BlockFile,
         config: BlkConfig,
-        on_error: Callable[[str, OSError], None] = lambda _operation, _error: None,
+        on_error: Callable[[str, OSError, str], None] = lambda _operation, _error, _action: None,
     ) -> None:
         super().__init__(loop)
         self.file = file
         self.options = config
         self.queue_sizes = (config.queue_size,)
-        self.vmstate = Description("virtio-blk", _STATE, check=self._check)
+        self.vmstate = Description("virtio-blk", _STATE, check=self._check, subsections=[_RETRIES])
+        self._werror = config.werror or file.config.werror
+        self._rerror = config.rerror or file.config.rerror
+        self.retries: list[Chain | Record] = []
+        self.io_status = "ok"
         self.block_size = config.block_size or file.alignment
         if self.block_size % file.alignment:
             raise ConfigError(
@@ -135,6 +160,9 @@ class VirtioBlk(VirtioDevice):
             "serial": self.options.serial,
             "logical_block_size": self.block_size,
             "write-cache": self.writeback,
+            "werror": self._werror,
+            "rerror": self._rerror,
+            "io-status": self.io_status,
             "capacity": self.capacity * SECTOR,
         }
 
@@ -184,10 +212,11 @@ class VirtioBlk(VirtioDevice):
                         self._submit(self._flush_own, T_FLUSH, None)
                         self._flush_waits = True
                     except OSError as error:
-                        self._report(T_FLUSH, error)
+                        self._report(T_FLUSH, error, "report")
 
     def on_reset(self) -> None:
         self.writeback = self._default_writeback
+        self.retries.clear()
 
     # ---- requests; with the lock held ------------------------------------------------------
 
@@ -212,10 +241,33 @@ class VirtioBlk(VirtioDevice):
             else:
                 status = S_UNSUPP
         except OSError as error:
-            self._report(kind, error)
-            status = S_IOERR
+            status = self._fail(kind, _bare(error), chain)
         if status is not None:
             self._finish(queue, chain, status)
+
+    def _fail(self, kind: int, error: OSError, chain: Chain) -> int | None:
+        """The host could not do it: the status for the guest; None if it is tried again."""
+        action = self._rerror if kind == T_IN else self._werror
+        if action == "enospc":
+            action = "stop" if error.errno == errno.ENOSPC else "report"
+        if kind == T_FLUSH and self.file.lost:
+            action = "report"  # the kernel has forgotten it: that never gets better
+        if action == "stop":
+            self.retries.append(chain)
+            self.io_status = "nospace" if error.errno == errno.ENOSPC else "failed"
+        self._report(kind, error, action)
+        return {"report": S_IOERR, "ignore": S_OK}.get(action)
+
+    def _retry(self) -> None:
+        if not self.running:
+            return  # the next resume sees to it
+        waiting, self.retries = self.retries, []
+        queue = self.queues[0]
+        for one in waiting:
+            chain = queue.retake(one.head)
+            if chain is not None:
+                self.handle_chain(queue, chain)
+        self.notify_used(0)
 
     def _read(self, chain: Chain, sector: int, size: int) -> int | None:
         if not self._is_inside(sector, size):
@@ -300,34 +352,40 @@ class VirtioBlk(VirtioDevice):
         return None
 
     def _work(self, call: Callable[[], None], kind: int, chain: Chain | None) -> None:
-        status = S_IOERR
+        failure: OSError | None = None
         try:
             call()
-            status = S_OK
         except OSError as error:
-            self._report(kind, error)
+            failure = _bare(error)
         except Exception as error:
             # The guest waits for an answer all the same.
             report_crash(error)
+            failure = OSError(errno.EIO, repr(error))
         if chain is not None:
-            self.work(self._return, chain, status)
+            self.work(self._return, chain, kind, failure)
+        elif failure is not None:
+            self._report(kind, failure, "report")
 
-    def _return(self, chain: Chain, status: int) -> None:
-        self._finish(self.queues[0], chain, status)
-        self.notify_used(0)
+    def _return(self, chain: Chain, kind: int, failure: OSError | None) -> None:
+        status = S_OK if failure is None else self._fail(kind, failure, chain)
+        if status is not None:
+            self._finish(self.queues[0], chain, status)
+            self.notify_used(0)
 
-    def _report(self, kind: int, error: OSError) -> None:
+    def _report(self, kind: int, error: OSError, action: str) -> None:
         now = time.monotonic()
-        if now - self._told_at >= ERROR_INTERVAL_S:
+        # Of several requests that wait the first one stops the guest.
+        if now - self._told_at >= ERROR_INTERVAL_S or (action == "stop" and len(self.retries) == 1):
             self._told_at = now
-            self._on_error("read" if kind == T_IN else "write", error)
+            self._on_error("read" if kind == T_IN else "write", error, action)
 
-    def drain(self) -> None:
-        """Wait for the workers.
+    def resume(self) -> None:
+        self.io_status = "ok"
+        if self.retries:
+            self.loop.call_soon(lambda: self.work(self._retry))
 
-        :raises HostError: the host does not get done with a request
-        """
-        if not self._workers.wait(DRAIN_TIMEOUT_S):
+    def drain(self, timeout_s: float | None = None) -> None:
+        if not self._workers.wait(DRAIN_TIMEOUT_S if timeout_s is None else timeout_s):
             raise HostError(
                 f"{self._workers.unfinished} requests to {self.file.config.filename!r} do not end"
             )
@@ -338,6 +396,11 @@ class VirtioBlk(VirtioDevice):
     # ---- state -----------------------------------------------------------------------------
 
     @property
+    def retry_count(self) -> int:
+        """Length of ``retries``, for the state."""
+        return len(self.retries)
+
+    @property
     def flush_error(self) -> int:
         """Why flushes fail for good, as an error number; 0 if they do not."""
         return self.file.lost
@@ -345,6 +408,8 @@ class VirtioBlk(VirtioDevice):
     def load(self, state: Record) -> None:
         self.capacity, self.block_size = state.capacity, state.block_size
         self.writeback, self.file.lost = state.writeback, state.flush_error
+        self.retries = getattr(state, "retries", [])
+        self.io_status = "failed" if self.retries else "ok"
 
     def _check(self, state: Record) -> None:
         if state.flush_error > MAX_ERRNO:
@@ -371,3 +436,8 @@ def _cut_start(views: list[memoryview], count: int) -> list[memoryview]:
     while views and count >= len(views[0]):
         count -= len(views.pop(0))
     return [views[0][count:], *views[1:]] if count else views
+
+
+def _bare(error: OSError) -> OSError:
+    """The same error without its traceback, whose frames hold views of guest memory."""
+    return OSError(error.errno or errno.EIO, error.strerror or str(error))

@@ -11,7 +11,7 @@ threads. Whoever else works on queues (a chardev's input, an I/O worker's end) g
 
 from __future__ import annotations
 
-from pyvmm.core.threads import Lock
+from pyvmm.core.threads import Lock, report_crash
 from pyvmm.errors import GuestError
 
 TYPE_CHECKING = False
@@ -107,9 +107,13 @@ class VirtioDevice:
         """Forget what belongs to the driver that was. With the lock held, after a
         :meth:`drain`."""
 
-    def drain(self) -> None:
+    def drain(self, timeout_s: float | None = None) -> None:
         """Wait until no request is under way. No queue is served from before this call until
-        :meth:`resume`. Without the lock; must not depend on the main loop, which waits."""
+        :meth:`resume`. Without the lock; must not depend on the main loop, which waits.
+
+        :param timeout_s: how long; None: as long as the device finds good
+        :raises HostError: that was not enough
+        """
 
     def resume(self) -> None:
         """The guest runs (again): after this every queue is served as if it had been kicked."""
@@ -150,13 +154,16 @@ class VirtioDevice:
 
     def work(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call under the lock, if the device is active. A broken rule of the guest's ends in
-        DEVICE_NEEDS_RESET. Any thread."""
+        DEVICE_NEEDS_RESET, and so does a bug of ours: the others go on. Any thread."""
         with self.lock:
             if self.active:
                 try:
                     function(*arguments)
                 except GuestError as error:
                     self.fail(str(error))
+                except Exception as error:
+                    report_crash(error)
+                    self.fail(f"internal error: {error!r}")
 
     def kick(self, index: int) -> None:
         """Have :meth:`handle_queue` called soon. Any thread."""

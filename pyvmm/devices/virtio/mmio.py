@@ -145,9 +145,12 @@ _TRANSPORT = Description(
 
 
 def description(device: type[VirtioDevice] | VirtioDevice) -> Description:
-    """How the state of a device and its transport is written."""
-    own = [Struct("device", device.vmstate)] if device.vmstate is not None else []
-    return Description(device.name, [Struct("transport", _TRANSPORT), *own])
+    """How the state of a device and its transport is written. The version is the device's own,
+    which the stream says nowhere else."""
+    if device.vmstate is None:
+        return Description(device.name, [Struct("transport", _TRANSPORT)])
+    parts = [Struct("transport", _TRANSPORT), Struct("device", device.vmstate)]
+    return Description(device.name, parts, version=device.vmstate.version)
 
 
 class VirtioMmio(Device):
@@ -429,17 +432,14 @@ class VirtioMmio(Device):
                 lambda _revents, index=index: self._handle_kick(index),  # type: ignore[misc]
             )
 
-    def drain(self) -> None:
-        """As for every device.
-
-        :raises HostError: the host does not get done with what is under way
-        """
+    def drain(self, timeout_s: float | None = None) -> None:
         self.running = False
         # Whoever is serving a queue comes to the end of it, unless it hangs in the host.
-        if not self.device.lock.acquire(timeout=DRAIN_TIMEOUT_S):
+        patience = DRAIN_TIMEOUT_S if timeout_s is None else timeout_s
+        if not self.device.lock.acquire(timeout=patience):
             raise HostError(f"{self.name}: the queue that is being served does not come to its end")
         self.device.lock.release()
-        self.device.drain()
+        self.device.drain(timeout_s)
 
     def _drain_for_driver(self) -> None:
         """The same on a vCPU's thread, which has nowhere to go before it is done: a disk that

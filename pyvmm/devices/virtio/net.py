@@ -71,6 +71,11 @@ _REQUIRED = (
     (F_HOST_ECN, F_HOST_TSO4 | F_HOST_TSO6),
 )
 
+# Of the header before a frame (5.1.6).
+HDR_NEEDS_CSUM = 1
+GSO_TCPV4, GSO_TCPV6, GSO_ECN = 1, 4, 0x80
+_SEGMENTED = {GSO_TCPV4: F_GUEST_TSO4, GSO_TCPV6: F_GUEST_TSO6}
+
 S_LINK_UP = 1
 
 #: The least that an Ethernet frame has: its addresses and type.
@@ -144,7 +149,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self._room = 0
         self._set_offloads(0)
 
-    def drain(self) -> None:
+    def drain(self, timeout_s: float | None = None) -> None:
         with self.lock:
             for _ in self._parked:
                 self.queues[RX].unpop()
@@ -203,7 +208,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
             if frame is None:
                 backend.watch(True)
                 break
-            if len(frame) >= HEADER + MIN_FRAME and not self._deliver(queue, frame):
+            if self._suits(frame) and not self._deliver(queue, frame):
                 backend.watch(False)
                 break
             backend.consume()
@@ -211,6 +216,21 @@ class VirtioNet(VirtioDevice, NetFrontend):
         else:
             self.kick(RX)
         self.notify_used(RX)
+
+    def _suits(self, frame: memoryview) -> bool:
+        """Whether the driver can take a frame. One that waited in the host may have offloads that
+        only the driver before a reset had agreed to."""
+        if len(frame) < HEADER + MIN_FRAME:
+            return False
+        if not (frame[0] or frame[1]):
+            return True
+        accepted, gso = self.driver_features, frame[1]
+        if not accepted & F_GUEST_CSUM:
+            frame[0] &= HDR_NEEDS_CSUM  # anything else is a hint
+            return not (frame[0] or gso)
+        if gso & GSO_ECN and not accepted & F_GUEST_ECN:
+            return False
+        return not gso or bool(accepted & _SEGMENTED.get(gso & ~GSO_ECN, 0))
 
     def _deliver(self, queue: Queue, frame: memoryview) -> bool:
         """Put a frame into the driver's buffers; False if there are not enough yet."""

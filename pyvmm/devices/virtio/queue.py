@@ -209,6 +209,13 @@ class Queue:
         self.last_avail_idx = last + 1 & 0xFFFF
         return chain
 
+    def retake(self, head: int) -> Chain | None:
+        """The chain of that head once more, which was taken and not returned.
+
+        :raises QueueError: it is malformed (by now)
+        """
+        return self._read_chain(head) if self.ready else None
+
     @property
     def waiting(self) -> int:
         """How many chains the driver has made available that were not taken; without trust in

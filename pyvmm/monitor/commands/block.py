@@ -23,7 +23,8 @@ def query_block(context: Context) -> list[dict[str, Any]]:
     for index, device in enumerate(context.machine.devices):
         properties = device.properties()
         if "drive" in properties:
-            users[properties["drive"]] = f"/machine/unattached/device[{index}]", properties
+            path = device.id or f"/machine/unattached/device[{index}]"
+            users[properties["drive"]] = path, properties
     found = []
     for id, file in context.machine.drives.items():
         path, properties = users.get(id, ("", {}))
@@ -37,7 +38,7 @@ def query_block(context: Context) -> list[dict[str, Any]]:
             "inserted": _inserted(file, properties.get("write-cache", file.config.writeback)),
         }
         if path:
-            entry |= {"qdev": path, "io-status": "ok"}
+            entry |= {"qdev": path, "io-status": properties["io-status"]}
         found.append(entry)
     return found
 
@@ -93,7 +94,7 @@ COMMANDS = (
                 "type": "str",
                 "removable": "bool",
                 "locked": "bool",
-                "*io-status": ("ok",),
+                "*io-status": ("ok", "failed", "nospace"),
                 "inserted": _INSERTED,
             }
         ],

@@ -47,6 +47,8 @@ def block(data: list[Data]) -> str:
         lines = [f"{name}: {inserted['file']} ({inserted['drv']}{access})"]
         if "qdev" in entry:
             lines.append(f"    Attached to:      {entry['qdev']}")
+        if entry.get("io-status", "ok") != "ok":
+            lines.append(f"    I/O status:       {entry['io-status']}")
         mode = "writeback" if cache["writeback"] else "writethrough"
         mode += ", direct" * cache["direct"] + ", ignore flushes" * cache["no-flush"]
         lines.append(f"    Cache mode:       {mode}")

@@ -258,3 +258,30 @@ def test_an_exception_leaves_the_loop_usable(loop):
 
 def test_wake_descriptor_is_not_inherited(loop):
     assert not os.get_inheritable(loop._wake_fd)
+
+
+def test_what_fails_is_told_and_does_not_keep_the_rest_from_being_done(loop, pipe):
+    def fail(*_):
+        raise ValueError("injected")
+
+    failures, done = [], []
+    loop.on_error = lambda error, function: failures.append((str(error), function))
+    loop.add(pipe["w"], WRITABLE, fail)
+    loop.call_later(0, fail)
+    loop.call_soon(fail)
+    loop.call_soon(lambda: done.append(1))
+    loop.run_once()
+    assert failures == [("injected", fail)] * 3
+    assert done == [1]
+    # The descriptor is as ready as before, and would fail for ever.
+    loop.run_once(0)
+    assert len(failures) == 3
+
+
+def test_what_fails_leaves_the_loop_if_nobody_is_told(loop):
+    def fail():
+        raise ValueError("injected")
+
+    loop.call_soon(fail)
+    with pytest.raises(ValueError, match="injected"):
+        loop.run_once()

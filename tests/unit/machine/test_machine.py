@@ -17,10 +17,12 @@ class Hanging(Device):
     def __init__(self):
         super().__init__()
         self.resting = False
+        self.hangs = True
 
-    def drain(self):
+    def drain(self, timeout_s=None):
         self.resting = True
-        raise HostError("requests do not end")
+        if self.hangs:
+            raise HostError("requests do not end")
 
     def start(self):
         self.resting = False
@@ -66,3 +68,27 @@ def test_device_that_cannot_take_input_keeps_no_other_from_it(machine):
     with pytest.raises(OSError, match="no such terminal"):
         machine.attach_devices()
     assert machine.devices[1].attached
+
+
+def test_reset_waits_for_a_disk_that_hangs_and_nothing_else_does(machine, monkeypatch, capsys):
+    """Also over a failed attempt to stop, which must not let the guest that was go on."""
+    monkeypatch.setattr("pyvmm.machine.machine.RESET_RETRY_S", 0)
+    events, done = [], []
+    machine.subscribe(lambda name, _data: events.append(name))
+    monkeypatch.setattr(machine, "power_on", lambda: done.append("power on"))
+    machine.reset()
+    for _ in range(3):
+        machine.loop.run_once(1)
+        with pytest.raises(HostError):
+            machine.stop()
+        assert machine.runstate.running
+        assert machine.devices[0].resting
+    assert (events, done) == ([], [])
+    assert machine.has_requests
+    for device in machine.devices:
+        device.hangs = False
+    machine.loop.run_once(1)
+    assert (events, done) == (["RESET"], ["power on"])
+    assert not machine.has_requests
+    assert not any(device.resting for device in machine.devices)
+    assert capsys.readouterr().err.count("requests do not end") == 1

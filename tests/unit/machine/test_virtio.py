@@ -61,6 +61,34 @@ def test_shape_has_which_network_is_which():
     assert shape("a", "b") != shape("b", "a")
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("", ",logical_block_size=4096", False),
+        (",queue-size=64,serial=a", ",serial=a,queue-size=64", True),
+        (",serial=a", ",serial=b", False),
+        (",share-rw=on", ",id=x,write-cache=off", True),
+    ],
+)
+def test_shape_has_what_the_guest_was_told(one, other, same):
+    def shape(properties):
+        words = ("-drive", "file=a,format=raw,if=none,id=d")
+        words += ("-device", f"virtio-blk-device,drive=d{properties}")
+        return options.parse(["-serial", "none", *words]).shape()
+
+    assert (shape(one) == shape(other)) == same
+
+
+def test_kinds_of_chardevs():
+    words = ["-chardev", "socket,id=a,path=x,server=on", "-chardev", "pty,id=b,mux=on"]
+    words += ["-serial", "chardev:b", "-monitor", "tcp:localhost:1,server=on", "-serial", "none"]
+    assert options.parse(words).chardev_kinds() == {
+        "a": "unix socket",
+        "b": "pty,mux=on",
+        "compat_monitor0": "tcp socket",
+    }
+
+
 def test_shape_has_the_ports():
     def shape(*words):
         return (
@@ -106,7 +134,8 @@ def test_ports_sit_on_the_bus_that_they_name():
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (["virtio-rng"], "'virtio-rng' is no device"),
+        (["virtio-rng"], "'virtio-rng' is no device; did you mean virtio-rng-device?"),
+        (["virtio-blk-pci,drive=a"], "did you mean virtio-blk-device?"),
         (["virtio-rng-device,foo=1"], "'foo' is not known here; the keys are id"),
         (["virtio-rng-device"] * 9, "one virtio device too many; at most 8"),
         (["virtio-rng-device,id=a", "virtio-rng-device,id=a"], "the id 'a' is given twice"),

@@ -23,10 +23,10 @@ def disks(machine, tmp_path):
     options.add_blockdev(f"driver=file,node-name=unused,filename={paths[3]}")
     for config in options.complete():
         machine.drives[config.id] = BlockFile(config, machine.fds)
-    for drive, cache in (("data", False), ("sys", True)):
-        properties = {"drive": drive, "write-cache": cache}
+    for drive, cache, id, status in (("data", False, "vdb", "nospace"), ("sys", True, "", "ok")):
+        properties = {"drive": drive, "write-cache": cache, "io-status": status}
         machine.devices.append(
-            SimpleNamespace(name="virtio-blk-device", properties=lambda p=properties: p)
+            SimpleNamespace(name="virtio-blk-device", id=id, properties=lambda p=properties: p)
         )
     return paths
 
@@ -41,7 +41,8 @@ def test_info_block(run, disks):
         "    Cache mode:       writeback, ignore flushes\n"
         "\n"
         f"data: {disks[2]} (raw)\n"
-        "    Attached to:      /machine/unattached/device[1]\n"
+        "    Attached to:      vdb\n"
+        "    I/O status:       nospace\n"
         "    Cache mode:       writethrough\n"
     )
 

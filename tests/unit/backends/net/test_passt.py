@@ -3,6 +3,7 @@
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -92,6 +93,25 @@ def test_its_end_takes_the_link_down_until_the_next_update(images, recorder, rou
     assert not front.backend.link_up
     front.start()
     assert front.links == [True]
+    ask(new, front)
+
+
+def test_end_that_nobody_noticed_is_made_good_by_the_next_update(images, recorder, routed):
+    """The guest has no driver, and nobody reads what comes."""
+    marker = f"--search=test-{os.getpid()}.invalid"
+    old = images()
+    old.make(PasstBackend, arguments=[marker]).start()
+    pid = find(marker.encode())
+    watch = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGTERM)
+    assert select.select([watch], [], [], DEADLINE_S)[0]
+    os.close(watch)
+    old.settle()
+    new = images(old.exec())
+    backend = new.make(PasstBackend, arguments=[marker])
+    assert not backend.link_up
+    front = recorder(backend)
+    front.start()
     ask(new, front)
 
 

@@ -355,3 +355,18 @@ def test_skip(data, cuts, count):
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     views = [memoryview(data)[a:b] for a, b in itertools.pairwise(edges)]
     assert b"".join(skip(views, count)) == data[count:]
+
+
+def test_front_end_that_fails_costs_the_connection(image, pair):
+    """Its frame is lost half-way: what follows need not be in step."""
+    front, peer = pair
+
+    def fail():
+        raise RuntimeError("injected")
+
+    front.handle_frames = fail
+    image.loop.on_error = lambda _error, function: function.__self__.recover()
+    peer.sendall(framed(b"a" * 60))
+    image.until(lambda: front.links == [False])
+    with pytest.raises(ConnectionResetError):
+        peer.recv(1)

@@ -28,12 +28,12 @@ def test_errors_of_the_host(disk, kind, monkeypatch):
     for name in ("preadv", "pwritev", "fdatasync"):
         monkeypatch.setattr(os, name, broken)
     assert one.ask(blk.T_IN, 0, room=512)[0] == blk.S_IOERR
-    assert one.errors == [("read", errno.EIO)]
+    assert one.errors == [("read", errno.EIO, "report")]
     assert one.ask(blk.T_OUT, 0, b"x" * 512)[0] == blk.S_IOERR
-    assert one.errors == [("read", errno.EIO)]  # about once a second
+    assert one.errors == [("read", errno.EIO, "report")]  # about once a second
     monkeypatch.setattr(blk, "ERROR_INTERVAL_S", 0)
     assert one.ask(blk.T_OUT, 0, b"x" * 512)[0] == blk.S_IOERR
-    assert one.errors[1:] == [("write", errno.EIO)]
+    assert one.errors[1:] == [("write", errno.EIO, "report")]
     # Memory has nothing to flush.
     assert one.ask(blk.T_FLUSH)[0] == (blk.S_OK if kind == "tmpfs" else blk.S_IOERR)
     monkeypatch.undo()

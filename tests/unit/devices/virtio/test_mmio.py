@@ -48,7 +48,7 @@ class Echo(VirtioDevice):
         assert not self.active
         self.acts.append("reset")
 
-    def drain(self):
+    def drain(self, timeout_s=None):
         self.acts.append("drain")
 
     def resume(self):
@@ -372,15 +372,12 @@ def test_device_whose_thread_crashed_works_after_a_reset_of_the_machine(capsys):
     thread.start()
     try:
         driver.start()
-        driver.device.handle_chain = lambda _queue, _chain: 1 // 0
-        driver.queues[0].add([b"x"], [64])
-        driver.queues[0].kick()
+        thread.loop.call_soon(lambda: 1 // 0)
         assert told.wait(10)
         # As the machine does.
         driver.transport.drain()
         driver.transport.reset()
         driver.transport.start()
-        del driver.device.handle_chain
         serve = driver.device.handle_chain
         driver.device.handle_chain = lambda *chain: (serve(*chain), answered.set())
         driver.start()
@@ -406,6 +403,14 @@ def test_drained_device_serves_nothing_until_it_starts(echo):
     echo.transport.start()
     echo.run()
     assert len(echo.queues[0].reap()) == 1
+
+
+def test_version_of_a_device_is_that_of_its_section():
+    class Newer(Echo):
+        vmstate = Description("echo", [], version=3)
+
+    assert mmio.description(Newer).version == mmio.description(Newer).minimum_version == 3
+    assert mmio.description(VirtioDevice).version == 1
 
 
 def test_update_carries_everything(echo, loop):

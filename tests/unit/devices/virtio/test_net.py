@@ -336,6 +336,41 @@ def test_runts_are_dropped(network):
     assert received(n.rx) == [ONE_BUFFER + frame(b"fit")]
 
 
+@pytest.mark.parametrize(
+    ("without", "header", "arrives"),
+    [
+        (0, b"\1\x84", b"\1\x84"),
+        (net.F_GUEST_ECN, b"\1\x84", None),
+        (net.F_GUEST_ECN, b"\1\4", b"\1\4"),
+        (net.F_GUEST_TSO6 | net.F_GUEST_ECN, b"\1\4", None),
+        (net.F_GUEST_TSO6, b"\1\1", b"\1\1"),
+        (0, b"\1\3", None),  # UDP, which nobody accepts
+        (net.OFFLOADS, b"\1\1", None),
+        (net.OFFLOADS, b"\1\0", None),
+        (net.OFFLOADS, b"\2\0", b"\0\0"),
+    ],
+)
+def test_frame_that_waited_for_another_driver_suits_this_one(
+    network, monkeypatch, without, header, arrives
+):
+    """The guest was reset: what waits in the host was made for a driver that is gone."""
+    monkeypatch.setattr(StreamBackend, "has_offloads", True)
+    n = network()
+    n.start(without)
+    waiting = [header + bytes(10) + frame(b"old"), NO_HEADER + frame(b"new")]
+    monkeypatch.setattr(
+        n.backend, "peek", lambda: memoryview(bytearray(waiting[0])) if waiting else None
+    )
+    monkeypatch.setattr(n.backend, "consume", lambda: waiting.pop(0))
+    for _ in range(2):
+        n.rx.add([], [500])
+    n.rx.kick()
+    n.run()
+    parts = [part[:2] + part[HEADER:] for part in received(n.rx)]
+    old = [] if arrives is None else [arrives + frame(b"old")]
+    assert parts == [*old, b"\0\0" + frame(b"new")]
+
+
 def test_buffer_for_reading_is_a_broken_driver(network, monkeypatch):
     n = network()
     n.start()

@@ -1,0 +1,117 @@
+"""Where random numbers come from: ``-object rng-builtin`` and ``rng-random``, under QEMU's names.
+
+The kernel's generator, which never blocks, or a file or device that the operator names: what it
+has not yet is waited for in the loop. Loop thread only.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+
+from pyvmm._util.keyval import check_id, check_keys
+from pyvmm.core.eventloop import READABLE
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
+
+BUILTIN, RANDOM = KINDS = ("rng-builtin", "rng-random")
+DEFAULT_FILE = "/dev/urandom"
+
+
+class RngConfig:
+    """A source that is asked for.
+
+    :ivar filename: empty for the kernel's generator
+    """
+
+    __slots__ = ("filename", "id")
+
+    def __init__(self, kind: str, options: dict[str, str]) -> None:
+        """:raises ConfigError: for a key or value that the kind does not have"""
+        where = f"-object {kind}"
+        check_keys(options, ("id", "filename") if kind == RANDOM else ("id",), where)
+        if "id" not in options:
+            raise ConfigError(f"{where}: id= is missing; give it a name, id=NAME")
+        check_id(options["id"], where)
+        self.id = options["id"]
+        self.filename = options.get("filename", DEFAULT_FILE) if kind == RANDOM else ""
+
+
+class Rng:
+    """The kernel's generator."""
+
+    def read(self, count: int, ready: Callable[[], None]) -> bytes:
+        """At most ``count`` random bytes; none if there are none now.
+
+        :param ready: called when there are some again
+        """
+        return os.getrandom(count)
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+
+
+class RngFile(Rng):
+    """A file or device. An update keeps its descriptor.
+
+    :raises ConfigError: it cannot be read
+    """
+
+    def __init__(self, config: RngConfig, loop: EventLoop, fds: FdStore) -> None:
+        self._loop = loop
+        self._fds = fds
+        self._name = f"rng/{config.id}"
+        self._path = config.filename
+        inherited = fds.take(self._name)
+        self._fd = _open(config) if inherited is None else inherited
+        fds.keep(self._name, self._fd)
+
+    def read(self, count: int, ready: Callable[[], None]) -> bytes:
+        if self._fd < 0:
+            return b""
+        try:
+            data = os.read(self._fd, count)
+        except BlockingIOError:
+            self._loop.add(self._fd, READABLE, lambda _revents: self._handle_ready(ready))
+            return b""
+        except OSError as error:
+            self._end(error.strerror or str(error))
+            return b""
+        if not data:
+            self._end("it is at its end")
+        return data
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._loop.remove(self._fd)
+            self._fds.forget(self._name)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _handle_ready(self, ready: Callable[[], None]) -> None:
+        self._loop.remove(self._fd)
+        ready()
+
+    def _end(self, problem: str) -> None:
+        # The guest gets no more of it: better none than some that are not random.
+        sys.stderr.write(f"pyvmm: {self._name}: {self._path}: {problem}\n")
+        self.close()
+
+
+def _open(config: RngConfig) -> int:
+    where = f"-object {RANDOM}: filename={config.filename!r}"
+    try:
+        fd = os.open(config.filename, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror}; name a source that can be read") from error
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"{where}: it is a directory; name a source that can be read")
+    return fd

@@ -1,0 +1,66 @@
+"""What ``-OPTION help`` and ``-OPTION KIND,help`` print. Imported only when that is asked for."""
+
+from __future__ import annotations
+
+from pyvmm._util.keyval import did_you_mean, shorten
+from pyvmm.errors import ConfigError
+from pyvmm.machine.options import DEVICES, OPTIONS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def describe(option: str, kind: str) -> str:
+    """The text for an option; empty for all options.
+
+    :param kind: what stood before ``,help``; empty for the option itself
+    :raises ConfigError: there is no such kind
+    """
+    kinds = _kinds(option)
+    if kind and kinds:
+        if kind not in kinds:
+            mend = did_you_mean(kind, kinds) or f"give one of {', '.join(kinds)}"
+            raise ConfigError(f"-{option}: {shorten(kind)} is not known here; {mend}")
+        return f"-{option} {kind}:\n" + "".join(f"  {key}\n" for key in kinds[kind])
+    lines = [] if option else ["usage: pyvmm run [OPTION...]\n\n"]
+    for name in [option] if option else OPTIONS:
+        argument, text, _ = OPTIONS[name]
+        lines.append(f"  -{name} {argument}".rstrip() + "\n")
+        lines += [f"        {line}\n" for line in text.split("\n")]
+    if option == "cpu":
+        from pyvmm.x86.cpu_features import known
+
+        lines += ["\n", *_wrap("features", known())]
+    elif option == "drive":
+        from pyvmm.backends.block_config import DRIVE_KEYS
+
+        lines += ["\n", *_wrap("keys", DRIVE_KEYS)]
+    elif kinds:
+        lines.append(f"\nThe keys of each: -{option} KIND,help\n")
+    return "".join(lines)
+
+
+def _wrap(title: str, words: Iterable[str]) -> list[str]:
+    from textwrap import wrap
+
+    text = f"{title}: {' '.join(words)}"
+    return [f"{line}\n" for line in wrap(text, subsequent_indent="  ", break_on_hyphens=False)]
+
+
+def _kinds(option: str) -> dict[str, Iterable[str]]:
+    """The keys of each kind that an option has."""
+    if option == "device":
+        from pyvmm.machine import virtio, virtio_console
+
+        found = {name: ("id", *driver.properties) for name, driver in virtio.DRIVERS.items()}
+        return {**DEVICES, **found, **dict.fromkeys(virtio.PORTS, virtio_console.PORT_PROPERTIES)}
+    if option == "netdev":
+        from pyvmm.backends.net import config as netdevs
+
+        return {kind: ("id", *keys) for kind, keys in netdevs.KINDS.items()}
+    if option == "chardev":
+        from pyvmm.chardev import config as chardevs
+
+        return {kind: ("id", *keys) for kind, keys in chardevs.KINDS.items()}
+    return {}
