@@ -57,3 +57,15 @@ reboot -f
     ranges = re.findall(rb"ram: (\w+)-(\w+) ", machine.serial)
     assert (b"100000000", b"17fffffff") in ranges[-1:]
     assert all(int(end, 16) < 0xC000_0000 for _, end in ranges[:-1])
+
+
+def test_processors_without_acpi(vm, tmp_path):
+    options = linux.options(
+        tmp_path,
+        "echo cpus: $(nproc)\nreboot -f\n",
+        f"reboot=t {linux.NO_AGP}",
+        kernel=linux.OTHER_KERNEL,
+    )
+    machine = vm(*options, "-machine", "acpi=off", memory="256M", smp=2)
+    machine.expect(r"cpus: 2\r?\n", BOOT_S)
+    assert machine.wait_exit(BOOT_S) == 0

@@ -47,6 +47,8 @@ rtc=/sys/class/rtc/rtc0
 echo $(($(cat $rtc/since_epoch) + 2)) >$rtc/wakealarm
 while [ -n "$(cat $rtc/wakealarm)" ]; do sleep 0.2; done
 echo alarm: $(grep rtc0 /proc/interrupts | awk '{ print $2 + $3 }')
+while grep -q '^ *0 ' /sys/firmware/acpi/interrupts/ff_pwr_btn; do sleep 0.2; done
+echo pressed
 dmesg -r >/dev/vda
 sync
 echo c >/proc/sysrq-trigger
@@ -136,6 +138,8 @@ def test_whole_machine_is_found_and_works(vm, tmp_path, peers):
     assert console.receive(6, timeout=BOOT_S) == b"hello\n"
     console.send(b"there\n")
     machine.expect(r"alarm: 1\r?\n", BOOT_S)
+    machine.hmp("system_powerdown")
+    machine.expect(r"pressed\r?\n", BOOT_S)
     assert machine.wait_exit(BOOT_S) == 1  # the panic
 
     assert dict(each.split() for each in lines(machine, "bound")) == DRIVERS | {
