@@ -145,6 +145,24 @@ static void check_initrd(void)
     print("\r\n");
 }
 
+static void check_setup_data(void)
+{
+    u64 at = FIELD(u64, 0x250);
+    const u8 *data = (const u8 *)at;
+    u32 sum = 0;
+
+    if (!in_ram(at, 48))
+        fail("setup_data", at);
+    expect("setup_data next", *(const u64 *)data, ~0UL, 0);
+    expect("setup_data type", *(const u32 *)(data + 8), ~0UL, 9);
+    expect("setup_data len", *(const u32 *)(data + 12), ~0UL, 32);
+    for (int i = 16; i < 48; i++)
+        sum = sum * 31 + data[i];
+    print("seed");
+    print_hex(sum);
+    print("\r\n");
+}
+
 void check(const char *entered_as, const u8 *boot_params, u64 flags)
 {
     const char *cmdline;
@@ -159,7 +177,6 @@ void check(const char *entered_as, const u8 *boot_params, u64 flags)
     expect("type_of_loader", FIELD(u8, 0x210), ~0UL, 0xff);
     expect("loadflags", FIELD(u8, 0x211), 1, 1);
     expect("code32_start", FIELD(u32, 0x214), ~0UL, (u64)image_start);
-    expect("setup_data", FIELD(u64, 0x250), ~0UL, 0);
     cmdline = (const char *)(u64)FIELD(u32, 0x228);
     if (!in_ram((u64)cmdline, 4096))
         fail("cmd_line_ptr", (u64)cmdline);
@@ -168,6 +185,7 @@ void check(const char *entered_as, const u8 *boot_params, u64 flags)
     print("\r\n");
     check_memory();
     check_initrd();
+    check_setup_data();
     print("rsdp");
     print_hex(FIELD(u64, 0x70));
     print("\r\nlinux64 PASS as ");

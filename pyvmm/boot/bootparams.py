@@ -2,12 +2,13 @@
 
 The boot parameters ("zero page") are those of Documentation/arch/x86/{boot,zero-page}.rst, 64-bit
 protocol. A vmlinux has no setup header; it is given one that says the same. Left out: what only
-the real-mode code reads (heap, video mode), setup_data, EFI, and a reading of ``vga=`` and
-``mem=`` in the command line.
+the real-mode code reads (heap, video mode), setup_data other than the random seed, EFI, and a
+reading of ``vga=`` and ``mem=`` in the command line.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 
 from pyvmm.boot.memmap import memory_map
@@ -40,6 +41,10 @@ _RAMDISK_IMAGE = 0x218
 _CMD_LINE_PTR = 0x228
 _KERNEL_ALIGNMENT = 0x230
 _SETUP_DATA = 0x250
+
+_SETUP_DATA_HEADER = struct.Struct("<QII")
+_SETUP_RNG_SEED = 9
+_SEED_SIZE = 32
 
 _VERSION_2_12 = 0x20C
 _LOADED_HIGH = 1 << 0
@@ -76,8 +81,7 @@ def write(
     struct.pack_into("<I", page, _CODE32_START, start)
     struct.pack_into("<II", page, _RAMDISK_IMAGE, *(initrd or (0, 0)))
     struct.pack_into("<I", page, _CMD_LINE_PTR, cmdline)
-    # The file's would be a pointer into memory that nobody has filled.
-    struct.pack_into("<Q", page, _SETUP_DATA, 0)
+    struct.pack_into("<Q", page, _SETUP_DATA, _write_seed(memory))
     struct.pack_into("<Q", page, _ACPI_RSDP_ADDR, rsdp)
     memmap = memory_map(memory)[:_E820_MAX]
     page[_E820_ENTRIES] = len(memmap)
@@ -85,6 +89,14 @@ def write(
         _E820_ENTRY.pack_into(page, _E820_TABLE + number * _E820_ENTRY.size, *entry)
     memory.write(layout.ZERO_PAGE, page)
     return layout.ZERO_PAGE
+
+
+def _write_seed(memory: GuestMemory) -> int:
+    # A kernel that reads this (6.0 and newer) has good random numbers from its first moment on,
+    # without asking the processor for them, and wipes it.
+    seed = _SETUP_DATA_HEADER.pack(0, _SETUP_RNG_SEED, _SEED_SIZE) + os.urandom(_SEED_SIZE)
+    memory.write(layout.SETUP_DATA, seed)
+    return layout.SETUP_DATA
 
 
 def write_page_tables(memory: GuestMemory) -> int:

@@ -24,6 +24,7 @@ OWN = (
     (layout.START_INFO, layout.BOOT_INFO_END),
     (layout.CMDLINE, layout.CMDLINE + layout.CMDLINE_SIZE),
     (layout.PAGE_TABLES, layout.PAGE_TABLES_END),
+    (layout.SETUP_DATA, layout.SETUP_DATA + layout.SETUP_DATA_SIZE),
     (layout.TABLES_START, layout.VGA_START),
 )
 """What loader and firmware write, as ``(start, end)``; no part of a kernel may lie there."""

@@ -174,6 +174,13 @@ class Cpu:
         self._go.wait()
         self._go.clear()
         self._serve()
+        if not self._stop:
+            try:
+                # It stood still and its clock went on: without this its watchdogs would take
+                # the time away for a lockup.
+                self.vcpu.kvmclock_ctrl()
+            except KvmError as error:
+                self._fail(str(error))
 
     def _enter(self) -> None:
         # One KVM_RUN after the other, until a kick ends one with nothing left half done.

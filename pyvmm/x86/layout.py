@@ -56,6 +56,9 @@ CMDLINE_SIZE = 0x1000
 PAGE_TABLES = 0x2_1000
 """A PML4, a PDPT and four page directories for kernels that are entered in long mode."""
 PAGE_TABLES_END = 0x2_7000
+SETUP_DATA = 0x2_7000
+"""What Linux's boot parameters point to: the random seed."""
+SETUP_DATA_SIZE = 0x40
 
 # --- ROM (SDM volume 3, 10.1.4: the first instruction is fetched at 0xfffffff0) ------------------
 

@@ -68,3 +68,17 @@ def out8(port, value):
 HALT = b"\xfa\xf4\xeb\xfd"  # cli; 1: hlt; jmp 1b (whatever wakes it)
 SPIN = b"\xeb\xfe"  # 1: jmp 1b
 TO_UNMAPPED = b"\xea\x00\x00\x00\xa0"  # ljmp $0xa000, $0: code where there is no memory
+#: Has its kvmclock at PVCLOCK and never halts.
+KVMCLOCK = (
+    b"\x66\xb9\x01\x4d\x56\x4b"  # mov $MSR_KVM_SYSTEM_TIME_NEW, %ecx
+    b"\x66\xb8\x01\x90\x00\x00\x66\x31\xd2\x0f\x30"  # mov $PVCLOCK | 1, %eax; wrmsr
+    + print_text("clock\n")
+    + SPIN
+)
+PVCLOCK = 0x9000
+
+
+def stopped_flag(machine):
+    """Whether KVM told the guest that it stood still: struct pvclock_vcpu_time_info, flags."""
+    flags = machine.hmp(f"xp /xb {PVCLOCK + 29:#x}").split()[-1]
+    return bool(int(flags, 16) & 2)

@@ -228,6 +228,17 @@ def test_stop_and_cont(vm):
         wait_until(lambda: machine.hmp("xp /gx 0x200000") > count, "a higher count")  # noqa: B023
 
 
+def test_guest_learns_that_it_stood_still(vm, tmp_path):
+    """PVCLOCK_GUEST_STOPPED, by which a guest's watchdogs forgive the time that they missed."""
+    machine = vm("-kernel", guests.flat(tmp_path, guests.KVMCLOCK), smp=2)
+    machine.expect("clock\n")
+    machine.hmp("info registers")  # interrupts the vCPU, but does not stop it
+    assert not guests.stopped_flag(machine)
+    machine.hmp("stop")
+    machine.hmp("cont")
+    wait_until(lambda: guests.stopped_flag(machine), "the flag")
+
+
 def test_powerdown_reaches_the_guest(vm):
     # Nobody there listens for the button; it must not do harm.
     machine = vm()

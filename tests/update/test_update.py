@@ -212,6 +212,14 @@ def test_ended_guest_stays_so(vm):
     assert machine.serial.count(b"tick 1\r") == 2
 
 
+def test_guest_learns_that_it_stood_still(vm, tmp_path):
+    machine = vm("-kernel", guests.flat(tmp_path, guests.KVMCLOCK), smp=2)
+    machine.expect("clock\n")
+    assert not guests.stopped_flag(machine)
+    machine.update()
+    wait_until(lambda: guests.stopped_flag(machine), "the flag")
+
+
 def test_guest_reset_after_an_update_boots_again(vm):
     machine = vm(smp=2)
     machine.expect("guest> ")

@@ -80,7 +80,7 @@ def test_bzimage_is_unpacked(memory, kernel, method):
     assert memory.read_u8(RUN_AT + M) == 0xEE
     params = boot_params(memory, found)
     assert (params.type_of_loader, params.loadflags, params.version) == (0xFF, 1, 0x20F)
-    assert (params.code32_start, params.setup_data) == (RUN_AT, 0)
+    assert params.code32_start == RUN_AT
     assert params.acpi_rsdp_addr == 0xE0000
     assert memory.read(params.cmd_line_ptr, 20) == b"console=ttyS0 quiet\0"
     assert memory.read(params.ramdisk_image, params.ramdisk_size) == initrd
@@ -89,6 +89,17 @@ def test_bzimage_is_unpacked(memory, kernel, method):
     assert [(entry.addr, entry.size, entry.type) for entry in entries] == memory_map(memory)
     record = struct.unpack("<4s5I", memory.read(0x500, 24))
     assert record == (b"PVMB", 4, RUN_AT + 8, 0x6000, 0, found.cr3)
+
+
+def test_each_boot_has_a_random_seed_of_its_own(memory, kernel):
+    config = KernelConfig(kernel(bzimage(pack(KERNEL, "gzip"), setup_data=M)))
+    seeds = set()
+    for _ in range(3):
+        at = boot_params(memory, load(memory, config)).setup_data
+        # struct setup_data: next, type, len
+        assert struct.unpack("<QII", memory.read(at, 16)) == (0, 9, 32)
+        seeds.add(memory.read(at + 16, 32))
+    assert len(seeds) == 3
 
 
 def test_page_tables_map_4_gib_to_themselves(memory, kernel):
