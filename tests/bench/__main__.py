@@ -11,7 +11,10 @@ import sys
 
 from block import bench_block
 from boards import bench_exits, bench_start
+from boot import bench_boot
+from console import bench_console
 from memory import bench_memory
+from network import bench_network
 from pause import bench_pause, bench_phases, bench_qemu
 from report import Result, host, progress, table, write_json
 from vmm import BenchError
@@ -24,6 +27,9 @@ BENCHMARKS = {
     "exits": bench_exits,
     "qemu": bench_qemu,
     "block": bench_block,
+    "console": bench_console,
+    "net": bench_network,
+    "boot": bench_boot,
 }
 
 # Above this load per CPU something else competes with what is measured.

@@ -14,11 +14,12 @@ mount -t proc proc /proc
 """
 
 
-def options(folder, script, cmdline="", modules=()):
+def options(folder, script, cmdline="", modules=(), kernel=None):
     """Options of ``pyvmm run`` for a guest whose first program is the script.
 
     :param folder: where the initramfs is put
     :param modules: names of kernel modules that are loaded first, with all that they need
+    :param kernel: default: the vmlinux that the modules belong to
     """
     files = {
         "dev": None,
@@ -34,5 +35,5 @@ def options(folder, script, cmdline="", modules=()):
     files["init"] = (setup + script).encode()
     initrd = Path(folder) / "initramfs"
     initrd.write_bytes(image.cpio(files))
-    kernel = ("-kernel", packages.vmlinux(), "-initrd", initrd)
-    return [*kernel, "-append", f"{CMDLINE} {cmdline}".strip(), "-no-reboot"]
+    files = ("-kernel", kernel or packages.vmlinux(), "-initrd", initrd)
+    return [*files, "-append", f"{CMDLINE} {cmdline}".strip(), "-no-reboot"]
