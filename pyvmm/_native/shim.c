@@ -1,5 +1,6 @@
 /* What Python cannot do itself: system calls whose error number must not be lost or retried,
- * a signal handler that does nothing, and a task that outlives an execve. */
+ * a signal handler that does nothing, and a task that outlives an execve; and what it does too
+ * slowly: frames into receive queues. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -7,6 +8,8 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/kvm.h>
+#include <linux/virtio_net.h>
+#include <linux/virtio_ring.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
@@ -224,4 +227,85 @@ static int pyvmm_hold_memory(const int *keep_fds, int count, int release_fd)
 	error = errno;
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	return pid < 0 ? -error : pid;
+}
+
+/* ---- frames into receive queues ---------------------------------------------------------
+ *
+ * A frame of 64 KiB goes into dozens of small buffers, at a few microseconds of Python each.
+ * Here is only what drivers do for merged receive buffers (virtio 1.3, 5.1.6.3.1): chains of
+ * one direct descriptor, in RAM. All else, broken rings included, is left to Python, which
+ * takes the same chains again and judges them. */
+
+struct pyvmm_span {
+	uint64_t start, end; /* guest-physical, not empty */
+	uint8_t *host;	     /* where start is */
+};
+
+struct pyvmm_ring {
+	struct pyvmm_span *spans;
+	uint32_t span_count, size; /* size: a power of two */
+	uint64_t *desc;		   /* two for each descriptor */
+	uint16_t *avail;	   /* flags, idx, ring[size] */
+	uint32_t *used;		   /* flags and idx, then two for each element */
+};
+
+static uint8_t *guest_buffer(const struct pyvmm_ring *ring, uint64_t gpa, uint32_t length)
+{
+	for (uint32_t i = 0; i < ring->span_count; i++) {
+		const struct pyvmm_span *span = &ring->spans[i];
+
+		if (gpa >= span->start && gpa < span->end && length <= span->end - gpa)
+			return span->host + (gpa - span->start);
+	}
+	return NULL;
+}
+
+/* Put a frame, which begins with a virtio_net_hdr, into the next chains of a queue, and their
+ * elements into the used ring, without returning them: the caller moves the index.
+ *
+ * How many chains that took; 0 if it cannot be done here; ~N if only N chains are there, and
+ * they are too few. The driver may change everything meanwhile, so it is read once. */
+static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+			const uint8_t *frame, uint32_t length, int mergeable)
+{
+	const volatile uint16_t *avail = ring->avail;
+	uint16_t waiting = avail[1] - last_avail, mask = ring->size - 1;
+	uint8_t *num_buffers = NULL;
+	uint32_t done = 0, count = 0;
+
+	if (waiting > ring->size || length < sizeof(struct virtio_net_hdr_mrg_rxbuf))
+		return 0;
+	while (done < length) {
+		if (count == waiting)
+			/* With a whole ring of them there will never be more. */
+			return count == ring->size ? 0 : ~(int)count;
+		uint16_t head = avail[2 + ((last_avail + count) & mask)];
+		if (head >= ring->size)
+			return 0;
+		const volatile uint64_t *desc = ring->desc + 2 * head;
+		uint64_t gpa = desc[0], rest = desc[1];
+		uint32_t room = (uint32_t)rest, part = length - done;
+		uint8_t *buffer = guest_buffer(ring, gpa, room);
+		if ((uint16_t)(rest >> 32) != VRING_DESC_F_WRITE || !room || !buffer)
+			return 0;
+		if (part > room) {
+			if (!mergeable)
+				return 0;
+			part = room;
+		}
+		if (!count) {
+			if (part < sizeof(struct virtio_net_hdr_mrg_rxbuf))
+				return 0;
+			num_buffers = buffer + offsetof(struct virtio_net_hdr_mrg_rxbuf, num_buffers);
+		}
+		memcpy(buffer, frame + done, part);
+		uint32_t *element = ring->used + 1 + 2 * ((used_idx + count) & mask);
+		element[0] = head;
+		element[1] = part;
+		done += part;
+		count++;
+	}
+	uint16_t buffers = count;
+	memcpy(num_buffers, &buffers, sizeof(buffers));
+	return (int)count;
 }

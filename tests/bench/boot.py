@@ -1,5 +1,5 @@
-"""From the start of the VMM to the first line of init: Debian's cloud kernel as it comes, a bzImage,
-beside QEMU's microvm.
+"""From the start of the VMM to the first line of init: Debian's cloud kernel as it comes (a
+bzImage), beside QEMU's microvm.
 
 Measured where Linux boots: on this host's KVM, or in the nested machine, where everything is some
 30 times slower and only the ratio means something. This file is also the program that runs there.
@@ -94,9 +94,7 @@ def main():
 def _boot(command, environment):
     read_fd, write_fd = os.pipe()
     start = time.monotonic()
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=write_fd, env=environment
-    )
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=write_fd, env=environment)
     os.close(write_fd)
     stream = Stream(read_fd)
     try:

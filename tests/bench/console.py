@@ -6,7 +6,6 @@ program's writes to a port are, small ones, several at a time, and 16 bytes one 
 writes to a virtio console.
 """
 
-import socket
 import tempfile
 import time
 

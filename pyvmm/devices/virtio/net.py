@@ -215,7 +215,17 @@ class VirtioNet(VirtioDevice, NetFrontend):
     def _deliver(self, queue: Queue, frame: memoryview) -> bool:
         """Put a frame into the driver's buffers; False if there are not enough yet."""
         parked = self._parked
-        mergeable = self.driver_features & F_MRG_RXBUF
+        mergeable = bool(self.driver_features & F_MRG_RXBUF)
+        # Mostly one call does all of it. Twice: the driver may have added some meanwhile, but it
+        # must not keep this going.
+        for _ in range(0 if parked else 2):
+            count = queue.spread(frame, mergeable=mergeable)
+            if count > 0:
+                return True
+            if not count:
+                break
+            if not queue.enable_notifications(~count):
+                return False
         while self._room < len(frame):
             if parked and (not mergeable or len(parked) == queue.size):
                 return True  # there never will be: it is dropped

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm._native import memory_barrier
+from pyvmm._native import ffi, lib, memory_barrier
 from pyvmm.errors import GuestError
 from pyvmm.memory.guest import GuestMemoryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.memory.guest import GuestMemory
 
 DESC_F_NEXT = 1
@@ -134,10 +136,12 @@ class Queue:
         *("max_size", "size", "ready", "desc", "avail", "used", "last_avail_idx", "used_idx"),
         *("event_idx", "indirect"),
         *("_memory", "_table", "_avail_ring", "_used_ring", "_used_elements", "_signalled"),
+        "_native",
     )
 
     def __init__(self, memory: GuestMemory, max_size: int) -> None:
         self._memory = memory
+        self._native: tuple[Any, ...] | None
         self.max_size = max_size
         self.reset()
 
@@ -248,6 +252,33 @@ class Queue:
             self.used_idx = self.used_idx + 1 & 0xFFFF
         self._used_ring[1] = self.used_idx
 
+    def spread(self, frame: memoryview, *, mergeable: bool) -> int:
+        """Put a network frame, which begins with its header, into the next chains and return
+        them, if each is one buffer.
+
+        :param mergeable: whether the driver takes a frame in several of them
+        :returns: how many chains that took; 0 if it has to be done with :meth:`pop`; ``~n`` if
+            there are only ``n``, too few, for now
+        """
+        if not self.ready:
+            return 0
+        if self._native is None:
+            self._native = self._make_native()
+        count: int = lib.pyvmm_spread(
+            self._native[0],
+            self.last_avail_idx,
+            self.used_idx,
+            ffi.from_buffer(frame),
+            len(frame),
+            mergeable,
+        )
+        if count > 0:
+            self.last_avail_idx = self.last_avail_idx + count & 0xFFFF
+            self.used_idx = self.used_idx + count & 0xFFFF
+            # All at once: the driver takes num_buffers of them (5.1.6.3.2).
+            self._used_ring[1] = self.used_idx
+        return count
+
     def needs_interrupt(self) -> bool:
         """Whether the driver wants an interrupt for what was pushed since the last call."""
         old, new = self._signalled, self.used_idx
@@ -268,16 +299,20 @@ class Queue:
         if self.ready and not self.event_idx:
             self._used_ring[0] = USED_F_NO_NOTIFY
 
-    def enable_notifications(self) -> bool:
-        """Ask for a kick with the next chain; whether there is one already, without a kick."""
+    def enable_notifications(self, known: int = 0) -> bool:
+        """Ask for a kick with the next chain; whether there is one already, without a kick.
+
+        :param known: how many chains wait that are not enough
+        """
         if not self.ready:
             return False
+        event = self.last_avail_idx + known & 0xFFFF
         if self.event_idx:
-            self._used_ring[2 + 4 * self.size] = self.last_avail_idx
+            self._used_ring[2 + 4 * self.size] = event
         else:
             self._used_ring[0] = 0
         memory_barrier()
-        return self._avail_ring[1] != self.last_avail_idx
+        return self._avail_ring[1] != event
 
     def _map(self) -> None:
         self.check()
@@ -293,7 +328,28 @@ class Queue:
         self._used_ring = used.cast("H")
         self._used_elements = used[:-2].cast("I")
 
+    def _make_native(self) -> tuple[Any, ...]:
+        """A ``struct pyvmm_ring``, and what its pointers need to stay valid."""
+        ram = [region for region in self._memory.regions if not region.readonly]
+        hosts = [ffi.from_buffer(self._memory.view(each.gpa, each.size)) for each in ram]
+        spans = ffi.new(
+            "struct pyvmm_span[]",
+            [(each.gpa, each.end, host) for each, host in zip(ram, hosts, strict=True)],
+        )
+        table, avail, used = map(
+            ffi.from_buffer, (self._table, self._avail_ring, self._used_elements)
+        )
+        ring = ffi.new(
+            "struct pyvmm_ring *",
+            (
+                *(spans, len(spans), self.size, ffi.cast("uint64_t *", table)),
+                *(ffi.cast("uint16_t *", avail), ffi.cast("uint32_t *", used)),
+            ),
+        )
+        return ring, spans, hosts, table, avail, used
+
     def _unmap(self) -> None:
+        self._native = None
         nothing = memoryview(b"")
         self._table = self._avail_ring = self._used_ring = self._used_elements = nothing
 
