@@ -1,6 +1,6 @@
 /* What Python cannot do itself: system calls whose error number must not be lost or retried,
  * a signal handler that does nothing, and a task that outlives an execve; and what it does too
- * slowly: frames into receive queues. */
+ * slowly: moving frames between queues and the host. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -19,6 +19,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <x86intrin.h>
 
@@ -229,12 +230,19 @@ static int pyvmm_hold_memory(const int *keep_fds, int count, int release_fd)
 	return pid < 0 ? -error : pid;
 }
 
-/* ---- frames into receive queues ---------------------------------------------------------
+/* ---- frames between queues and the host ---------------------------------------------------
  *
- * A frame of 64 KiB goes into dozens of small buffers, at a few microseconds of Python each.
- * Here is only what drivers do for merged receive buffers (virtio 1.3, 5.1.6.3.1): chains of
- * one direct descriptor, in RAM. All else, broken rings included, is left to Python, which
- * takes the same chains again and judges them. */
+ * A frame of 64 KiB goes into dozens of small buffers, at a few microseconds of Python each, and
+ * small frames are many. Here is only what drivers do all the time (virtio 1.3, 5.1.6): buffers
+ * in RAM; to receive, one direct descriptor each; to send, a chain of a few. All else, broken
+ * rings included, is left to Python, which takes the same chain again and judges it.
+ *
+ * The driver may change all of it meanwhile: what is looked at is read once. Loads and stores
+ * of rings stay in their order: volatile for the compiler, and x86 keeps it. */
+
+typedef uint64_t __attribute__((aligned(1))) unaligned_u64;
+
+enum { MAX_BUFFERS = 64, NET_HEADER = sizeof(struct virtio_net_hdr_mrg_rxbuf) };
 
 struct pyvmm_span {
 	uint64_t start, end; /* guest-physical, not empty */
@@ -242,8 +250,9 @@ struct pyvmm_span {
 };
 
 struct pyvmm_ring {
-	struct pyvmm_span *spans;
+	struct pyvmm_span *spans;  /* what the driver may give for writing */
 	uint32_t span_count, size; /* size: a power of two */
+	int indirect;		   /* whether VIRTIO_F_INDIRECT_DESC was negotiated */
 	uint64_t *desc;		   /* two for each descriptor */
 	uint16_t *avail;	   /* flags, idx, ring[size] */
 	uint32_t *used;		   /* flags and idx, then two for each element */
@@ -260,26 +269,35 @@ static uint8_t *guest_buffer(const struct pyvmm_ring *ring, uint64_t gpa, uint32
 	return NULL;
 }
 
-/* Put a frame, which begins with a virtio_net_hdr, into the next chains of a queue, and their
+static void put_used(const struct pyvmm_ring *ring, uint16_t at, uint32_t head, uint32_t written)
+{
+	volatile uint32_t *element = ring->used + 1 + 2 * (at & (ring->size - 1));
+
+	element[0] = head;
+	element[1] = written;
+}
+
+/* Put a frame, which begins with its header, into the next chains of a queue, and their
  * elements into the used ring, without returning them: the caller moves the index.
  *
  * How many chains that took; 0 if it cannot be done here; ~N if only N chains are there, and
- * they are too few. The driver may change everything meanwhile, so it is read once. */
+ * they are too few. */
 static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 			const uint8_t *frame, uint32_t length, int mergeable)
 {
 	const volatile uint16_t *avail = ring->avail;
-	uint16_t waiting = avail[1] - last_avail, mask = ring->size - 1;
-	uint8_t *num_buffers = NULL;
-	uint32_t done = 0, count = 0;
+	uint16_t waiting = avail[1] - last_avail;
+	uint8_t *header = NULL;
+	uint32_t done = 0;
+	uint16_t count = 0;
 
-	if (waiting > ring->size || length < sizeof(struct virtio_net_hdr_mrg_rxbuf))
+	if (waiting > ring->size || length < NET_HEADER)
 		return 0;
 	while (done < length) {
 		if (count == waiting)
 			/* With a whole ring of them there will never be more. */
 			return count == ring->size ? 0 : ~(int)count;
-		uint16_t head = avail[2 + ((last_avail + count) & mask)];
+		uint16_t head = avail[2 + ((last_avail + count) & (ring->size - 1))];
 		if (head >= ring->size)
 			return 0;
 		const volatile uint64_t *desc = ring->desc + 2 * head;
@@ -294,18 +312,80 @@ static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint
 			part = room;
 		}
 		if (!count) {
-			if (part < sizeof(struct virtio_net_hdr_mrg_rxbuf))
+			if (part < NET_HEADER)
 				return 0;
-			num_buffers = buffer + offsetof(struct virtio_net_hdr_mrg_rxbuf, num_buffers);
+			header = buffer;
 		}
 		memcpy(buffer, frame + done, part);
-		uint32_t *element = ring->used + 1 + 2 * ((used_idx + count) & mask);
-		element[0] = head;
-		element[1] = part;
+		put_used(ring, used_idx + count, head, part);
 		done += part;
 		count++;
 	}
-	uint16_t buffers = count;
-	memcpy(num_buffers, &buffers, sizeof(buffers));
-	return (int)count;
+	memcpy(header + offsetof(struct virtio_net_hdr_mrg_rxbuf, num_buffers), &count, 2);
+	return count;
+}
+
+/* The buffers of a chain that is for reading only: how many, 0 if it is anything else. */
+static int gather(const struct pyvmm_ring *ring, uint32_t index, struct iovec *buffers,
+		  uint64_t *length)
+{
+	const volatile unaligned_u64 *table = ring->desc;
+	uint32_t entries = ring->size;
+	int count = 0, may_jump = ring->indirect;
+
+	*length = 0;
+	while (count < MAX_BUFFERS && index < entries) {
+		uint64_t gpa = table[2 * index], rest = table[2 * index + 1];
+		uint32_t size = (uint32_t)rest;
+		uint16_t flags = rest >> 32;
+		uint8_t *at = guest_buffer(ring, gpa, size);
+		if (!size || !at)
+			return 0;
+		if (flags == VRING_DESC_F_INDIRECT && may_jump) {
+			if (size % sizeof(struct vring_desc))
+				return 0;
+			table = (const volatile unaligned_u64 *)at;
+			entries = size / sizeof(struct vring_desc);
+			index = 0;
+			may_jump = 0;
+			continue;
+		}
+		if (flags & ~VRING_DESC_F_NEXT)
+			return 0;
+		buffers[count++] = (struct iovec){ at, size };
+		*length += size;
+		if (!flags)
+			return count;
+		index = rest >> 48;
+	}
+	return 0;
+}
+
+/* Write the frames that wait in a queue, headers first, each with one call, and return them.
+ * Frames shorter or longer than that are left, as is one that the descriptor does not take yet;
+ * one that it never takes is dropped. How many were done, most of them at once. */
+static int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+		      int fd, uint32_t shortest, uint32_t longest, int most)
+{
+	const volatile uint16_t *avail = ring->avail;
+	volatile uint16_t *used = (volatile uint16_t *)ring->used;
+	struct iovec buffers[MAX_BUFFERS];
+	uint64_t length;
+	int done;
+
+	for (done = 0; done < most; done++) {
+		uint16_t waiting = avail[1] - last_avail;
+		if (!waiting || waiting > ring->size)
+			break;
+		uint16_t head = avail[2 + (last_avail & (ring->size - 1))];
+		int count = gather(ring, head, buffers, &length);
+		if (!count || length < shortest || length > longest)
+			break;
+		if (writev(fd, buffers, count) < 0 && (errno == EAGAIN || errno == EINTR))
+			break;
+		last_avail++;
+		put_used(ring, used_idx++, head, 0);
+		used[1] = used_idx;
+	}
+	return done;
 }

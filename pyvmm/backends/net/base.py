@@ -71,6 +71,12 @@ class NetBackend:
         """The frame that :meth:`peek` gave has been passed on, or is to be dropped."""
         raise NotImplementedError
 
+    @property
+    def frame_fd(self) -> int:
+        """A descriptor that takes a header and its frame with one writev, which is quicker than
+        :meth:`send`; what it does not take then has to go by that. -1 for none."""
+        return -1
+
     def send(self, parts: list[memoryview]) -> bool:
         """Pass a header and its frame on, at most :data:`MAX_PARTS` parts and
         :data:`MAX_FRAME` bytes; they are free again afterwards.

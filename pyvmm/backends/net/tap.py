@@ -138,6 +138,10 @@ class TapBackend(NetBackend):
     def consume(self) -> None:
         self._held = None
 
+    @property
+    def frame_fd(self) -> int:
+        return self.fd if self._header else -1
+
     def send(self, parts: list[memoryview]) -> bool:
         try:
             os.writev(self.fd, parts if self._header else skip(parts, HEADER))

@@ -261,7 +261,12 @@ class VirtioNet(VirtioDevice, NetFrontend):
 
     def _transmit(self, queue: Queue) -> None:
         queue.disable_notifications()
-        for _ in range(min(queue.size, _FRAMES)):
+        left = min(queue.size, _FRAMES)
+        while left > 0:
+            fd = self.backend.frame_fd
+            if fd >= 0:
+                left -= queue.send(fd, HEADER + MIN_FRAME, HEADER + MAX_FRAME, left)
+            left -= 1
             chain = queue.pop()
             if chain is None:
                 if not queue.enable_notifications():

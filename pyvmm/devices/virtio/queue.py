@@ -262,21 +262,31 @@ class Queue:
         """
         if not self.ready:
             return 0
-        if self._native is None:
-            self._native = self._make_native()
+        indices = self.last_avail_idx, self.used_idx
         count: int = lib.pyvmm_spread(
-            self._native[0],
-            self.last_avail_idx,
-            self.used_idx,
-            ffi.from_buffer(frame),
-            len(frame),
-            mergeable,
+            self._ring(), *indices, ffi.from_buffer(frame), len(frame), mergeable
         )
         if count > 0:
             self.last_avail_idx = self.last_avail_idx + count & 0xFFFF
             self.used_idx = self.used_idx + count & 0xFFFF
             # All at once: the driver takes num_buffers of them (5.1.6.3.2).
             self._used_ring[1] = self.used_idx
+        return count
+
+    def send(self, fd: int, shortest: int, longest: int, most: int) -> int:
+        """Write the next chains to a descriptor, each with one call, and return them; what
+        it refuses for good is dropped.
+
+        :param shortest: bytes; shorter chains are left, as are those longer than ``longest``
+        :param most: how many at once
+        :returns: how many; the next one, if there is one, has to be done with :meth:`pop`
+        """
+        if not self.ready:
+            return 0
+        indices = self.last_avail_idx, self.used_idx
+        count: int = lib.pyvmm_send(self._ring(), *indices, fd, shortest, longest, most)
+        self.last_avail_idx = self.last_avail_idx + count & 0xFFFF
+        self.used_idx = self.used_idx + count & 0xFFFF
         return count
 
     def needs_interrupt(self) -> bool:
@@ -328,25 +338,22 @@ class Queue:
         self._used_ring = used.cast("H")
         self._used_elements = used[:-2].cast("I")
 
-    def _make_native(self) -> tuple[Any, ...]:
-        """A ``struct pyvmm_ring``, and what its pointers need to stay valid."""
-        ram = [region for region in self._memory.regions if not region.readonly]
-        hosts = [ffi.from_buffer(self._memory.view(each.gpa, each.size)) for each in ram]
-        spans = ffi.new(
-            "struct pyvmm_span[]",
-            [(each.gpa, each.end, host) for each, host in zip(ram, hosts, strict=True)],
-        )
-        table, avail, used = map(
-            ffi.from_buffer, (self._table, self._avail_ring, self._used_elements)
-        )
-        ring = ffi.new(
-            "struct pyvmm_ring *",
-            (
-                *(spans, len(spans), self.size, ffi.cast("uint64_t *", table)),
-                *(ffi.cast("uint16_t *", avail), ffi.cast("uint32_t *", used)),
-            ),
-        )
-        return ring, spans, hosts, table, avail, used
+    def _ring(self) -> Any:
+        """The ``struct pyvmm_ring *`` of the ready queue."""
+        if self._native is None:
+            ram = [region for region in self._memory.regions if not region.readonly]
+            hosts = [ffi.from_buffer(self._memory.view(each.gpa, each.size)) for each in ram]
+            spans = [(each.gpa, each.end, host) for each, host in zip(ram, hosts, strict=True)]
+            # Pointers alone keep nothing alive.
+            kept = (
+                ffi.new("struct pyvmm_span[]", spans),
+                ffi.from_buffer("uint64_t *", self._table),
+                ffi.from_buffer("uint16_t *", self._avail_ring),
+                ffi.from_buffer("uint32_t *", self._used_elements),
+            )
+            ring = (kept[0], len(spans), self.size, self.indirect, *kept[1:])
+            self._native = ffi.new("struct pyvmm_ring *", ring), kept, hosts
+        return self._native[0]
 
     def _unmap(self) -> None:
         self._native = None
