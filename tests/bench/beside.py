@@ -6,7 +6,7 @@ In turns, so that what else the host does meets both; the ratio is of neighbouri
 import shutil
 
 from report import Result, progress
-from vmm import MIB, Qemu, Vmm
+from vmm import MIB, BenchError, Qemu, Vmm
 
 from pyvmm.boot import builtin
 
@@ -37,6 +37,8 @@ def beside(name, unit, runs, measure, limit=None, *, less_is_better=False):
         progress(f"{name} {number + 1}/{runs}")
         for kind in kinds:
             found[kind.program].append(measure(kind))
+            if not found[kind.program][-1]:
+                raise BenchError(f"{name}: {kind.program} did nothing")
     results = [Result(f"{name} {who}", samples, unit) for who, samples in found.items()]
     if len(kinds) == 1:
         results[0].note = "no QEMU to compare with"
