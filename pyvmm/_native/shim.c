@@ -21,6 +21,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
+#include <unistd.h>
 #include <x86intrin.h>
 
 /* struct kvm_irqchip and struct kvm_run end in anonymous unions, which cffi cannot name. The
@@ -258,6 +259,11 @@ struct pyvmm_ring {
 	uint32_t *used;		   /* flags and idx, then two for each element */
 };
 
+struct pyvmm_received {
+	uint32_t spent, chains; /* of the budget; returned */
+	uint32_t held;		/* bytes of the frame in the buffer; 0 for none */
+};
+
 static uint8_t *guest_buffer(const struct pyvmm_ring *ring, uint64_t gpa, uint32_t length)
 {
 	for (uint32_t i = 0; i < ring->span_count; i++) {
@@ -323,6 +329,38 @@ static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint
 	}
 	memcpy(header + offsetof(struct virtio_net_hdr_mrg_rxbuf, num_buffers), &count, 2);
 	return count;
+}
+
+/* Read frames, headers first, from a descriptor that gives one each time, spread them and
+ * return their chains. Shorter ones than that are dropped. It ends when there is no frame, when
+ * one cannot be spread, which is then left in the buffer, or when the budget is spent: of each
+ * frame its bytes, but no less than least. */
+static void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+			  int fd, uint8_t *buffer, uint32_t size, uint32_t shortest,
+			  int mergeable, uint32_t budget, uint32_t least,
+			  struct pyvmm_received *received)
+{
+	volatile uint16_t *used = (volatile uint16_t *)ring->used;
+
+	*received = (struct pyvmm_received){ 0 };
+	while (received->spent < budget) {
+		ssize_t length = read(fd, buffer, size);
+		if (length < 0)
+			break;
+		if (length >= shortest) {
+			int count = pyvmm_spread(ring, last_avail, used_idx, buffer,
+						 (uint32_t)length, mergeable);
+			if (count <= 0) {
+				received->held = (uint32_t)length;
+				break;
+			}
+			last_avail += count;
+			used_idx += count;
+			used[1] = used_idx;
+			received->chains += count;
+		}
+		received->spent += length > least ? (uint32_t)length : least;
+	}
 }
 
 /* The buffers of a chain that is for reading only: how many, 0 if it is anything else. */

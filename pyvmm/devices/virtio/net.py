@@ -199,6 +199,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
         queue.disable_notifications()
         budget = _BYTES
         while budget > 0:
+            if not self._parked:
+                budget -= backend.pull(self._pull)
             frame = backend.peek()
             if frame is None:
                 backend.watch(True)
@@ -211,6 +213,16 @@ class VirtioNet(VirtioDevice, NetFrontend):
         else:
             self.kick(RX)
         self.notify_used(RX)
+
+    def _pull(self, fd: int, buffer: memoryview) -> tuple[int, int]:
+        return self.queues[RX].receive(
+            fd,
+            buffer,
+            HEADER + MIN_FRAME,
+            mergeable=bool(self.driver_features & F_MRG_RXBUF),
+            budget=_BYTES,
+            least=_BYTES // _FRAMES,
+        )
 
     def _deliver(self, queue: Queue, frame: memoryview) -> bool:
         """Put a frame into the driver's buffers; False if there are not enough yet."""

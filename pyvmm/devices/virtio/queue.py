@@ -267,11 +267,40 @@ class Queue:
             self._ring(), *indices, ffi.from_buffer(frame), len(frame), mergeable
         )
         if count > 0:
-            self.last_avail_idx = self.last_avail_idx + count & 0xFFFF
-            self.used_idx = self.used_idx + count & 0xFFFF
+            self._advance(count)
             # All at once: the driver takes num_buffers of them (5.1.6.3.2).
             self._used_ring[1] = self.used_idx
         return count
+
+    def receive(
+        self,
+        fd: int,
+        buffer: memoryview,
+        shortest: int,
+        *,
+        mergeable: bool,
+        budget: int,
+        least: int,
+    ) -> tuple[int, int]:
+        """Read frames from a descriptor that gives one, with its header, each time, and
+        :meth:`spread` them, until there is none or one that cannot be.
+
+        :param buffer: as long as the longest frame
+        :param shortest: bytes; shorter frames are dropped
+        :param budget: bytes that are moved at once, about; a frame counts ``least`` at least
+        :returns: what was spent of the budget, and the length of a frame that is in the buffer
+            and has to be put into chains by other means; 0 if there is none
+        """
+        if not self.ready:
+            return 0, 0
+        received = ffi.new("struct pyvmm_received *")
+        indices = self.last_avail_idx, self.used_idx
+        target = ffi.from_buffer(buffer), len(buffer)
+        lib.pyvmm_receive(
+            self._ring(), *indices, fd, *target, shortest, mergeable, budget, least, received
+        )
+        self._advance(received.chains)
+        return received.spent, received.held
 
     def send(self, fd: int, shortest: int, longest: int, most: int) -> int:
         """Write the next chains to a descriptor, each with one call, and return them; what
@@ -285,9 +314,13 @@ class Queue:
             return 0
         indices = self.last_avail_idx, self.used_idx
         count: int = lib.pyvmm_send(self._ring(), *indices, fd, shortest, longest, most)
+        self._advance(count)
+        return count
+
+    def _advance(self, count: int) -> None:
+        # Native code took chains and returned them.
         self.last_avail_idx = self.last_avail_idx + count & 0xFFFF
         self.used_idx = self.used_idx + count & 0xFFFF
-        return count
 
     def needs_interrupt(self) -> bool:
         """Whether the driver wants an interrupt for what was pushed since the last call."""

@@ -21,6 +21,16 @@ def it():
     it.close()
 
 
+@pytest.fixture
+def packets():
+    """A descriptor that keeps writes apart, and its other end."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
 def frame(size):
     return bytes(HEADER) + bytes(1 + n % 255 for n in range(size - HEADER))
 
@@ -221,17 +231,66 @@ def test_any_ring_is_survived(descriptors, available, size):
         it.close()
 
 
-# ---- to the host ---------------------------------------------------------------------------
+def receive(it, fd, budget=1 << 20, mergeable=True):
+    buffer = memoryview(bytearray(4096))
+    spent, held = it.queue.receive(
+        fd.fileno(), buffer, 20, mergeable=mergeable, budget=budget, least=100
+    )
+    return spent, bytes(buffer[:held])
 
 
-@pytest.fixture
-def packets():
-    """A descriptor that keeps writes apart, and its other end."""
+def test_frames_are_read_into_chains(it, packets):
+    ours, theirs = packets
+    for slot in range(SIZE):
+        it.desc(slot, BUFFER + 0x1000 * slot, 100, DESC_F_WRITE)
+    it.offer(*range(SIZE))
+    for size in (50, 19, 250, 20):  # one of them is too short
+        theirs.send(frame(size))
+    assert receive(it, ours) == (100 + 100 + 250 + 100, b"")
+    assert it.used() == (5, 4, 20)
+    assert (it.queue.last_avail_idx, it.queue.in_flight) == (5, 0)
+    assert it.memory.read(BUFFER, 50) == frame(50)[:10] + b"\1\0" + frame(50)[12:]
+    assert it.memory.read(BUFFER + 0x1000, 12) == bytes(10) + b"\3\0"
+    assert receive(it, ours) == (0, b"")
+
+
+@pytest.mark.parametrize("flags", [DESC_F_WRITE, 0])
+def test_frame_that_cannot_be_spread_is_kept(it, packets, flags):
+    """There is no room for it, or the next chain is broken."""
+    ours, theirs = packets
+    it.desc(0, BUFFER, 100, DESC_F_WRITE)
+    it.desc(1, BUFFER + 0x1000, 100, flags)
+    it.offer(0, 1)
+    for size in (60, 150, 70):
+        theirs.send(frame(size))
+    assert receive(it, ours) == (100, frame(150))
+    assert it.used() == (1, 0, 60)
+    assert it.queue.waiting == 1
+
+
+def test_budget_ends_it(it, packets):
+    ours, theirs = packets
+    for slot in range(SIZE):
+        it.desc(slot, BUFFER + 0x1000 * slot, 500, DESC_F_WRITE)
+    it.offer(*range(SIZE))
+    for _ in range(5):
+        theirs.send(frame(300))
+    assert receive(it, ours, budget=601) == (900, b"")
+    assert it.used()[0] == 3
+    for _ in range(3):
+        theirs.send(frame(50))
+    assert receive(it, ours, budget=1) == (300, b"")
+    assert receive(it, ours, budget=301) == (300 + 100, b"")
+
+
+def test_closed_descriptor_ends_it(it):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    with ours, theirs:
-        yield ours, theirs
+    with ours:
+        theirs.close()
+        assert receive(it, ours, budget=1000) == (1000, b"")  # an end of file is an empty frame
+
+
+# ---- to the host ---------------------------------------------------------------------------
 
 
 def arrived(theirs):
