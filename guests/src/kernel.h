@@ -123,7 +123,7 @@ void debug_exit(u8 code), triple_fault(void);
 extern const char *program_name;
 
 void shell(void), counter(void), ticker(void), halt(void), memhash(void), timers(void);
-void pingpong(void), torture(void), piospin(void);
+void pingpong(void), torture(void), piospin(void), serial(void);
 void virtio_rng(void), virtio_blk(void), virtio_console(void), virtio_net(void);
 void virtio_attack(void);
 u64 fnv1a(const void *start, u64 len);

@@ -22,7 +22,7 @@ static void selftest(void)
 static const struct program programs[] = {
     {"shell", shell},     {"counter", counter}, {"ticker", ticker},   {"halt", halt},
     {"memhash", memhash}, {"timers", timers},   {"pingpong", pingpong}, {"piospin", piospin},
-    {"torture", torture}, {"selftest", selftest}, {"exit", exit_program},
+    {"torture", torture}, {"selftest", selftest}, {"exit", exit_program}, {"serial", serial},
     {"virtio-rng", virtio_rng}, {"virtio-blk", virtio_blk}, {"virtio-console", virtio_console},
     {"virtio-net", virtio_net}, {"virtio-attack", virtio_attack},
 };

@@ -75,18 +75,25 @@ static void lines(void)
         vq_wait(tx, &len);
 }
 
-/* As much as the device takes: for measurements. */
+/* As much as the device takes, for measurements. spin: one buffer at a time and no interrupt, as
+ * Linux writes to its consoles (hvc). */
 static void flood(void)
 {
     u64 size = opt_num("size", 4096), bytes = 0, step = opt_num("step", 16) << 20, next = step;
     u8 *space = ram_alloc(LINES * size), *at;
     u32 len, under_way = 0;
+    bool spin = opt("spin");
     memset(space, 'x', LINES * size);
     for (;;) {
         at = under_way < LINES ? space + under_way++ * size : vq_wait(tx, &len);
         struct vbuf buf = {at, (u32)size, 0};
         vq_add(tx, &buf, 1, at);
         vq_kick(tx);
+        if (spin) {
+            while (!vq_reap(tx, &len))
+                cpu_relax();
+            under_way = 0;
+        }
         if ((bytes += size) < next)
             continue;
         print("flood %lu MiB %lu ms\n", bytes >> 20, uptime_ms());

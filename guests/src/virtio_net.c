@@ -1,13 +1,13 @@
 /* virtio-net: answers ARP for its address, ICMP echo, UDP and frames of a type of its own;
- * mode=send sends numbered frames as fast as they are taken. */
+ * mode=send sends numbered frames as fast as they are taken. For measurements: mode=flood sends the
+ * same frame again and again; mode=sink takes frames and tells how many they were, every so often. */
 #include "virtio.h"
 
 enum { F_CSUM = 1 << 0, F_GUEST_CSUM = 1 << 1, F_MAC = 1 << 5, F_MRG_RXBUF = 1 << 15 };
 struct header { u8 flags, gso_type; u16 hdr_len, gso_size, csum_start, csum_offset, num_buffers; };
 
 #define FRAME (70000 + sizeof(struct header))
-#define TX_FRAMES 16
-#define RX_BUFFERS 128
+#define TX_FRAMES 128
 #define ETHER 14
 #define TYPE_TEST 0x88b5         /* IEEE 802: for local experiments */
 
@@ -144,16 +144,21 @@ static void echo(u64 step)
     }
 }
 
+static void address(u8 *e)
+{
+    memset(e, 0xff, 6);
+    memcpy(e + 6, mac, 6);
+    e[12] = TYPE_TEST >> 8;
+    e[13] = TYPE_TEST & 0xff;
+}
+
 static void send(u64 step, u32 most)
 {
     for (u64 count = 1;; count++) {
         u8 *frame = frame_new(), *e = frame + sizeof(struct header);
         u32 len = 60 + (u32)(count * 7919 % (most - 59));
         memset(frame, 0, sizeof(struct header));
-        memset(e, 0xff, 6);
-        memcpy(e + 6, mac, 6);
-        e[12] = TYPE_TEST >> 8;
-        e[13] = TYPE_TEST & 0xff;
+        address(e);
         memcpy(e + ETHER, &count, sizeof count);
         memset(e + ETHER + sizeof count, (u8)count, len - ETHER - sizeof count);
         frame_send(frame, len + sizeof(struct header));
@@ -165,10 +170,40 @@ static void send(u64 step, u32 most)
     }
 }
 
+static void flood(u32 size)
+{
+    for (u32 i = 0; i < TX_FRAMES; i++)
+        address(frames + FRAME * i + sizeof(struct header));
+    for (;;)
+        frame_send(frame_new(), size + (u32)sizeof(struct header));
+}
+
+/* The frames' contents are left where they are; an answer for each step of them. */
+static void sink(u64 step)
+{
+    for (u64 count = 1;; count++) {
+        u32 len;
+        u8 *part = vq_wait(rx, &len);
+        u32 parts = ((struct header *)part)->num_buffers;
+        bool counts = get16(part + sizeof(struct header) + 12) == TYPE_TEST;
+        while (buffer_add(part), --parts)
+            if (!(part = vq_reap(rx, &len)))
+                fail("a frame of which %u buffers lack", parts);
+        vq_kick(rx);
+        if (!counts)
+            count--;
+        else if (count % step == 0) {
+            u8 *frame = frame_new(), *e = frame + sizeof(struct header);
+            address(e);
+            memcpy(e + ETHER, &count, sizeof count);
+            frame_send(frame, 60 + sizeof(struct header));
+        }
+    }
+}
+
 void virtio_net(void)
 {
     u64 step = opt_num("step", 256), most = opt_num("size", 1514), features = F_MAC;
-    const char *mode = opt("mode");
     if (!virtio_find(&dev, 1, 0))
         fail("there is no network device");
     if (!opt("nomerge"))
@@ -176,20 +211,25 @@ void virtio_net(void)
     if (opt("offload"))
         features |= F_CSUM | F_GUEST_CSUM;
     virtio_negotiate(&dev, features);
-    rx = vq_new(&dev, 0, RX_BUFFERS);
+    rx = vq_new(&dev, 0, 0);
     tx = vq_new(&dev, 1, 0);
     virtio_ready(&dev);
     for (u32 i = 0; i < 6; i++)
         mac[i] = (u8)(virtio_config(&dev, i & 4) >> 8 * (i & 3));
     frames = ram_alloc(FRAME * TX_FRAMES);
     buffer = (u32)opt_num("buffer", 2048);
-    u8 *space = ram_alloc((u64)buffer * RX_BUFFERS);
-    for (u32 i = 0; i < RX_BUFFERS; i++)
+    u8 *space = ram_alloc((u64)buffer * rx->size);
+    for (u32 i = 0; i < rx->size; i++)
         buffer_add(space + i * buffer);
     vq_kick(rx);
     print("virtio-net ready %x:%x:%x:%x:%x:%x\n", mac[0], mac[1], mac[2], mac[3], mac[4], mac[5]);
+    const char *mode = opt("mode");
     if (mode && !strcmp(mode, "send"))
         send(step, (u32)most);
+    else if (mode && !strcmp(mode, "flood"))
+        flood((u32)most);
+    else if (mode && !strcmp(mode, "sink"))
+        sink(step);
     else
         echo(step);
     for (u32 len; under_way; under_way--)

@@ -1,5 +1,6 @@
 /* What Python cannot do itself: system calls whose error number must not be lost or retried,
- * a signal handler that does nothing, and a task that outlives an execve. */
+ * a signal handler that does nothing, and a task that outlives an execve; and what it does too
+ * slowly: moving frames between queues and the host. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -7,6 +8,8 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/kvm.h>
+#include <linux/virtio_net.h>
+#include <linux/virtio_ring.h>
 #include <sched.h>
 #include <signal.h>
 #include <stddef.h>
@@ -16,7 +19,9 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
+#include <unistd.h>
 #include <x86intrin.h>
 
 /* struct kvm_irqchip and struct kvm_run end in anonymous unions, which cffi cannot name. The
@@ -224,4 +229,201 @@ static int pyvmm_hold_memory(const int *keep_fds, int count, int release_fd)
 	error = errno;
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	return pid < 0 ? -error : pid;
+}
+
+/* ---- frames between queues and the host ---------------------------------------------------
+ *
+ * A frame of 64 KiB goes into dozens of small buffers, at a few microseconds of Python each, and
+ * small frames are many. Here is only what drivers do all the time (virtio 1.3, 5.1.6): buffers
+ * in RAM; to receive, one direct descriptor each; to send, a chain of a few. All else, broken
+ * rings included, is left to Python, which takes the same chain again and judges it.
+ *
+ * The driver may change all of it meanwhile: what is looked at is read once. Loads and stores
+ * of rings stay in their order: volatile for the compiler, and x86 keeps it. */
+
+typedef uint64_t __attribute__((aligned(1))) unaligned_u64;
+
+enum { MAX_BUFFERS = 64, NET_HEADER = sizeof(struct virtio_net_hdr_mrg_rxbuf) };
+
+struct pyvmm_span {
+	uint64_t start, end; /* guest-physical, not empty */
+	uint8_t *host;	     /* where start is */
+};
+
+struct pyvmm_ring {
+	struct pyvmm_span *spans;  /* what the driver may give for writing */
+	uint32_t span_count, size; /* size: a power of two */
+	int indirect;		   /* whether VIRTIO_F_INDIRECT_DESC was negotiated */
+	uint64_t *desc;		   /* two for each descriptor */
+	uint16_t *avail;	   /* flags, idx, ring[size] */
+	uint32_t *used;		   /* flags and idx, then two for each element */
+};
+
+struct pyvmm_received {
+	uint32_t spent, chains; /* of the budget; returned */
+	uint32_t held;		/* bytes of the frame in the buffer; 0 for none */
+};
+
+static uint8_t *guest_buffer(const struct pyvmm_ring *ring, uint64_t gpa, uint32_t length)
+{
+	for (uint32_t i = 0; i < ring->span_count; i++) {
+		const struct pyvmm_span *span = &ring->spans[i];
+
+		if (gpa >= span->start && gpa < span->end && length <= span->end - gpa)
+			return span->host + (gpa - span->start);
+	}
+	return NULL;
+}
+
+static void put_used(const struct pyvmm_ring *ring, uint16_t at, uint32_t head, uint32_t written)
+{
+	volatile uint32_t *element = ring->used + 1 + 2 * (at & (ring->size - 1));
+
+	element[0] = head;
+	element[1] = written;
+}
+
+/* Put a frame, which begins with its header, into the next chains of a queue, and their
+ * elements into the used ring, without returning them: the caller moves the index.
+ *
+ * How many chains that took; 0 if it cannot be done here; ~N if only N chains are there, and
+ * they are too few. */
+static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+			const uint8_t *frame, uint32_t length, int mergeable)
+{
+	const volatile uint16_t *avail = ring->avail;
+	uint16_t waiting = avail[1] - last_avail;
+	uint8_t *header = NULL;
+	uint32_t done = 0;
+	uint16_t count = 0;
+
+	if (waiting > ring->size || length < NET_HEADER)
+		return 0;
+	while (done < length) {
+		if (count == waiting)
+			/* With a whole ring of them there will never be more. */
+			return count == ring->size ? 0 : ~(int)count;
+		uint16_t head = avail[2 + ((last_avail + count) & (ring->size - 1))];
+		if (head >= ring->size)
+			return 0;
+		const volatile uint64_t *desc = ring->desc + 2 * head;
+		uint64_t gpa = desc[0], rest = desc[1];
+		uint32_t room = (uint32_t)rest, part = length - done;
+		uint8_t *buffer = guest_buffer(ring, gpa, room);
+		if ((uint16_t)(rest >> 32) != VRING_DESC_F_WRITE || !room || !buffer)
+			return 0;
+		if (part > room) {
+			if (!mergeable)
+				return 0;
+			part = room;
+		}
+		if (!count) {
+			if (part < NET_HEADER)
+				return 0;
+			header = buffer;
+		}
+		memcpy(buffer, frame + done, part);
+		put_used(ring, used_idx + count, head, part);
+		done += part;
+		count++;
+	}
+	memcpy(header + offsetof(struct virtio_net_hdr_mrg_rxbuf, num_buffers), &count, 2);
+	return count;
+}
+
+/* Read frames, headers first, from a descriptor that gives one each time, spread them and
+ * return their chains. Shorter ones than that are dropped. It ends when there is no frame, when
+ * one cannot be spread, which is then left in the buffer, or when the budget is spent: of each
+ * frame its bytes, but no less than least. */
+static void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+			  int fd, uint8_t *buffer, uint32_t size, uint32_t shortest,
+			  int mergeable, uint32_t budget, uint32_t least,
+			  struct pyvmm_received *received)
+{
+	volatile uint16_t *used = (volatile uint16_t *)ring->used;
+
+	*received = (struct pyvmm_received){ 0 };
+	while (received->spent < budget) {
+		ssize_t length = read(fd, buffer, size);
+		if (length < 0)
+			break;
+		if (length >= shortest) {
+			int count = pyvmm_spread(ring, last_avail, used_idx, buffer,
+						 (uint32_t)length, mergeable);
+			if (count <= 0) {
+				received->held = (uint32_t)length;
+				break;
+			}
+			last_avail += count;
+			used_idx += count;
+			used[1] = used_idx;
+			received->chains += count;
+		}
+		received->spent += length > least ? (uint32_t)length : least;
+	}
+}
+
+/* The buffers of a chain that is for reading only: how many, 0 if it is anything else. */
+static int gather(const struct pyvmm_ring *ring, uint32_t index, struct iovec *buffers,
+		  uint64_t *length)
+{
+	const volatile unaligned_u64 *table = ring->desc;
+	uint32_t entries = ring->size;
+	int count = 0, may_jump = ring->indirect;
+
+	*length = 0;
+	while (count < MAX_BUFFERS && index < entries) {
+		uint64_t gpa = table[2 * index], rest = table[2 * index + 1];
+		uint32_t size = (uint32_t)rest;
+		uint16_t flags = rest >> 32;
+		uint8_t *at = guest_buffer(ring, gpa, size);
+		if (!size || !at)
+			return 0;
+		if (flags == VRING_DESC_F_INDIRECT && may_jump) {
+			if (size % sizeof(struct vring_desc))
+				return 0;
+			table = (const volatile unaligned_u64 *)at;
+			entries = size / sizeof(struct vring_desc);
+			index = 0;
+			may_jump = 0;
+			continue;
+		}
+		if (flags & ~VRING_DESC_F_NEXT)
+			return 0;
+		buffers[count++] = (struct iovec){ at, size };
+		*length += size;
+		if (!flags)
+			return count;
+		index = rest >> 48;
+	}
+	return 0;
+}
+
+/* Write the frames that wait in a queue, headers first, each with one call, and return them.
+ * Frames shorter or longer than that are left, as is one that the descriptor does not take yet;
+ * one that it never takes is dropped. How many were done, most of them at once. */
+static int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+		      int fd, uint32_t shortest, uint32_t longest, int most)
+{
+	const volatile uint16_t *avail = ring->avail;
+	volatile uint16_t *used = (volatile uint16_t *)ring->used;
+	struct iovec buffers[MAX_BUFFERS];
+	uint64_t length;
+	int done;
+
+	for (done = 0; done < most; done++) {
+		uint16_t waiting = avail[1] - last_avail;
+		if (!waiting || waiting > ring->size)
+			break;
+		uint16_t head = avail[2 + (last_avail & (ring->size - 1))];
+		int count = gather(ring, head, buffers, &length);
+		if (!count || length < shortest || length > longest)
+			break;
+		if (writev(fd, buffers, count) < 0 && (errno == EAGAIN || errno == EINTR))
+			break;
+		last_avail++;
+		put_used(ring, used_idx++, head, 0);
+		used[1] = used_idx;
+	}
+	return done;
 }

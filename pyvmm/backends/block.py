@@ -137,6 +137,11 @@ class BlockFile:
         :param durable: not only to the cache
         """
         flags = os.RWF_DSYNC if durable and not self.config.no_flush else 0
+        if len(buffers) == 1 and not self.config.direct:
+            # Nearly always this is all; if it was cut short, it is begun anew.
+            done = os.pwritev(self.fd, buffers, offset, flags)
+            if done == len(buffers[0]):
+                return
 
         def call(part: Buffers, at: int) -> int:
             return os.pwritev(self.fd, part, at, flags)
@@ -300,7 +305,7 @@ class BlockFile:
         part = buffers
         while done < total:
             try:
-                count = call(part[:_IOV_MAX], offset + done)
+                count = call(part if len(part) <= _IOV_MAX else part[:_IOV_MAX], offset + done)
             except OSError as error:
                 if error.errno != errno.EINVAL or not self.config.direct:
                     raise

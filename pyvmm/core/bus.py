@@ -34,9 +34,12 @@ class BusDevice:
 
 
 class Region:
-    """A range of addresses that one device answers."""
+    """A range of addresses that one device answers.
 
-    __slots__ = ("device", "length", "name", "start", "width")
+    :ivar end: first address beyond it
+    """
+
+    __slots__ = ("device", "end", "length", "name", "start", "width")
 
     def __init__(self, start: int, length: int, device: BusDevice, name: str, width: int) -> None:
         self.start = start
@@ -44,11 +47,7 @@ class Region:
         self.device = device
         self.name = name
         self.width = width
-
-    @property
-    def end(self) -> int:
-        """First address beyond the region."""
-        return self.start + self.length
+        self.end = start + length
 
 
 class Bus:

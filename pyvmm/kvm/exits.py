@@ -26,13 +26,13 @@ class Io:
 
     __slots__ = ("count", "data", "is_write", "port", "size")
 
-    def __init__(self, run: Any, base: Any) -> None:
-        io = run.exit.io
+    def __init__(self, io: Any, mapping: memoryview) -> None:
         self.is_write = io.direction == lib.KVM_EXIT_IO_OUT
         self.port = io.port
         self.size = io.size
         self.count = io.count
-        self.data = ffi.buffer(base + io.data_offset, io.size * io.count)
+        at = io.data_offset
+        self.data = mapping[at : at + self.size * self.count]
 
 
 class Mmio:
@@ -43,12 +43,11 @@ class Mmio:
 
     __slots__ = ("data", "gpa", "is_write", "size")
 
-    def __init__(self, run: Any) -> None:
-        mmio = run.exit.mmio
+    def __init__(self, mmio: Any, data: memoryview) -> None:
         self.gpa = mmio.phys_addr
         self.size = mmio.len
         self.is_write = bool(mmio.is_write)
-        self.data = ffi.buffer(mmio.data, self.size)
+        self.data = data[: self.size]
 
 
 class Shutdown:
@@ -123,27 +122,41 @@ HALT = Halt()
 Exit = Interrupted | Io | Mmio | Shutdown | Halt | SystemEvent | InternalError | FailEntry | Unknown
 
 
-def decode(run: Any, base: Any) -> Exit:
-    """The exit in a kvm_run mapping, most frequent reasons first.
+class Decoder:
+    """Finds out why one vCPU's KVM_RUN came back.
 
-    :param run: ``struct pyvmm_run *``
-    :param base: the same address as ``char *``
+    :param base: its kvm_run mapping, ``char *``
+    :param size: bytes of it
     """
-    reason = run.exit_reason
-    if reason == lib.KVM_EXIT_IO:
-        return Io(run, base)
-    if reason == lib.KVM_EXIT_MMIO:
-        return Mmio(run)
-    if reason in (lib.KVM_EXIT_INTR, lib.KVM_EXIT_IRQ_WINDOW_OPEN):
-        return INTERRUPTED
-    if reason == lib.KVM_EXIT_SHUTDOWN:
-        return SHUTDOWN
-    if reason == lib.KVM_EXIT_HLT:
-        return HALT
-    if reason == lib.KVM_EXIT_SYSTEM_EVENT:
-        return SystemEvent(run)
-    if reason == lib.KVM_EXIT_INTERNAL_ERROR:
-        return InternalError(run)
-    if reason == lib.KVM_EXIT_FAIL_ENTRY:
-        return FailEntry(run)
-    return Unknown(reason)
+
+    __slots__ = ("_io", "_mapping", "_mmio", "_mmio_data", "_run")
+
+    def __init__(self, base: Any, size: int) -> None:
+        # Made once: with every exit they would take as long as all the rest.
+        self._run = run = ffi.cast("struct pyvmm_run *", base)
+        self._mapping = memoryview(ffi.buffer(base, size))
+        self._io = run.exit.io
+        self._mmio = run.exit.mmio
+        self._mmio_data = memoryview(ffi.buffer(self._mmio.data))
+
+    def decode(self) -> Exit:
+        """The exit, most frequent reasons first."""
+        run = self._run
+        reason = run.exit_reason
+        if reason == lib.KVM_EXIT_IO:
+            return Io(self._io, self._mapping)
+        if reason == lib.KVM_EXIT_MMIO:
+            return Mmio(self._mmio, self._mmio_data)
+        if reason in (lib.KVM_EXIT_INTR, lib.KVM_EXIT_IRQ_WINDOW_OPEN):
+            return INTERRUPTED
+        if reason == lib.KVM_EXIT_SHUTDOWN:
+            return SHUTDOWN
+        if reason == lib.KVM_EXIT_HLT:
+            return HALT
+        if reason == lib.KVM_EXIT_SYSTEM_EVENT:
+            return SystemEvent(run)
+        if reason == lib.KVM_EXIT_INTERNAL_ERROR:
+            return InternalError(run)
+        if reason == lib.KVM_EXIT_FAIL_ENTRY:
+            return FailEntry(run)
+        return Unknown(reason)

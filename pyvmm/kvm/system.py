@@ -28,7 +28,6 @@ REQUIRED = {
     "KVM_CAP_EXT_CPUID": "2.6.25",
     "KVM_CAP_MP_STATE": "2.6.27",
     "KVM_CAP_IOEVENTFD": "2.6.32",
-    "KVM_CAP_IRQFD": "2.6.32",
     "KVM_CAP_PIT2": "2.6.31",
     "KVM_CAP_PIT_STATE2": "2.6.32",
     "KVM_CAP_VCPU_EVENTS": "2.6.33",

@@ -38,6 +38,7 @@ class Vcpu:
         if self._base == ffi.NULL:
             raise KvmError("mmap of kvm_run", errno.ENOMEM, f"vCPU {index}")
         self._run = ffi.cast("struct pyvmm_run *", self._base)
+        self._exits = exits.Decoder(self._base, self._size)
         self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
         self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
         self._msr_indices = system.get_msr_index_list()
@@ -49,7 +50,7 @@ class Vcpu:
         """
         result = lib.pyvmm_run(self.fd)
         if result == 0:
-            return exits.decode(self._run, self._base)
+            return self._exits.decode()
         # EAGAIN: a vCPU that waited for its start-up message was woken.
         if result in (-errno.EINTR, -errno.EAGAIN):
             return exits.INTERRUPTED

@@ -14,6 +14,7 @@ from pyvmm.kvm.vcpu import Vcpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pyvmm.kvm.system import System
@@ -94,13 +95,19 @@ class Vm:
         request.flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
         ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")
 
-    def irqfd(self, gsi: int, fd: int) -> None:
-        """KVM_IRQFD: a write to an eventfd is a pulse on an input of the IOAPIC, which the
-        guest must have set to edge. KVM delivers it a little later, from a thread of its own."""
-        request = ffi.new("struct kvm_irqfd *")
-        request.fd = fd
-        request.gsi = gsi
-        ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}")
+    def pulser(self, gsi: int) -> Callable[[], None]:
+        """What pulses an input of the IOAPIC, which the guest must have set to edge. One call at
+        a time. The interrupt is delivered when it returns; that of an irqfd would be by a kernel
+        thread, which on a busy host comes late."""
+        ends = ffi.new("struct kvm_irq_level[2]")
+        ends[0].irq = ends[1].irq = gsi
+        ends[0].level = True
+
+        def pulse() -> None:
+            ioctl(self.fd, "KVM_IRQ_LINE", ends)
+            ioctl(self.fd, "KVM_IRQ_LINE", ends + 1)
+
+        return pulse
 
     def get_irqchip(self, chip: str) -> Any:
         """KVM_GET_IRQCHIP: the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""

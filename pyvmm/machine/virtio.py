@@ -165,23 +165,22 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
     thread = IoThread(f"virtio-{slot}", machine.on_thread_error) if driver.own_thread else None
     device = driver.create(machine, config.properties, thread.loop if thread else machine.loop)
     kick_fds = [_eventfd() for _ in device.queue_sizes]
+    vm = machine.platform.vm
     transport = mmio.VirtioMmio(
         device,
         machine.memory,
         base=base,
         gsi=gsi,
         kick_fds=kick_fds,
-        irq_fd=_eventfd(),
+        pulse=vm.pulser(gsi),
         thread=thread,
     )
     transport.id = config.properties.get("id", "")
     machine.devices.append(transport)
     machine.virtio_mmio.append((base, mmio.SIZE, gsi))
     machine.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
-    vm = machine.platform.vm
     for index, fd in enumerate(kick_fds):
         vm.ioeventfd(base + mmio.QUEUE_NOTIFY, fd, index)
-    vm.irqfd(gsi, transport.irq_fd)
 
 
 def _eventfd() -> int:

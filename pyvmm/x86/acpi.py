@@ -153,7 +153,7 @@ def _dsdt(hardware: Hardware) -> bytes:
             f"VR{number:02X}",
             aml.name("_HID", aml.string("LNRO0005")),
             aml.name("_UID", aml.integer(number)),
-            # Edge: an irqfd pulses its line, which a level-triggered pin could miss.
+            # Edge: the line is pulsed, which a level-triggered pin could miss.
             aml.name(
                 "_CRS",
                 aml.resources(aml.memory32(base, size), aml.interrupt(gsi, edge=True)),

@@ -5,10 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from report import Result, progress
-from vmm import MIB, BenchError, Qemu, Vmm
-
-from pyvmm.boot import builtin
+from beside import beside
+from vmm import MIB, BenchError
 
 IMAGE = 256 * MIB
 DURATION_MS = 500
@@ -23,18 +21,6 @@ VARIANTS = (
 )
 
 
-class QemuDisk(Qemu):
-    """QEMU with virtio devices where the guest looks for them."""
-
-    def base(self):
-        return [
-            *(self.program, "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "microvm,accel=kvm,acpi=on,ioapic2=off,rtc=off"),
-            *("-global", "virtio-mmio.force-legacy=false", "-m", f"{self.size // MIB}M"),
-            *("-kernel", builtin.path(builtin.GUEST)),
-        ]
-
-
 def bench_block(runs, quick):
     """Requests or megabytes a second, and how many times as fast QEMU is."""
     folder = Path(tempfile.mkdtemp(prefix="pyvmm-bench-", dir="/dev/shm"))
@@ -44,30 +30,15 @@ def bench_block(runs, quick):
             # Filled: a hole would be read without a page.
             for _ in range(IMAGE // MIB):
                 file.write(os.urandom(MIB))
-        results = []
-        for variant in VARIANTS[1:4] if quick else VARIANTS:
-            results += _variant(path, runs, *variant)
-        return results
+        for name, words, size, unit, limit in VARIANTS[1:4] if quick else VARIANTS:
+            scale = size / 1e6 if size == MIB else 1
+
+            def measure(kind, words=words, scale=scale):
+                return _run(kind, path, words) * scale
+
+            yield from beside(f"block {name}", unit, runs, measure, limit)
     finally:
         shutil.rmtree(folder)
-
-
-def _variant(path, runs, name, words, size, unit, limit):
-    kinds = [Vmm]
-    if shutil.which(Qemu.program):
-        kinds.append(QemuDisk)
-    found = {kind.program: [] for kind in kinds}
-    # In turns: what else the host does then meets both.
-    for number in range(runs):
-        progress(f"block {name} {number + 1}/{runs}")
-        for kind in kinds:
-            found[kind.program].append(_run(kind, path, words) * (size / 1e6 if size == MIB else 1))
-    results = [Result(f"block {name} {who}", rates, unit) for who, rates in found.items()]
-    if len(kinds) == 1:
-        results[0].note = "no QEMU to compare with"
-        return results
-    ratios = [other / own for own, other in zip(*found.values(), strict=True)]
-    return [*results, Result(f"block {name} QEMU/pyvmm", ratios, "x", limit)]
 
 
 def _run(kind, path, words):

@@ -71,7 +71,7 @@ def table(results, colour):
             samples = result.samples
             values = (result.median, percentile(samples, 10), percentile(samples, 90))
             spread = [f"{value:.2f}" for value in (*values, min(samples), max(samples))]
-        target = "" if result.limit is None else f"<= {result.limit:.1f}"
+        target = "" if result.limit is None else f"<= {result.limit:.2f}"
         verdict = {True: "pass", False: "FAIL", None: ""}[result.passed]
         count = str(len(result.samples))
         rows.append((result.name, result.unit, count, *spread, target, verdict))

@@ -152,7 +152,7 @@ class Vmm:
         os.close(stdout)
         try:
             if self._monitor == "unix":
-                self.hmp = self._connect()
+                self.hmp = self._open_monitor()
             if self.hmp:
                 self.hmp.expect(PROMPT)
         except BaseException:
@@ -225,19 +225,23 @@ class Vmm:
         if not re.search(r"Status:\s+completed", shown):
             raise BenchError(f"update failed: {shown.strip()}")
 
-    def _connect(self):
+    def connect(self, path):
+        """A connection to a Unix socket that the VMM listens on, or soon will."""
         deadline = time.monotonic() + TIMEOUT_S
         client = socket.socket(socket.AF_UNIX)
         while True:
             try:
-                client.connect(str(self._socket))
-                return Stream(client.detach())
+                client.connect(str(path))
+                return client
             except (FileNotFoundError, ConnectionRefusedError):
                 if self.process.poll() is not None:
                     raise BenchError(f"{self.program} ended with {self.process.poll()}") from None
                 if time.monotonic() > deadline:
-                    raise BenchError(f"{self.program} opens no monitor") from None
+                    raise BenchError(f"{self.program} does not listen on {path}") from None
                 time.sleep(0.001)
+
+    def _open_monitor(self):
+        return Stream(self.connect(self._socket).detach())
 
 
 class Qemu(Vmm):
@@ -264,7 +268,7 @@ class Qemu(Vmm):
             self.hmp.close()
         while True:
             # The listener of the image before may take one more connection.
-            self.hmp = self._connect()
+            self.hmp = self._open_monitor()
             try:
                 self.hmp.expect(PROMPT)
                 self.hmp.send("info status")

@@ -42,7 +42,7 @@ def test_input_is_completed_by_immediate_exit(machine):
     exit = machine.vcpu.run()
     assert (exit.port, exit.size, exit.count, exit.is_write) == (0x1234, 1, 1, False)
     assert machine.vcpu.get_regs().rip == 0x1003
-    exit.data[0] = b"\x5a"
+    exit.data[0] = 0x5A
     assert finish(machine.vcpu) == []
     regs = machine.vcpu.get_regs()
     assert (regs.rip, regs.rax & 0xFF) == (0x1004, 0x5A)

@@ -84,10 +84,10 @@ def test_table_and_json_say_what_was_met(bench, tmp_path):
         report.Result("absent", [], "ms", limit=2.0, note="left out"),
     ]
     good, bad, plain, absent, note = report.table(results, colour=False).splitlines()[1:]
-    assert good.split() == "good ms 3 2.00 1.20 7.60 1.00 9.00 <= 2.0 pass".split()
+    assert good.split() == "good ms 3 2.00 1.20 7.60 1.00 9.00 <= 2.00 pass".split()
     assert bad.endswith("FAIL")
     assert plain.split() == "plain us 2 3.50 3.10 3.90 3.00 4.00".split()
-    assert absent.split() == "absent ms 0 <= 2.0".split()
+    assert absent.split() == "absent ms 0 <= 2.00".split()
     assert note.strip() == "left out"
     assert "\x1b[31mFAIL" in report.table(results, colour=True)
     report.write_json(tmp_path / "out.json", report.host(), results)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
@@ -70,6 +71,21 @@ class NetBackend:
     def consume(self) -> None:
         """The frame that :meth:`peek` gave has been passed on, or is to be dropped."""
         raise NotImplementedError
+
+    def pull(self, receive: Callable[[int, memoryview], tuple[int, int]]) -> int:
+        """Have frames read without a :meth:`peek` for each, if that can be; before one.
+
+        :param receive: reads from a descriptor, which gives a header and its frame each time, to
+            a buffer, and takes them away; it returns what :meth:`pull` is to return, and
+            the length of a frame that it left in the buffer, for the next peek; 0 for none
+        """
+        return 0
+
+    @property
+    def frame_fd(self) -> int:
+        """A descriptor that takes a header and its frame with one writev, which is quicker than
+        :meth:`send`; what it does not take then has to go by that. -1 for none."""
+        return -1
 
     def send(self, parts: list[memoryview]) -> bool:
         """Pass a header and its frame on, at most :data:`MAX_PARTS` parts and

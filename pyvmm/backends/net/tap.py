@@ -20,6 +20,7 @@ from pyvmm.errors import ConfigError, VmStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
@@ -138,6 +139,18 @@ class TapBackend(NetBackend):
 
     def consume(self) -> None:
         self._held = None
+
+    def pull(self, receive: Callable[[int, memoryview], tuple[int, int]]) -> int:
+        if self._held is not None or self.fd < 0 or not self._header:
+            return 0
+        result, size = receive(self.fd, self._buffer)
+        if size:
+            self._held = self._buffer[:size]
+        return result
+
+    @property
+    def frame_fd(self) -> int:
+        return self.fd if self._header else -1
 
     def send(self, parts: list[memoryview]) -> bool:
         try:

@@ -186,25 +186,46 @@ class Port(Frontend):
         queue.disable_notifications()
         left = TURN
         while left > 0:
-            chain = queue.pop()
-            if chain is None:
+            heads, sizes, data = self._gather(queue)
+            if not heads:
                 if not queue.enable_notifications():
                     break
                 continue
-            data = chain.read(CHUNK, self.sent)
             taken = len(data) if self.chardev is None else self.chardev.write(data)
-            self.sent += taken
-            left -= max(taken, CHAIN)
-            if not data or self.sent >= chain.readable_size:
-                self.sent = 0
-                queue.push(chain.head, 0)
-                continue
-            queue.unpop()
-            if taken < len(data):
+            left -= max(taken, CHAIN * len(heads))
+            cut_short = taken < len(data)
+            taken += self.sent
+            done = 0
+            while done < len(heads) and taken >= sizes[done]:
+                taken -= sizes[done]
+                done += 1
+            queue.push_all([(head, 0) for head in heads[:done]])
+            queue.unpop(len(heads) - done)
+            self.sent = taken if done < len(heads) else 0
+            if cut_short:
                 break  # handle_writable comes
         else:
             self.device.kick(index)
         self.device.notify_used(index)
+
+    def _gather(self, queue: Queue) -> tuple[list[int], list[int], bytes]:
+        """Take chains for one write: a call for each of them would cost more than all else.
+        Their heads and sizes, and what they hold that was not sent yet."""
+        heads: list[int] = []
+        sizes: list[int] = []
+        parts: list[bytes] = []
+        room = CHUNK
+        while room > 0 and len(heads) < queue.size and (chain := queue.pop()) is not None:
+            size = chain.readable_size
+            if not heads:
+                # The driver may have changed the one that was begun.
+                self.sent = min(self.sent, size)
+            part = chain.read(room, 0 if heads else self.sent)
+            heads.append(chain.head)
+            sizes.append(size)
+            parts.append(part)
+            room -= len(part)
+        return heads, sizes, b"".join(parts)
 
 
 def _check(state: Record) -> None:

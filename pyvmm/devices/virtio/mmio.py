@@ -2,10 +2,10 @@
 
 Left out: the legacy interface, shared memory regions, and resetting a single queue.
 
-A kick is an eventfd that KVM signals in place of an exit; an interrupt is an eventfd that
-makes KVM pulse an input of the IOAPIC, so the guest must use it edge triggered. Neither needs
-to survive an update: :meth:`VirtioMmio.start` looks at every queue, and repeats an interrupt
-that was not acknowledged, since KVM may have had it in hand but not delivered.
+A kick is an eventfd that KVM signals in place of an exit; an interrupt is a pulse on an input
+of the IOAPIC, so the guest must use it edge triggered. Neither needs to survive an update:
+:meth:`VirtioMmio.start` looks at every queue, and repeats an interrupt that was not
+acknowledged, as one too many does no harm.
 
 What an evil guest can try: registers in any order and of any width (a queue's set-up is taken
 only between FEATURES_OK and DRIVER_OK, and judged as a whole when the queue is enabled),
@@ -162,7 +162,7 @@ class VirtioMmio(Device):
     :param gsi: interrupt line, for ``info qtree``
     :param kick_fds: a non-blocking eventfd for each queue, owned from now on: the guest's
         writes to QUEUE_NOTIFY
-    :param irq_fd: a non-blocking eventfd, owned from now on: an interrupt
+    :param pulse: interrupts the guest; called by one thread at a time
     :param thread: whose loop is the device's, if it is not the main one; owned from now on
     :ivar error: why the device needs a reset, if it does
     :ivar running: whether queues may be served: not between :meth:`drain` and :meth:`start`
@@ -176,7 +176,7 @@ class VirtioMmio(Device):
         base: int,
         gsi: int,
         kick_fds: list[int],
-        irq_fd: int,
+        pulse: Callable[[], None],
         thread: IoThread | None = None,
     ) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class VirtioMmio(Device):
         self.features = device.features | FEATURES
         self.queues = [Queue(memory, size) for size in device.queue_sizes]
         self._kick_fds = kick_fds
-        self.irq_fd = irq_fd
+        self._pulse = pulse
         self._thread = thread
         # status and interrupt_status are changed by vCPUs and by the device's loop.
         self._bits = Lock()
@@ -397,8 +397,9 @@ class VirtioMmio(Device):
             if not self.status & S_DRIVER_OK:
                 return
             self.interrupt_status |= bit
-        # With every event: the line is edge triggered.
-        os.eventfd_write(self.irq_fd, 1)
+            # With every event: the line is edge triggered. And under the lock: two pulses at
+            # once would be one edge.
+            self._pulse()
 
     def _handle_kick(self, index: int) -> None:
         try:
@@ -459,15 +460,16 @@ class VirtioMmio(Device):
         if self.active:
             for index in range(len(self.queues)):
                 self.kick(index)
-        if self.interrupt_status:
-            os.eventfd_write(self.irq_fd, 1)
+        with self._bits:
+            if self.interrupt_status:
+                self._pulse()
 
     def close(self) -> None:
         self.drain()
         if self._thread is not None:
             self._thread.close()
         fds, self._kick_fds = self._kick_fds, []
-        for fd in (*fds, self.irq_fd):
+        for fd in fds:
             self.device.loop.remove(fd)
             os.close(fd)
         # The rings are views of memory, which cannot be unmapped before they are gone.

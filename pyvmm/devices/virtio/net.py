@@ -63,6 +63,8 @@ FLAGS = {
 }
 #: What only a back end with offloads can do.
 OFFLOADS = sum(FLAGS.values()) & ~(F_MRG_RXBUF | F_STATUS)
+#: Of them, those of the frames that the driver receives.
+GUEST_OFFLOADS = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
 # What a feature is nothing without (5.1.3.1): any of these.
 _REQUIRED = (
     (F_GUEST_TSO4 | F_GUEST_TSO6, F_GUEST_CSUM),
@@ -204,6 +206,9 @@ class VirtioNet(VirtioDevice, NetFrontend):
         queue.disable_notifications()
         budget = _BYTES
         while budget > 0:
+            # Natively what needs no look: a driver that took all that is offered takes any frame.
+            if not self._parked and not self.features & ~self.driver_features & GUEST_OFFLOADS:
+                budget -= backend.pull(self._pull)
             frame = backend.peek()
             if frame is None:
                 backend.watch(True)
@@ -232,10 +237,30 @@ class VirtioNet(VirtioDevice, NetFrontend):
             return False
         return not gso or bool(accepted & _SEGMENTED.get(gso & ~GSO_ECN, 0))
 
+    def _pull(self, fd: int, buffer: memoryview) -> tuple[int, int]:
+        return self.queues[RX].receive(
+            fd,
+            buffer,
+            HEADER + MIN_FRAME,
+            mergeable=bool(self.driver_features & F_MRG_RXBUF),
+            budget=_BYTES,
+            least=_BYTES // _FRAMES,
+        )
+
     def _deliver(self, queue: Queue, frame: memoryview) -> bool:
         """Put a frame into the driver's buffers; False if there are not enough yet."""
         parked = self._parked
-        mergeable = self.driver_features & F_MRG_RXBUF
+        mergeable = bool(self.driver_features & F_MRG_RXBUF)
+        # Mostly one call does all of it. Twice: the driver may have added some meanwhile, but it
+        # must not keep this going.
+        for _ in range(0 if parked else 2):
+            count = queue.spread(frame, mergeable=mergeable)
+            if count > 0:
+                return True
+            if not count:
+                break
+            if not queue.enable_notifications(~count):
+                return False
         while self._room < len(frame):
             if parked and (not mergeable or len(parked) == queue.size):
                 return True  # there never will be: it is dropped
@@ -271,7 +296,12 @@ class VirtioNet(VirtioDevice, NetFrontend):
 
     def _transmit(self, queue: Queue) -> None:
         queue.disable_notifications()
-        for _ in range(min(queue.size, _FRAMES)):
+        left = min(queue.size, _FRAMES)
+        while left > 0:
+            fd = self.backend.frame_fd
+            if fd >= 0:
+                left -= queue.send(fd, HEADER + MIN_FRAME, HEADER + MAX_FRAME, left)
+            left -= 1
             chain = queue.pop()
             if chain is None:
                 if not queue.enable_notifications():

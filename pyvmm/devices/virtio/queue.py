@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm._native import memory_barrier
+from pyvmm._native import ffi, lib, memory_barrier
 from pyvmm.errors import GuestError
 from pyvmm.memory.guest import GuestMemoryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pyvmm.memory.guest import GuestMemory
 
 DESC_F_NEXT = 1
@@ -134,10 +136,12 @@ class Queue:
         *("max_size", "size", "ready", "desc", "avail", "used", "last_avail_idx", "used_idx"),
         *("event_idx", "indirect"),
         *("_memory", "_table", "_avail_ring", "_used_ring", "_used_elements", "_signalled"),
+        "_native",
     )
 
     def __init__(self, memory: GuestMemory, max_size: int) -> None:
         self._memory = memory
+        self._native: tuple[Any, ...] | None
         self.max_size = max_size
         self.reset()
 
@@ -255,6 +259,76 @@ class Queue:
             self.used_idx = self.used_idx + 1 & 0xFFFF
         self._used_ring[1] = self.used_idx
 
+    def spread(self, frame: memoryview, *, mergeable: bool) -> int:
+        """Put a network frame, which begins with its header, into the next chains and return
+        them, if each is one buffer.
+
+        :param mergeable: whether the driver takes a frame in several of them
+        :returns: how many chains that took; 0 if it has to be done with :meth:`pop`; ``~n`` if
+            there are only ``n``, too few, for now
+        """
+        if not self.ready:
+            return 0
+        indices = self.last_avail_idx, self.used_idx
+        count: int = lib.pyvmm_spread(
+            self._ring(), *indices, ffi.from_buffer(frame), len(frame), mergeable
+        )
+        if count > 0:
+            self._advance(count)
+            # All at once: the driver takes num_buffers of them (5.1.6.3.2).
+            self._used_ring[1] = self.used_idx
+        return count
+
+    def receive(
+        self,
+        fd: int,
+        buffer: memoryview,
+        shortest: int,
+        *,
+        mergeable: bool,
+        budget: int,
+        least: int,
+    ) -> tuple[int, int]:
+        """Read frames from a descriptor that gives one, with its header, each time, and
+        :meth:`spread` them, until there is none or one that cannot be.
+
+        :param buffer: as long as the longest frame
+        :param shortest: bytes; shorter frames are dropped
+        :param budget: bytes that are moved at once, about; a frame counts ``least`` at least
+        :returns: what was spent of the budget, and the length of a frame that is in the buffer
+            and has to be put into chains by other means; 0 if there is none
+        """
+        if not self.ready:
+            return 0, 0
+        received = ffi.new("struct pyvmm_received *")
+        indices = self.last_avail_idx, self.used_idx
+        target = ffi.from_buffer(buffer), len(buffer)
+        lib.pyvmm_receive(
+            self._ring(), *indices, fd, *target, shortest, mergeable, budget, least, received
+        )
+        self._advance(received.chains)
+        return received.spent, received.held
+
+    def send(self, fd: int, shortest: int, longest: int, most: int) -> int:
+        """Write the next chains to a descriptor, each with one call, and return them; what
+        it refuses for good is dropped.
+
+        :param shortest: bytes; shorter chains are left, as are those longer than ``longest``
+        :param most: how many at once
+        :returns: how many; the next one, if there is one, has to be done with :meth:`pop`
+        """
+        if not self.ready:
+            return 0
+        indices = self.last_avail_idx, self.used_idx
+        count: int = lib.pyvmm_send(self._ring(), *indices, fd, shortest, longest, most)
+        self._advance(count)
+        return count
+
+    def _advance(self, count: int) -> None:
+        # Native code took chains and returned them.
+        self.last_avail_idx = self.last_avail_idx + count & 0xFFFF
+        self.used_idx = self.used_idx + count & 0xFFFF
+
     def needs_interrupt(self) -> bool:
         """Whether the driver wants an interrupt for what was pushed since the last call."""
         old, new = self._signalled, self.used_idx
@@ -275,16 +349,20 @@ class Queue:
         if self.ready and not self.event_idx:
             self._used_ring[0] = USED_F_NO_NOTIFY
 
-    def enable_notifications(self) -> bool:
-        """Ask for a kick with the next chain; whether there is one already, without a kick."""
+    def enable_notifications(self, known: int = 0) -> bool:
+        """Ask for a kick with the next chain; whether there is one already, without a kick.
+
+        :param known: how many chains wait that are not enough
+        """
         if not self.ready:
             return False
+        event = self.last_avail_idx + known & 0xFFFF
         if self.event_idx:
-            self._used_ring[2 + 4 * self.size] = self.last_avail_idx
+            self._used_ring[2 + 4 * self.size] = event
         else:
             self._used_ring[0] = 0
         memory_barrier()
-        return self._avail_ring[1] != self.last_avail_idx
+        return self._avail_ring[1] != event
 
     def _map(self) -> None:
         self.check()
@@ -300,7 +378,25 @@ class Queue:
         self._used_ring = used.cast("H")
         self._used_elements = used[:-2].cast("I")
 
+    def _ring(self) -> Any:
+        """The ``struct pyvmm_ring *`` of the ready queue."""
+        if self._native is None:
+            ram = [region for region in self._memory.regions if not region.readonly]
+            hosts = [ffi.from_buffer(self._memory.view(each.gpa, each.size)) for each in ram]
+            spans = [(each.gpa, each.end, host) for each, host in zip(ram, hosts, strict=True)]
+            # Pointers alone keep nothing alive.
+            kept = (
+                ffi.new("struct pyvmm_span[]", spans),
+                ffi.from_buffer("uint64_t *", self._table),
+                ffi.from_buffer("uint16_t *", self._avail_ring),
+                ffi.from_buffer("uint32_t *", self._used_elements),
+            )
+            ring = (kept[0], len(spans), self.size, self.indirect, *kept[1:])
+            self._native = ffi.new("struct pyvmm_ring *", ring), kept, hosts
+        return self._native[0]
+
     def _unmap(self) -> None:
+        self._native = None
         nothing = memoryview(b"")
         self._table = self._avail_ring = self._used_ring = self._used_elements = nothing
 

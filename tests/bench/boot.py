@@ -1,0 +1,109 @@
+"""From the start of the VMM to the first line of init: Debian's cloud kernel as it comes (a
+bzImage), beside QEMU's microvm.
+
+Measured where Linux boots: on this host's KVM, or in the nested machine, where everything is some
+30 times slower and only the ratio means something. This file is also the program that runs there.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from report import Result, progress
+from vmm import BenchError, Stream
+
+SCRIPT = "echo init: here\nreboot -f\n"
+BOOT_S = 240.0
+RUNS = 5
+LIMIT = 1.0
+
+PYVMM = "pyvmm run -m 256M -serial stdio -monitor none".split()
+QEMU = [
+    *"qemu-system-x86_64 -nodefaults -no-user-config -display none -m 256M -serial stdio".split(),
+    *"-machine microvm,accel=kvm,rtc=on -cpu host".split(),
+]
+
+
+def bench_boot(runs, quick):
+    """Seconds, and how many times as long pyvmm takes."""
+    # Imported here: nothing else that is measured needs them.
+    from harness import linux
+    from nested import kvm, packages
+    from nested.machine import NestedMachine
+    from nested.port import NestedError
+
+    runs = 2 if quick else min(runs, RUNS)
+    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
+        try:
+            options = linux.options(folder, SCRIPT, "reboot=t pci=off")
+            command = [sys.executable, __file__, str(runs), *map(str, options)]
+            if kvm.boots_linux():
+                place = "on this host"
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                code, output = done.returncode, done.stdout
+            else:
+                place = "in a nested machine"
+                progress("boot: starting the nested machine")
+                with NestedMachine() as machine:
+                    done = machine.run(command, 3 * (runs + 1) * BOOT_S, on_output=_show)
+                code, output = done.code, done.output
+        except (packages.MissingError, NestedError) as error:
+            raise BenchError(str(error)) from None
+    if code:
+        raise BenchError(f"boot: the program that measures ended with {code}")
+    found = json.loads(output[output.rindex("\n{") :])
+    for name, samples in found.items():
+        yield Result(f"boot to init {name}", samples, "s", note=place)
+    for name in ("pyvmm", "pyvmm unpacking") if "qemu" in found else ():
+        ratios = [own / other for own, other in zip(found[name], found["qemu"], strict=True)]
+        yield Result(f"boot to init {name}/qemu", ratios, "x", LIMIT if name == "pyvmm" else None)
+
+
+def _show(data):
+    sys.stderr.buffer.write(data)
+    sys.stderr.flush()
+
+
+# ---- where Linux boots -------------------------------------------------------------------------
+
+
+def main():
+    """Samples of each, in turns; a JSON object of lists behind all else."""
+    runs, options = int(sys.argv[1]), sys.argv[2:]
+    kinds = {"pyvmm": PYVMM, "pyvmm unpacking": PYVMM}
+    if shutil.which(QEMU[0]):
+        kinds["qemu"] = QEMU
+    found = {name: [] for name in kinds}
+    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
+        # The first round brings everything into the page cache, and the kernel into pyvmm's.
+        for number in range(runs + 1):
+            for name, command in kinds.items():
+                cache = f"{folder}/{number}" if name == "pyvmm unpacking" else folder
+                seconds = _boot([*command, *options], os.environ | {"XDG_CACHE_HOME": cache})
+                progress(f"boot {name} {number}/{runs}: {seconds:.2f} s")
+                if number:
+                    found[name].append(seconds)
+    print(f"\n{json.dumps(found)}")
+
+
+def _boot(command, environment):
+    read_fd, write_fd = os.pipe()
+    start = time.monotonic()
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=write_fd, env=environment)
+    os.close(write_fd)
+    stream = Stream(read_fd)
+    try:
+        stream.expect("init: here", BOOT_S)
+        return time.monotonic() - start
+    finally:
+        stream.close()
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()

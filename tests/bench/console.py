@@ -1,0 +1,72 @@
+"""Console output: what a guest that writes as fast as it can brings to a Unix socket, beside
+QEMU's microvm.
+
+By the serial port, byte by byte as its driver must, and by a virtio console: large buffers, as a
+program's writes to a port are, small ones, several at a time, and 16 bytes one at a time, as Linux
+writes to a virtio console.
+
+The serial port is where Python is the limit: each byte is an exit of about 38 us, and the exit
+loop, the bus and the device add 3 us of bytecode where QEMU has less than 1. What would lift it is
+the exit loop's first steps in native code, or fewer exits: a virtio console.
+"""
+
+import tempfile
+import time
+
+from beside import beside
+from vmm import TIMEOUT_S, BenchError
+
+WARM_S, DURATION_S = 0.1, 0.5
+
+LIMIT = 1.0
+
+#: name, the guest program's words, unit.
+VARIANTS = (
+    ("serial", "serial", "KB/s"),
+    ("virtio 4 KiB", "virtio-console mode=flood size=4096", "MB/s"),
+    ("virtio 64 bytes", "virtio-console mode=flood size=64", "MB/s"),
+    ("virtio 16 bytes, one by one", "virtio-console mode=flood size=16 spin", "KB/s"),
+)
+
+
+def bench_console(runs, quick):
+    """Bytes a second, and how many times as many QEMU moves."""
+    for name, words, unit in VARIANTS[:3] if quick else VARIANTS:
+        scale = 1e3 if unit == "KB/s" else 1e6
+
+        def measure(kind, words=words, scale=scale):
+            return _run(kind, words) / scale
+
+        yield from beside(f"console {name}", unit, runs, measure, LIMIT)
+
+
+def _run(kind, words):
+    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
+        path = f"{folder}/console"
+        options = ["-chardev", f"socket,id=con,path={path},server=on,wait=off"]
+        if words == "serial":
+            options += ["-serial", "chardev:con"]
+        else:
+            options += ["-serial", "stdio", "-device", "virtio-serial-device"]
+            options += ["-device", "virtconsole,chardev=con"]
+        # The guest tells how far it is with every step, which shall not happen here.
+        options += ["-append", f"{words} step=1000000"]
+        with kind(options, monitor="none") as vmm, vmm.connect(path) as stream:
+            return _rate(stream)
+
+
+def _rate(stream):
+    """Bytes a second that arrive."""
+    stream.settimeout(TIMEOUT_S)
+    buffer = bytearray(1 << 20)
+    if not stream.recv_into(buffer):
+        raise BenchError("the console was closed")
+    start = time.monotonic() + WARM_S
+    count = 0
+    while (now := time.monotonic()) < start + DURATION_S:
+        size = stream.recv_into(buffer)
+        if not size:
+            raise BenchError("the console was closed")
+        if now >= start:
+            count += size
+    return count / (now - start)
