@@ -134,12 +134,16 @@ SIDE = "socket,id=side,path=side.sock,server=on,wait=off"
     ],
 )
 def test_connection_that_the_new_command_has_no_use_for(ticker, other, why):
-    # A new image that refuses what it is given must not have closed it.
+    # A new image that refuses what it is given must not have closed it. Its preflight, which
+    # would refuse that already, is made to say otherwise.
+    shape = "type(arguments[0]).shape = lambda self: 'unix socket'"
+    fault = ("pyvmm.chardev.config:ChardevConfig.shape", shape)
     machine = ticker("-chardev", SIDE, *DEBUGCON)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(machine.folder / "side.sock"))
         wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
-        command = [other if word == SIDE else word for word in machine.argv]
+        command = replaced(machine, *fault, probe=True)
+        command = [other if word == SIDE else word for word in command]
         reply = update(machine, command)
         assert why in reply
         assert BACK in reply
