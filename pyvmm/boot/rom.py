@@ -35,7 +35,14 @@ def ranges(size: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def add(memory: GuestMemory, backend: RamBackend) -> None:
-    """Add *backend*, which holds the image, to guest memory, read-only."""
-    for gpa, size, offset in ranges(backend.size):
+def add(memory: GuestMemory, backend: RamBackend, ram: RamBackend) -> None:
+    """Add *backend*, which holds the image, to guest memory, read-only.
+
+    The place of option ROMs below it is filled with what *ram* has there, where it is not seen as
+    RAM: zeros, which the guest cannot change either.
+    """
+    found = ranges(backend.size)
+    for gpa, size, offset in found:
         memory.add(MemoryRegion(backend.id, gpa, size, backend, offset, readonly=True))
+    start, size = layout.OPTION_ROMS, found[0][0] - layout.OPTION_ROMS
+    memory.add(MemoryRegion("option ROMs", start, size, ram, start, readonly=True))

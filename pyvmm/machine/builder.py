@@ -142,7 +142,7 @@ def add_memory(machine: Machine) -> GuestMemory:
         kind = "memory-backend-memfd" if config.anon_alloc == "memfd" else "memory-backend-ram"
         ram = _add_backend(machine, RamConfig(kind, RAM_BLOCK, config.memory_size))
     memory.add_ram(ram, layout.ram_ranges(ram.size))
-    rom.add(memory, _add_rom(machine))
+    rom.add(memory, _add_rom(machine), ram)
     return memory
 
 

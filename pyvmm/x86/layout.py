@@ -16,7 +16,10 @@ BELOW_4G_END = 0xC000_0000
 ABOVE_4G_START = 0x1_0000_0000
 """RAM that does not fit below goes on here."""
 VGA_START = 0xA_0000
-"""Conventional memory ends here; up to 1 MiB there is no RAM, only the ROM's mirror."""
+"""Conventional memory ends here; up to 1 MiB there is no RAM, only ROM."""
+OPTION_ROMS = 0xC_0000
+"""From here to the ROM's mirror PCs have the ROMs of their cards. Kernels search all of it for
+signatures, 16 bytes at a time, so there must be memory: each read elsewhere is an exit."""
 HIGH_START = 0x10_0000
 """Extended memory: 1 MiB, where kernels are linked to run."""
 MIN_RAM = 2 << 20
@@ -128,7 +131,7 @@ def ram_ranges(size: int) -> list[tuple[int, int, int]]:
     """Return how *size* bytes of RAM are seen, as ``(gpa, length, offset in the RAM)``.
 
     The 384 KiB under 1 MiB are left out of the map, not moved: offset equals address below
-    3 GiB, so one mapping of the RAM serves all.
+    3 GiB, so one mapping of the RAM serves all. What is left out serves as empty option ROMs.
     """
     low = min(size, BELOW_4G_END)
     ranges = [

@@ -22,15 +22,17 @@ def test_rom_is_seen_twice(tmp_path, size, mirror):
     backend = RamBackend(RamConfig("memory-backend-memfd", "bios", len(data)))
     backend.view[:] = data
     memory = guest_memory()
-    rom.add(memory, backend)
+    rom.add(memory, backend, memory.regions[0].backend)
     assert memory.read((4 << 30) - size, size) == image
     assert memory.read((1 << 20) - mirror, mirror) == image[-mirror:]
     assert memory.read(0xFFFFFFF0, 16) == memory.read(0xFFFF0, 16) == image[-16:]
-    for gpa in (0xFFFF0, 0xFFFFFFF0):
+    option_roms = (1 << 20) - mirror - 0xC0000
+    assert memory.read(0xC0000, option_roms) == bytes(option_roms)
+    for gpa in (0xC0000, 0xFFFF0, 0xFFFFFFF0):
         with pytest.raises(GuestMemoryError, match="only ROM"):
             memory.write(gpa, b"x")
     with pytest.raises(GuestMemoryError):
-        memory.read((1 << 20) - mirror - 1, 1)
+        memory.read(0xC0000 - 1, 1)
 
 
 @pytest.mark.parametrize(
