@@ -1,9 +1,11 @@
 """Unpacked kernels on disk, by the content that they were unpacked from.
 
 ``$XDG_CACHE_HOME/pyvmm`` (default ``~/.cache/pyvmm``) has a file for each, named by the SHA-256 of
-the payload, with a CRC-32 behind the data. A cache is never needed: whatever cannot be read,
-written or trusted counts as absent, without a word. Several machines may use it at once: files
-are written aside and renamed. Main thread, fresh boots only.
+the payload, with their length behind the data. A cache is never needed: whatever cannot be read,
+written or trusted counts as absent, without a word. Several machines may use it at once, and any
+may be killed or lose power: files are written aside, to the disk, and renamed. There is no
+checksum, which would take as long as all the rest of loading a kernel. Main thread, fresh boots
+only.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ from pyvmm.errors import ConfigError
 CACHE_MAX = 512 << 20
 """Bytes that all files together may have; the ones used longest ago go first."""
 
-_CRC_SIZE = 4
-_STEP = 256 << 10
+_LENGTH_SIZE = 8
 
 
 def key(payload: bytes) -> str:
@@ -29,21 +30,18 @@ def key(payload: bytes) -> str:
 
 
 def get(name: str) -> ImageFile | None:
-    """Return what is kept as *name*, with a checksum behind it, to be closed by the caller; None
-    if that is nothing, or damaged."""
-    import zlib
-
+    """Return what is kept as *name*, to be closed by the caller; None if that is nothing, or not
+    all of it."""
     try:
         path = os.path.join(_folder(), name)
         image = ImageFile(path, "cache", CACHE_MAX)
     except (OSError, ConfigError):
         return None
     try:
-        crc, end = 0, image.size - _CRC_SIZE
-        for at in range(0, end, _STEP):
-            crc = zlib.crc32(image.read(at, min(_STEP, end - at)), crc)
-        if end <= 0 or image.read(end, _CRC_SIZE) != crc.to_bytes(_CRC_SIZE, "little"):
+        end = image.size - _LENGTH_SIZE
+        if end <= 0 or image.read(end, _LENGTH_SIZE) != _length(end):
             raise image.error("damaged")
+        image.size = end
     except ConfigError:
         image.close()
         return None
@@ -56,9 +54,7 @@ def get(name: str) -> ImageFile | None:
 
 def put(name: str, data: bytes) -> None:
     """Keep *data* as *name*, and let older files go if there is too much then."""
-    import zlib
-
-    if len(data) + _CRC_SIZE > CACHE_MAX:
+    if len(data) + _LENGTH_SIZE > CACHE_MAX:
         return
     aside = ""
     try:
@@ -66,10 +62,11 @@ def put(name: str, data: bytes) -> None:
         aside = os.path.join(folder, f".{name}.{os.urandom(4).hex()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         with open(os.open(aside, flags, 0o600), "wb", buffering=0) as file:
-            for part in (memoryview(data), zlib.crc32(data).to_bytes(_CRC_SIZE, "little")):
+            for part in (data, _length(len(data))):
                 rest = memoryview(part)
                 while rest:
                     rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
         os.rename(aside, os.path.join(folder, name))
         aside = ""
         _trim(folder)
@@ -81,6 +78,10 @@ def put(name: str, data: bytes) -> None:
                 os.unlink(aside)
             except OSError:
                 pass
+
+
+def _length(size: int) -> bytes:
+    return size.to_bytes(_LENGTH_SIZE, "little")
 
 
 def _folder(make: bool = False) -> str:
