@@ -242,10 +242,12 @@ class VirtioBlk(VirtioDevice):
     def _serve(self, queue: Queue, most: int) -> int:
         """Do natively what :meth:`_read` and :meth:`_write` would do at once; how many."""
         file = self.file
+        if not file.writes_to_cache:
+            return 0  # all of it waits
         return queue.serve(
             file.fd,
             file.read_flags,
-            writable=file.writes_to_cache and self.is_writeback and not file.read_only,
+            writable=self.is_writeback and not file.read_only,
             block=self.block_size,
             longest=INLINE_MAX,
             capacity=self.capacity * SECTOR,
