@@ -1,4 +1,4 @@
-/* Frames between the queues of network devices and the host (shim.c). */
+/* Frames and blocks between queues and the host (shim.c). */
 
 struct pyvmm_span { uint64_t start, end; uint8_t *host; };
 struct pyvmm_ring {
@@ -17,3 +17,11 @@ void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t 
 		   uint32_t budget, uint32_t least, struct pyvmm_received *received);
 int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
 	       uint32_t shortest, uint32_t longest, int most);
+
+struct pyvmm_image {
+	int fd, read_flags, writable;
+	uint32_t block, longest;
+	uint64_t capacity;
+};
+int pyvmm_serve(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+		const struct pyvmm_image *image, int most);

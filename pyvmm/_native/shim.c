@@ -1,6 +1,6 @@
 /* What Python cannot do itself: system calls whose error number must not be lost or retried,
  * a signal handler that does nothing, and a task that outlives an execve; and what it does too
- * slowly: moving frames between queues and the host. */
+ * slowly: moving frames and blocks between queues and the host. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/kvm.h>
+#include <linux/virtio_blk.h>
 #include <linux/virtio_net.h>
 #include <linux/virtio_ring.h>
 #include <sched.h>
@@ -231,12 +232,13 @@ static int pyvmm_hold_memory(const int *keep_fds, int count, int release_fd)
 	return pid < 0 ? -error : pid;
 }
 
-/* ---- frames between queues and the host ---------------------------------------------------
+/* ---- frames and blocks between queues and the host ----------------------------------------
  *
  * A frame of 64 KiB goes into dozens of small buffers, at a few microseconds of Python each, and
- * small frames are many. Here is only what drivers do all the time (virtio 1.3, 5.1.6): buffers
- * in RAM; to receive, one direct descriptor each; to send, a chain of a few. All else, broken
- * rings included, is left to Python, which takes the same chain again and judges it.
+ * small frames and blocks are many. Here is only what drivers do all the time (virtio 1.3, 5.1.6
+ * and 5.2.6): buffers in RAM; to receive frames, one direct descriptor each; otherwise a chain of
+ * a few. All else, broken rings included, is left to Python, which takes the same chain again
+ * and judges it.
  *
  * The driver may change all of it meanwhile: what is looked at is read once. Loads and stores
  * of rings stay in their order: volatile for the compiler, and x86 keeps it. */
@@ -363,16 +365,22 @@ static void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, ui
 	}
 }
 
-/* The buffers of a chain that is for reading only: how many, 0 if it is anything else. */
-static int gather(const struct pyvmm_ring *ring, uint32_t index, struct iovec *buffers,
-		  uint64_t *length)
+struct chain {
+	struct iovec buffers[MAX_BUFFERS]; /* those for reading come first */
+	int readable, count;
+	uint64_t readable_size, writable_size; /* bytes */
+};
+
+/* Read a chain: whether it is one that can be served here. */
+static int gather(const struct pyvmm_ring *ring, uint32_t index, struct chain *chain)
 {
 	const volatile unaligned_u64 *table = ring->desc;
 	uint32_t entries = ring->size;
-	int count = 0, may_jump = ring->indirect;
+	int may_jump = ring->indirect;
 
-	*length = 0;
-	while (count < MAX_BUFFERS && index < entries) {
+	chain->readable = chain->count = 0;
+	chain->readable_size = chain->writable_size = 0;
+	while (chain->count < MAX_BUFFERS && index < entries) {
 		uint64_t gpa = table[2 * index], rest = table[2 * index + 1];
 		uint32_t size = (uint32_t)rest;
 		uint16_t flags = rest >> 32;
@@ -388,12 +396,19 @@ static int gather(const struct pyvmm_ring *ring, uint32_t index, struct iovec *b
 			may_jump = 0;
 			continue;
 		}
-		if (flags & ~VRING_DESC_F_NEXT)
+		if (flags & ~(VRING_DESC_F_NEXT | VRING_DESC_F_WRITE))
 			return 0;
-		buffers[count++] = (struct iovec){ at, size };
-		*length += size;
-		if (!flags)
-			return count;
+		chain->buffers[chain->count++] = (struct iovec){ at, size };
+		if (flags & VRING_DESC_F_WRITE) {
+			chain->writable_size += size;
+		} else {
+			if (chain->writable_size)
+				return 0;
+			chain->readable_size += size;
+			chain->readable++;
+		}
+		if (!(flags & VRING_DESC_F_NEXT))
+			return 1;
 		index = rest >> 48;
 	}
 	return 0;
@@ -407,8 +422,7 @@ static int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16
 {
 	const volatile uint16_t *avail = ring->avail;
 	volatile uint16_t *used = (volatile uint16_t *)ring->used;
-	struct iovec buffers[MAX_BUFFERS];
-	uint64_t length;
+	struct chain chain;
 	int done;
 
 	for (done = 0; done < most; done++) {
@@ -416,13 +430,84 @@ static int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16
 		if (!waiting || waiting > ring->size)
 			break;
 		uint16_t head = avail[2 + (last_avail & (ring->size - 1))];
-		int count = gather(ring, head, buffers, &length);
-		if (!count || length < shortest || length > longest)
+		if (!gather(ring, head, &chain) || chain.writable_size)
 			break;
-		if (writev(fd, buffers, count) < 0 && (errno == EAGAIN || errno == EINTR))
+		if (chain.readable_size < shortest || chain.readable_size > longest)
+			break;
+		if (writev(fd, chain.buffers, chain.count) < 0 &&
+		    (errno == EAGAIN || errno == EINTR))
 			break;
 		last_avail++;
 		put_used(ring, used_idx++, head, 0);
+		used[1] = used_idx;
+	}
+	return done;
+}
+
+enum { SECTOR = 512, BLK_HEADER = sizeof(struct virtio_blk_outhdr) };
+
+struct pyvmm_image {
+	int fd;
+	int read_flags; /* of preadv2, with which it does not wait; negative: none are read here */
+	int writable;	/* whether writes are for here */
+	uint32_t block, longest; /* bytes: of which requests are multiples; of a request */
+	uint64_t capacity;	 /* bytes */
+};
+
+/* Read or write what a request asks for, all of it: whether that was done. */
+static int transfer(const struct pyvmm_image *image, struct chain *chain)
+{
+	struct iovec *first = chain->buffers, *last = first + chain->count - 1;
+	ssize_t done = -1;
+
+	if (!chain->readable || first->iov_len < BLK_HEADER || !chain->writable_size ||
+	    chain->readable_size + chain->writable_size > BLK_HEADER + image->longest + 1)
+		return 0;
+	const volatile unaligned_u64 *header = first->iov_base;
+	uint32_t type = (uint32_t)header[0];
+	uint64_t sector = header[1];
+	uint64_t size = type == VIRTIO_BLK_T_IN ? chain->writable_size - 1 :
+						  chain->readable_size - BLK_HEADER;
+	if (sector > image->capacity / SECTOR || size > image->capacity - sector * SECTOR ||
+	    (sector * SECTOR | size) % image->block)
+		return 0;
+	first->iov_base = (uint8_t *)first->iov_base + BLK_HEADER;
+	first->iov_len -= BLK_HEADER;
+	volatile uint8_t *status = (uint8_t *)last->iov_base + --last->iov_len;
+	if (type == VIRTIO_BLK_T_IN && image->read_flags >= 0)
+		done = preadv2(image->fd, first + chain->readable, chain->count - chain->readable,
+			       sector * SECTOR, image->read_flags);
+	else if (type == VIRTIO_BLK_T_OUT && image->writable)
+		done = pwritev(image->fd, first, chain->readable, sector * SECTOR);
+	if (done < 0 || (uint64_t)done != size)
+		return 0;
+	*status = VIRTIO_BLK_S_OK;
+	return 1;
+}
+
+/* Serve the requests that wait in a queue, up to the first that this is nothing for, or that
+ * the host does not do at once: that one is left, and begun anew by Python. How many were done,
+ * most of them at once. */
+static int pyvmm_serve(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+		       const struct pyvmm_image *image, int most)
+{
+	const volatile uint16_t *avail = ring->avail;
+	volatile uint16_t *used = (volatile uint16_t *)ring->used;
+	struct chain chain;
+	int done;
+
+	/* No more may be under way than there are elements in the used ring. */
+	if ((uint16_t)(last_avail - used_idx) >= ring->size)
+		return 0;
+	for (done = 0; done < most; done++) {
+		uint16_t waiting = avail[1] - last_avail;
+		if (!waiting || waiting > ring->size)
+			break;
+		uint16_t head = avail[2 + (last_avail & (ring->size - 1))];
+		if (!gather(ring, head, &chain) || !transfer(image, &chain))
+			break;
+		last_avail++;
+		put_used(ring, used_idx++, head, (uint32_t)chain.writable_size);
 		used[1] = used_idx;
 	}
 	return done;

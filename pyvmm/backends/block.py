@@ -127,6 +127,13 @@ class BlockFile:
             return False
 
     @property
+    def read_flags(self) -> int:
+        """Of a preadv2 that does not wait; -1 if there are none."""
+        if self.is_memory:
+            return 0
+        return os.RWF_NOWAIT if self._can_try else -1
+
+    @property
     def writes_to_cache(self) -> bool:
         """Whether a write only copies to the host's page cache."""
         return not self.config.direct

@@ -324,6 +324,36 @@ class Queue:
         self._advance(count)
         return count
 
+    def serve(
+        self,
+        fd: int,
+        read_flags: int,
+        *,
+        writable: bool,
+        block: int,
+        longest: int,
+        capacity: int,
+        most: int,
+    ) -> int:
+        """Do the next requests of a block device, reads and writes, on an image, and return them.
+
+        :param read_flags: of preadv2, with which it does not wait; -1: reads are left
+        :param writable: whether writes are not left
+        :param block: bytes; requests that are not multiples are left
+        :param longest: bytes; longer requests are left, as are those beyond ``capacity``
+        :param most: how many at once
+        :returns: how many; the next one, if there is one, has to be done with :meth:`pop`
+        """
+        if not self.ready:
+            return 0
+        image = ffi.new(
+            "struct pyvmm_image *", (fd, read_flags, writable, block, longest, capacity)
+        )
+        indices = self.last_avail_idx, self.used_idx
+        count: int = lib.pyvmm_serve(self._ring(), *indices, image, most)
+        self._advance(count)
+        return count
+
     def _advance(self, count: int) -> None:
         # Native code took chains and returned them.
         self.last_avail_idx = self.last_avail_idx + count & 0xFFFF

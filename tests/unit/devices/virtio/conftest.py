@@ -5,6 +5,7 @@ from harness.virtio_disk import SIZE, Disk
 from harness.virtio_network import Network
 
 from pyvmm.core.eventloop import EventLoop
+from pyvmm.devices.virtio.queue import Queue
 from pyvmm.testing.virtio_driver import VirtioDriver
 
 
@@ -56,6 +57,12 @@ def disk(tmp_path, request):
     for one in made:
         one.close()
         os.unlink(one.config.filename)
+
+
+@pytest.fixture
+def python_only(monkeypatch):
+    """No disk request is served natively: what a test puts in the place of Python's is called."""
+    monkeypatch.setattr(Queue, "serve", lambda *_, **__: 0)
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def test_read_only(disk, kind):
 
 
 @pytest.fixture
-def durable(monkeypatch):
+def durable(monkeypatch, python_only):
     """What each write was: True if it was to be durable."""
     seen = []
     real = BlockFile.write

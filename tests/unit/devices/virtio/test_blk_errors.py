@@ -10,6 +10,8 @@ from pyvmm.errors import VmStateError
 
 SECTOR = 512
 
+pytestmark = pytest.mark.usefixtures("python_only")
+
 
 class Host:
     """Makes the image's calls fail for as long as ``problem`` says so."""

@@ -19,7 +19,7 @@ from pyvmm.errors import HostError, VmStateError
 # ---- what the host cannot do ----------------------------------------------------------------
 
 
-def test_errors_of_the_host(disk, kind, monkeypatch):
+def test_errors_of_the_host(disk, kind, monkeypatch, python_only):
     one = disk()
 
     def broken(*_arguments):
@@ -173,7 +173,7 @@ def test_reset_of_a_disk_that_hangs_holds_up_its_driver_and_no_more(disk, monkey
     assert one.ask(blk.T_IN, 0, room=512)[0] == 0
 
 
-def test_drain_does_not_wait_for_a_write_that_hangs_on_the_loop(disk, monkeypatch):
+def test_drain_does_not_wait_for_a_write_that_hangs_on_the_loop(disk, monkeypatch, python_only):
     one = disk()
     entered, go, ended = Event(), Event(), Event()
 

@@ -391,6 +391,14 @@ def test_chains_of_other_kinds_are_left(it, packets, values):
     assert len(arrived(packets[1])) == 1
 
 
+def test_frame_with_a_buffer_to_be_written_is_left(it, packets):
+    it.desc(0, BUFFER, 20, DESC_F_NEXT, 1)
+    it.desc(1, BUFFER + 0x1000, 20, DESC_F_WRITE)
+    it.offer(0)
+    assert it.queue.send(packets[0].fileno(), 12, 1000, 10) == 0
+    assert arrived(packets[1]) == []
+
+
 def test_indirect_table_needs_negotiation(packets):
     it = Ring(indirect=False)
     try:
