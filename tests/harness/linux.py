@@ -1,6 +1,5 @@
 """A Linux guest: a Debian kernel, and an initramfs of busybox and a script."""
 
-import os
 import re
 import subprocess
 import tempfile
@@ -9,7 +8,7 @@ from pathlib import Path
 from nested import image, packages
 
 #: A bzImage. It has no drivers that are told of their devices on the command line.
-CLOUD_KERNEL = "linux-image-cloud-amd64"
+CLOUD_KERNEL = packages.CLOUD_KERNEL
 #: A vmlinux here, which is entered by PVH.
 OTHER_KERNEL = packages.OUTER_KERNEL
 #: A panic ends the guest. In an emulated machine a character on the serial port takes half a
@@ -31,9 +30,6 @@ for bus in machine virtio; do
     find /sys/devices -name modalias | xargs sort -u | xargs modprobe -abq
 done
 """
-#: The emulated machine lets a guest set XCR0 behind KVM's back (QEMU 7.2 does not intercept it),
-#: so that CPUID is not what the guest's kernel expects: it complains and goes without XSAVE.
-CPU = ("-cpu", "host,-xsave") if os.environ.get("PYVMM_NESTED") else ()
 
 
 def options(folder, script, cmdline="", modules=(), *, kernel=CLOUD_KERNEL, files=None):
@@ -56,7 +52,7 @@ def options(folder, script, cmdline="", modules=(), *, kernel=CLOUD_KERNEL, file
     initrd.write_bytes(image.cpio(files))
     image_file = packages.kernel(kernel) if kernel == CLOUD_KERNEL else packages.vmlinux(kernel)
     append = f"{CMDLINE} {cmdline}".strip()
-    return [*CPU, "-kernel", image_file, "-initrd", initrd, "-append", append, "-no-reboot"]
+    return ["-kernel", image_file, "-initrd", initrd, "-append", append, "-no-reboot"]
 
 
 def module_tree():

@@ -1,8 +1,8 @@
 """Keeps a VM with a vCPU for as long as the outer machine runs; returns when it is there.
 
 The kernel rewrites instructions of its scheduler when the first VM comes and when the last one
-goes, and KVM some of its own when the first local APIC comes that is disabled. QEMU 7.2 sometimes
-goes on to execute on another CPU what it translated meanwhile: the breakpoint that is there while
+goes, and KVM some of its own when the first local APIC comes that is disabled. QEMU sometimes goes
+on to execute on another CPU what it translated meanwhile: the breakpoint that is there while
 an instruction is being rewritten, for ever, with the scheduler's lock held. With this VM there
 is never a first one nor a last one.
 """

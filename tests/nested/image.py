@@ -1,6 +1,7 @@
 """What the outer machine boots: a kernel unpacked from its bzImage, and an initramfs."""
 
 import lzma
+import os
 import struct
 from pathlib import Path
 
@@ -45,24 +46,31 @@ def modules(tree, wanted):
 def cpio(files):
     """An initramfs (cpio "newc") of executable files and the folders above them.
 
-    :param files: content by path without leading slash; None makes a folder
+    :param files: content by path without leading slash; None makes a folder, and a ``Path``
+        stands for the file or symbolic link that is there, with its time
     """
     folders = {str(parent): None for path in files for parent in Path(path).parents}
     del folders["."]
     entries = dict(sorted(folders.items())) | files
     archive = bytearray()
     for inode, (path, data) in enumerate([*entries.items(), ("TRAILER!!!", b"")], 1):
-        mode = 0o40755 if data is None else 0o100755
-        _add(archive, inode, path, mode, data or b"")
+        mode, mtime = 0o40755 if data is None else 0o100755, 0
+        if isinstance(data, Path):
+            mtime = int(data.lstat().st_mtime)
+            if data.is_symlink():
+                mode, data = 0o120777, os.fsencode(data.readlink())
+            else:
+                data = data.read_bytes()
+        _add(archive, inode, path, mode, data or b"", mtime)
         if path == "dev":
             # The kernel opens it for the first process, before anything mounts devtmpfs.
-            _add(archive, 1 << 20, "dev/console", 0o20600, b"", device=(5, 1))
+            _add(archive, 1 << 20, "dev/console", 0o20600, b"", 0, device=(5, 1))
     return bytes(archive)
 
 
-def _add(archive, inode, path, mode, data, device=(0, 0)):
+def _add(archive, inode, path, mode, data, mtime, device=(0, 0)):
     name = path.encode() + b"\0"
-    fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name), 0)
+    fields = (inode, mode, 0, 0, 1, mtime, len(data), 0, 0, *device, len(name), 0)
     archive += b"070701" + b"".join(b"%08X" % field for field in fields) + name
     archive += bytes(-len(archive) % 4) + data
     archive += bytes(-len(archive) % 4)

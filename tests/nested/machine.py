@@ -2,7 +2,8 @@
 
 QEMU emulates a processor with SVM; Debian's kernel runs kvm-amd on it. The host's files are all
 there, at the same paths; what is written stays in the machine's memory and goes with it. So the
-host's Python, the virtual environment and the checkout run inside as they are. Python is some 30
+host's Python, the virtual environment and the checkout run inside as they are (those of pyvmm as
+they were when the machine was started). Python is some 30
 times slower there: only ratios that were measured inside mean anything.
 """
 
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nested import image, packages
+from nested import image, layer, packages
 from nested.port import CommandPort, NestedError
 
 #: From start to the first command; 4 s on an idle host.
@@ -51,12 +52,14 @@ class NestedMachine:
     :param folder: where ``console.log``, ``qemu.log`` and QEMU's monitor (a socket, ``monitor``)
         go; default: a temporary one
     :param memory: QEMU's ``-m``
+    :param cpus: of more than one, each has a thread, and QEMU's emulation of SVM has races then:
+        the outer kernel gets the guest's interrupts now and then, and crashes in KVM_RUN
     :param modules: further kernel modules
     :param options: further options of QEMU
     :raises packages.MissingError: if the host lacks something
     """
 
-    def __init__(self, folder=None, *, memory="4G", cpus=2, modules=(), options=()):
+    def __init__(self, folder=None, *, memory="4G", cpus=1, modules=(), options=()):
         self._scratch = None
         if folder is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="nested-")
@@ -74,14 +77,15 @@ class NestedMachine:
 
     def start(self):
         """Start the machine and wait until it takes commands."""
-        packages.need_programs()
+        qemu = packages.qemu()
         tree = packages.unpacked(packages.OUTER_KERNEL)
         initrd = self.folder / "initramfs"
-        initrd.write_bytes(image.initramfs(tree, packages.busybox(), self._modules))
+        archives = image.initramfs(tree, packages.busybox(), self._modules)
+        initrd.write_bytes(archives + image.cpio(layer.files()))
         ours, theirs = socket.socketpair()
         with theirs, open(self.folder / "qemu.log", "wb") as log:
             self._process = subprocess.Popen(
-                self._command(packages.vmlinux(), initrd, theirs.fileno()),
+                [*qemu, *self._qemu_options(packages.vmlinux(), initrd, theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -93,6 +97,11 @@ class NestedMachine:
         with self._explained():
             self._port.wait_ready(BOOT_S)
         return self
+
+    def kill(self):
+        """Have the machine end, whatever another thread does with it."""
+        if process := self._process:
+            process.kill()
 
     def close(self):
         """End the machine. Does nothing the second time."""
@@ -139,11 +148,10 @@ class NestedMachine:
         """What the kernel printed."""
         return (self.folder / "console.log").read_text(errors="replace")
 
-    def _command(self, kernel, initrd, port):
+    def _qemu_options(self, kernel, initrd, port):
         # What the kernel does not know is in the environment of its first process.
         append = f"{KERNEL} PYTHON={sys.executable}"
-        command = [
-            "qemu-system-x86_64",
+        options = [
             *("-M", "pc", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,+svm"),
             *("-smp", str(self._cpus), "-m", self._memory),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -155,7 +163,7 @@ class NestedMachine:
             *("-chardev", f"socket,id=port,fd={port}"),
             *("-device", "virtio-serial-pci", "-device", "virtserialport,chardev=port"),
         ]
-        return [*command, *self._options]
+        return [*options, *self._options]
 
     @contextlib.contextmanager
     def _explained(self):

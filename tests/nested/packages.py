@@ -10,12 +10,22 @@ from pathlib import Path
 from nested import image
 
 OUTER_KERNEL = "linux-image-amd64"
+CLOUD_KERNEL = "linux-image-cloud-amd64"
+#: With the C library.
+FIO = ("fio", "libc6")
+FOR_GUESTS = (CLOUD_KERNEL, *FIO)
+#: Older ones emulate SVM with more errors; 7.2 lets a guest set XCR0 behind KVM's back.
+OLDEST_QEMU = (10, 0)
+QEMU = "qemu-system-x86_64"
+QEMU_PACKAGES = ("qemu-system-x86", "qemu-system-data", "seabios")
 PROGRAMS = {
-    "qemu-system-x86_64": "qemu-system-x86",
+    QEMU: QEMU_PACKAGES[0],
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "unshare": "util-linux",
 }
+#: As root, apt would read as a user who may not enter the folder, and warn.
+NO_SANDBOX = ("-o", "APT::Sandbox::User=root")
 
 
 class MissingError(RuntimeError):
@@ -44,6 +54,18 @@ def need_programs():
         raise MissingError(f"missing; as root: apt-get install {' '.join(lack)}")
 
 
+def fetch():
+    """Fetch all that tests use. In the machine there is no network.
+
+    :raises MissingError: if something is not to be had
+    """
+    qemu()
+    busybox()
+    vmlinux()
+    for package in FOR_GUESTS:
+        unpacked(package)
+
+
 def unpacked(package):
     """The folder with a package's files; fetched from the host's Debian mirror the first time.
 
@@ -52,14 +74,59 @@ def unpacked(package):
 
     :raises MissingError: if it is neither cached nor to be had
     """
-    folder = cache() / package
+    return _unpacked(package, lambda folder: _download(folder, _real_name(package)))
+
+
+def qemu():
+    """The words that start QEMU: the host's own, or if that is too old the one that Debian has made
+    for older releases ("backports"), which needs no library that the host's own does not need.
+
+    :raises MissingError: if neither is to be had
+    """
+    need_programs()
+    version = re.search(r"version (\d+)\.(\d+)", _run(QEMU, "--version"))
+    if version and tuple(map(int, version.groups())) >= OLDEST_QEMU:
+        return [QEMU]
+    tree = _unpacked("qemu", _download_newer_qemu) / "usr"
+    command = [tree / "bin" / QEMU, "-L", tree / "share/qemu", "-L", tree / "share/seabios"]
+    _run(*command, "--version")  # fails if a library is missing
+    return command
+
+
+def _download_newer_qemu(folder):
+    """From the host's mirror, by lists of packages that nothing else sees."""
+    wanted = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
+    found = _run("apt-get", "indextargets", "--format", "$(SITE) $(CODENAME)", *wanted)
+    release = re.search(r"^(\S+) (\w+)$", found, re.M)
+    if not release:
+        need = ".".join(map(str, OLDEST_QEMU))
+        raise MissingError(f"{QEMU}: {need} or newer is needed, and no Debian mirror is known")
+    site, codename = release.groups()
+    with tempfile.TemporaryDirectory() as scratch:
+        sources, lists = Path(scratch, "sources.list"), Path(scratch, "lists")
+        sources.write_text(f"deb {site} {codename}-backports main\n")
+        lists.mkdir()
+        options = [
+            *("-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=/dev/null"),
+            *("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}/cache"),
+        ]
+        _run("apt-get", "update", "-q", *NO_SANDBOX, *options)
+        _download(folder, *QEMU_PACKAGES, "-t", f"{codename}-backports", *options)
+
+
+def _unpacked(name, download):
+    """The folder in the cache that has the files of all packages that ``download`` puts into the
+    folder it is called with, if need be.
+    """
+    folder = cache() / name
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        archive = _with_lists(lambda: _download(_real_name(package), scratch))
+        _with_lists(lambda: download(scratch))
         tree = Path(scratch, "tree")
-        _run("dpkg-deb", "-x", archive, tree)
+        for archive in Path(scratch).glob("*.deb"):
+            _run("dpkg-deb", "-x", archive, tree)
         try:
             tree.rename(folder)
         except OSError:
@@ -112,11 +179,8 @@ def _real_name(package):
     return found[1] if found else package
 
 
-def _download(package, folder):
-    # As root, apt would read as a user who may not enter the folder, and warn.
-    _run("apt-get", "download", "-q", "-o", "APT::Sandbox::User=root", package, cwd=folder)
-    (archive,) = Path(folder).glob("*.deb")
-    return archive
+def _download(folder, *packages_and_options):
+    _run("apt-get", "download", "-q", *NO_SANDBOX, *packages_and_options, cwd=folder)
 
 
 def _run(*command, cwd=None):

@@ -1,32 +1,35 @@
 """pytest plugin: runs the tests where Linux boots, those of the folder ``linux``.
 
 If this host's /dev/kvm can run an unmodified Linux, it does nothing. If not, these tests are
-collected here, but after all others a second pytest runs them in a nested machine; its reports
-come over as it makes them and are shown, counted and written as if they were this one's. A test
-that takes the machine down fails; the rest go on in a new machine.
+collected here, but after all others a pytest of its own runs them in a nested machine, or in two
+that share them if the host has the processors; their reports come over as they are made and are
+shown, counted and written as if they were this one's. A test whose machine ends meanwhile is run
+again in a new one, once: what it does is up to the emulator, too.
 
 The same module is the second pytest's plugin, which prints the reports (``PYVMM_NESTED=inside``).
 """
 
 import json
 import os
+import queue
 import sys
 import tempfile
+import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from nested import kvm
+from nested import kvm, packages
 from nested.machine import NestedMachine
-from nested.packages import MissingError
 from nested.port import NestedError
 
 ROLE = "PYVMM_NESTED"
 #: Before each report in the second pytest's output; what else is there, tests printed.
 MARK = "\x1enested-report "
 #: Seconds that a test may take inside, and that its own deadlines are set to.
-TEST_S, DEADLINE_S = 600, 240
+TEST_S, DEADLINE_S = 900, 240
+#: A machine keeps one of the host's processors busy.
+MACHINES = min(2, os.cpu_count() or 1)
 
 
 def pytest_addoption(parser):
@@ -58,10 +61,12 @@ class _Inside:
 
 
 class _Outside:
+    """The machines have threads, which tell the one of pytest what to do: ``_calls``."""
+
     def __init__(self, config):
         self._config = config
         self._items = {}
-        self._pending = b""
+        self._calls = queue.SimpleQueue()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session):
@@ -74,40 +79,136 @@ class _Outside:
         session.items = everything
         self._session = session
         self._items = {item.nodeid: item for item in linux}
-        folder = self._config.getoption("--nested-log")
+        try:
+            packages.fetch()
+        except packages.MissingError as error:
+            for nodeid in list(self._items):
+                self._missing(nodeid, f"nested machine: {error}")
+            return done
         with tempfile.TemporaryDirectory(prefix="nested-") as scratch:
-            number = 0
-            while self._items:
-                log = Path(folder or scratch) / f"machine{number}"
-                log.mkdir(parents=True, exist_ok=True)
-                self._run_in_a_machine(log)
-                number += 1
+            self._run(self._config.getoption("--nested-log") or scratch)
         return done
+
+    def _run(self, folder):
+        os.makedirs(folder, exist_ok=True)
+        shares = [list(self._items)[number::MACHINES] for number in range(MACHINES)]
+        shares = [_Share(self, items, folder) for items in shares if items]
+        try:
+            while self._items:
+                method, *arguments = self._calls.get()
+                method(*arguments)
+        finally:
+            for share in shares:
+                share.stop()
 
     def _nested_wanted(self):
         where = self._config.getoption("--linux-kvm")
         return where == "nested" or (where == "auto" and not kvm.boots_linux())
 
+    def _report(self, data):
+        hook = self._config.hook
+        report = hook.pytest_report_from_serializable(config=self._config, data=data)
+        if report.when == "setup":
+            hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+        hook.pytest_runtest_logreport(report=report)
+        if report.when == "teardown":
+            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+            self._items.pop(report.nodeid, None)
+            if self._session.shouldfail:
+                raise self._session.Failed(self._session.shouldfail)
+
+    def _missing(self, nodeid, why):
+        """There can be no machine for a test."""
+        if os.environ.get("PYVMM_REQUIRE_KVM") == "1":
+            self._end(nodeid, "failed", why)
+        else:
+            item = self._items[nodeid]
+            self._end(nodeid, "skipped", (str(item.path), item.location[1], f"Skipped: {why}"))
+
+    def _end(self, nodeid, outcome, why):
+        """Report a test that did not run to its end."""
+        item = self._items.pop(nodeid)
+        keywords = dict.fromkeys(item.keywords, 1)
+        report = pytest.TestReport(item.nodeid, item.location, keywords, outcome, why, "call")
+        self._config.hook.pytest_runtest_logreport(report=report)
+
+    def _show(self, text):
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter:
+            reporter.write_line(text)
+
+    def _raise(self, error):
+        raise error
+
+
+class _Share:
+    """Tests that run one after the other in one machine, and in another if that ends.
+
+    :param outside: has ``_calls``
+    :param items: their node ids, in the order in which they are run
+    :param folder: where folders with logs go
+    """
+
+    def __init__(self, outside, items, folder):
+        self._outside, self._items = outside, items
+        self._folder = folder
+        self._pending = b""
+        self._machine = None
+        self._is_up = self._stopped = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self):
+        """Wait for the end of the machine; make it come if not all was run."""
+        if self._items:
+            self._stopped = True
+            if self._machine is not None:
+                self._machine.kill()
+        self._thread.join()
+
+    def _tell(self, name, *arguments):
+        self._outside._calls.put((getattr(self._outside, name), *arguments))
+
+    def _run(self):
+        tried = set()
+        try:
+            while self._items and not self._stopped:
+                self._is_up = False
+                try:
+                    self._run_in_a_machine(tempfile.mkdtemp(prefix="machine-", dir=self._folder))
+                except NestedError as error:
+                    if self._stopped:
+                        return
+                    # They run in order: this one was running, or about to.
+                    first = self._items[0]
+                    if first not in tried:
+                        tried.add(first)
+                        self._tell("_show", f"{first}: once more, {error}")
+                        continue
+                    for _ in range(1 if self._is_up else len(self._items)):
+                        self._tell("_end", self._items.pop(0), "failed", str(error))
+        except BaseException as error:
+            # Whatever it is: the other thread waits for news of these tests.
+            self._tell("_raise", error)
+
     def _run_in_a_machine(self, log):
         """Run what was not run yet, until all is done or the machine is down."""
         started = time.monotonic()
-        try:
-            with NestedMachine(log) as machine:
-                self._show(f"nested machine: up after {time.monotonic() - started:.1f} s")
-                left = len(self._items)
-                done = machine.run(
-                    self._command(), left * TEST_S, env=self._environment(), on_output=self._take
-                )
-                # What has no report by now will have none in another machine either.
-                for item in list(self._items.values()):
-                    self._fail(item, f"pytest ended with status {done.code}:\n{done.output}")
-        except MissingError as error:
-            verdict = self._fail if os.environ.get("PYVMM_REQUIRE_KVM") == "1" else self._skip
-            for item in list(self._items.values()):
-                verdict(item, f"nested machine: {error}")
-        except NestedError as error:
-            # They run in order: this one was running, or about to.
-            self._fail(next(iter(self._items.values())), str(error))
+        self._pending = b""
+        self._machine = NestedMachine(log)
+        with self._machine:
+            self._is_up = True
+            self._tell("_show", f"nested machine: up after {time.monotonic() - started:.1f} s")
+            done = self._machine.run(
+                self._command(),
+                len(self._items) * TEST_S,
+                env=self._environment(),
+                on_output=self._take,
+            )
+        # What has no report by now will have none in another machine either.
+        while self._items:
+            why = f"pytest ended with status {done.code}:\n{done.output}"
+            self._tell("_end", self._items.pop(0), "failed", why)
 
     def _command(self):
         options = "-p no:cacheprovider -p pytest_timeout"
@@ -128,34 +229,7 @@ class _Outside:
         for line in lines:
             text = line.decode(errors="replace")
             if text.startswith(MARK):
-                self._report(json.loads(text.removeprefix(MARK)))
-
-    def _report(self, data):
-        hook = self._config.hook
-        report = hook.pytest_report_from_serializable(config=self._config, data=data)
-        if report.when == "setup":
-            hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
-        hook.pytest_runtest_logreport(report=report)
-        if report.when == "teardown":
-            hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
-            self._items.pop(report.nodeid, None)
-            if self._session.shouldfail:
-                raise self._session.Failed(self._session.shouldfail)
-
-    def _fail(self, item, why):
-        self._end(item, "failed", why)
-
-    def _skip(self, item, why):
-        self._end(item, "skipped", (str(item.path), item.location[1], f"Skipped: {why}"))
-
-    def _end(self, item, outcome, why):
-        """Report a test that did not run."""
-        del self._items[item.nodeid]
-        keywords = dict.fromkeys(item.keywords, 1)
-        report = pytest.TestReport(item.nodeid, item.location, keywords, outcome, why, "call")
-        self._config.hook.pytest_runtest_logreport(report=report)
-
-    def _show(self, text):
-        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
-        if reporter:
-            reporter.write_line(text)
+                report = json.loads(text.removeprefix(MARK))
+                if report["when"] == "teardown":
+                    self._items.remove(report["nodeid"])
+                self._tell("_report", report)
