@@ -69,6 +69,12 @@ class Peer:
                 rest = rest[self.stream.send(rest) :]
         return bytes(self.received)
 
+    def take(self):
+        """Take what has arrived; how much was received so far."""
+        while select.select([self.stream], [], [], 0)[0] and (got := self.stream.recv(1 << 16)):
+            self.received += got
+        return len(self.received)
+
     def wait_full(self):
         """Wait until no more comes because nothing is read: pyvmm's side of the socket is
         full."""
