@@ -6,31 +6,55 @@ u64 tsc_hz, lapic_hz, boot_tsc;
 #define PIT_HZ 1193182ul
 #define WINDOW (PIT_HZ / 50)  /* 20 ms */
 
+struct reading {
+    u64 tsc, lapic;
+    u32 pit;  /* all of them count up here */
+};
+
+/* Reads the clocks one after the other: of several times the one in which the host did least of
+ * something else in between. */
+static struct reading read_clocks(void)
+{
+    struct reading best = {0};
+    u64 least = ~0ul;
+    for (int i = 0; i < 8; i++) {
+        struct reading now;
+        u64 start = rdtsc0();
+        outb(0x43, 0x80);              /* latch channel 2 */
+        now.lapic = 0xffffffff - mmio_read(LAPIC + 0x390);
+        now.tsc = rdtsc0();
+        now.pit = inb(0x42);
+        now.pit |= (u32)inb(0x42) << 8;
+        now.pit = 0xffff - now.pit;
+        if (now.tsc - start < least)
+            least = now.tsc - start, best = now;
+    }
+    return best;
+}
+
 /* Counts TSC and LAPIC ticks while PIT channel 2 runs down once. Polls the counter itself, so that a
  * late poll makes the window longer instead of the result wrong. */
 void calibrate(void)
 {
+    struct reading first, last;
     if (tsc_hz)
         return;
-    outb(0x61, (inb(0x61) & ~2) | 1);  /* gate on, speaker off */
-    outb(0x43, 0xb0);                  /* channel 2, mode 0, 16 bit */
-    outb(0x42, 0xff);
-    outb(0x42, 0xff);
-    lapic_timer(0x10000 | VEC_TIMER, 0xffffffff);
-    u32 first = 0, now;
-    u64 tsc0 = 0, l0 = 0, tsc1, l1;
-    do {
-        outb(0x43, 0x80);              /* latch channel 2 */
-        tsc1 = rdtsc0();
-        l1 = 0xffffffff - mmio_read(LAPIC + 0x390);
-        now = inb(0x42);
-        now |= (u32)inb(0x42) << 8;
-        now = 0xffff - now;
-        if (!tsc0)
-            first = now, tsc0 = tsc1, l0 = l1;
-    } while (now - first < WINDOW);
-    tsc_hz = (tsc1 - tsc0) * PIT_HZ / (now - first);
-    lapic_hz = (l1 - l0) * PIT_HZ / (now - first);
+    for (int tries = 0; tries < 10; tries++) {
+        outb(0x61, (inb(0x61) & ~2) | 1);  /* gate on, speaker off */
+        outb(0x43, 0xb0);                  /* channel 2, mode 0, 16 bit */
+        outb(0x42, 0xff);
+        outb(0x42, 0xff);
+        lapic_timer(0x10000 | VEC_TIMER, 0xffffffff);
+        first = read_clocks();
+        do
+            last = read_clocks();
+        while (last.pit - first.pit < WINDOW);
+        if (!(inb(0x61) & 0x20))
+            break;
+        /* It has run out, and begun anew: this was not looked at for 55 ms. */
+    }
+    tsc_hz = (last.tsc - first.tsc) * PIT_HZ / (last.pit - first.pit);
+    lapic_hz = (last.lapic - first.lapic) * PIT_HZ / (last.pit - first.pit);
     lapic_timer(0x10000 | VEC_TIMER, 0);
 }
 
