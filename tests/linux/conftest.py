@@ -3,14 +3,19 @@
 import os
 
 import pytest
-from nested import kvm
+from nested import kvm, packages
 
 
 @pytest.fixture(scope="session", autouse=True)
 def linux_boots():
-    if kvm.boots_linux():
-        return
-    reason = "this /dev/kvm cannot run Linux; leave out --linux-kvm=here"
-    if os.environ.get("PYVMM_NESTED"):
-        pytest.fail(f"inside the nested machine: {reason}", pytrace=False)
-    pytest.skip(reason)
+    if not kvm.boots_linux():
+        reason = "this /dev/kvm cannot run Linux; leave out --linux-kvm=here"
+        if os.environ.get("PYVMM_NESTED"):
+            pytest.fail(f"inside the nested machine: {reason}", pytrace=False)
+        pytest.skip(reason)
+    try:
+        packages.fetch()
+    except packages.MissingError as error:
+        if os.environ.get("PYVMM_REQUIRE_KVM") == "1":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))

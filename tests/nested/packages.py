@@ -55,11 +55,10 @@ def need_programs():
 
 
 def fetch():
-    """Fetch all that tests use. In the machine there is no network.
+    """Fetch what guests are made of: in the nested machine there is no network.
 
     :raises MissingError: if something is not to be had
     """
-    qemu()
     busybox()
     vmlinux()
     for package in FOR_GUESTS:

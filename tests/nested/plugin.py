@@ -80,6 +80,7 @@ class _Outside:
         self._session = session
         self._items = {item.nodeid: item for item in linux}
         try:
+            packages.qemu()
             packages.fetch()
         except packages.MissingError as error:
             for nodeid in list(self._items):

@@ -57,7 +57,8 @@ def fetch():
 def pytest_configure(config):
     config.addinivalue_line("markers", "linux: x")
     plugin.NestedMachine = Machine
-    plugin.packages.fetch = fetch
+    plugin.packages.qemu = fetch
+    plugin.packages.fetch = lambda: None
 """
 
 MODULE = """
