@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from harness import process, run_cli
+from harness import guests, process, run_cli
 
 KINDS = {
     "default": [],
@@ -156,3 +156,17 @@ def test_huge_pages(vm):
         return
     machine = vm(*options, append="memhash passes=1")
     assert machine.wait_exit() == 0
+
+
+def test_place_of_option_roms_is_memory_that_reads_as_zero(vm, tmp_path):
+    """What is no memory reads as ones, and each read is an exit; Linux makes 24,000 of them."""
+    code = (
+        b"\xb8\x00\xc0\x30\xdb"  # mov $0xc000, %ax; xor %bl, %bl
+        b"\x8e\xd8\x0a\x1e\x00\x00"  # 1: mov %ax, %ds; or (0), %bl
+        b"\x40\x3d\x00\xf0\x72\xf4"  # inc %ax; cmp $0xf000, %ax; jb 1b
+        b"\xb8\x00\xc0\x8e\xd8\xc6\x06\x00\x00\x55"  # mov $0xc000, %ax; mov %ax, %ds; movb $85, 0
+        b"\x0a\x1e\x00\x00\x88\xd8\xe6\xf4"  # or (0), %bl; mov %bl, %al; out %al, $0xf4
+    )
+    image = guests.flat(tmp_path, code + guests.SPIN)
+    machine = vm("-kernel", image, "-device", "isa-debug-exit,iobase=0xf4,iosize=1")
+    assert machine.wait_exit() == 1  # (0 << 1) | 1
