@@ -1,6 +1,53 @@
 """Images of a VMM that tests pretend to exec, for the fixtures called ``images``."""
 
 import os
+import time
+
+from pyvmm.core.eventloop import EventLoop
+from pyvmm.cpr.fdstore import FdStore
+
+DEADLINE_S = 20
+
+
+class BareImage:
+    """One image of a VMM: a loop, a store of descriptors, and what is made on them."""
+
+    def __init__(self, inherited=None):
+        self.loop = EventLoop()
+        self.fds = FdStore(inherited)
+        self._made = []
+
+    def until(self, condition):
+        """Run the loop until ``condition()``."""
+        end = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end, "it never happened"
+            self.loop.run_once(0.2)
+
+    def settle(self):
+        """Run the loop until it has nothing to do at once."""
+        for _ in range(5):
+            self.loop.run_once(0)
+
+    def exec(self):
+        """What the next image inherits; this one is gone without having closed anything.
+
+        Only the descriptors that are kept go over, and only the duplicates are left open, so
+        that peers see what they would see.
+        """
+        kept = self.fds.kept()
+        inherited = {key: os.dup(fd) for key, fd in kept.items()}
+        self.abandon()
+        for fd in kept.values():
+            self.loop.remove(fd)
+            os.close(fd)
+        self.loop.close()
+        self._made.clear()
+        self.fds = self.loop = None
+        return inherited
+
+    def abandon(self):
+        """Have Python objects leave the descriptors that are kept alone."""
 
 
 def making(kind):

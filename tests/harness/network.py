@@ -14,6 +14,8 @@ GUEST_MAC = bytes.fromhex("525400123456")
 PEER_MAC = bytes.fromhex("020000000001")
 GUEST_IP = "10.9.0.2"
 PEER_IP = "10.9.0.1"
+#: A network device on what :func:`make_tap` makes.
+TAP = ("-netdev", "tap,id=n0,ifname=tap0,script=no", "-device", "virtio-net-device,netdev=n0")
 TYPE_TEST = b"\x88\xb5"  # IEEE 802: for local experiments
 CLONE_NEWNET = 0x40000000
 

@@ -9,6 +9,7 @@ import pytest
 from harness.network import (
     GUEST_IP,
     PEER_IP,
+    TAP,
     StreamPeer,
     echo_of,
     make_tap,
@@ -107,10 +108,7 @@ def test_host_and_guest_talk_over_a_tap(vm, offload):
     """ARP, ICMP and UDP with the host's own network stack; it drops what has a wrong sum."""
     with namespace():
         make_tap()
-        network = ("-netdev", "tap,id=n0,ifname=tap0,script=no,downscript=no")
-        machine = vm(
-            *network, "-device", "virtio-net-device,netdev=n0", append=f"virtio-net {offload}"
-        )
+        machine = vm(*TAP, append=f"virtio-net {offload}")
         machine.expect("ready")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.settimeout(20)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from harness import fio, linux
-from harness.network import GUEST_IP, PEER_IP, make_tap, namespace
+from harness.network import GUEST_IP, PEER_IP, TAP, make_tap, namespace
 from harness.process import wait_until
 from harness.stream import Peer, consoles
 
@@ -127,8 +127,7 @@ def test_nothing_is_lost(vm, tmp_path, console, smp, cache):
     options = linux.options(tmp_path, SCRIPT, modules=MODULES, files=fio.files())
     options += ["-drive", f"file={disk},format=raw,if=none,id=disk,cache={cache}"]
     options += ["-device", "virtio-blk-device,drive=disk"]
-    options += ["-netdev", "tap,id=n0,ifname=tap0,script=no"]
-    options += ["-device", "virtio-net-device,netdev=n0", *consoles(console)]
+    options += [*TAP, *consoles(console)]
     with namespace(), socket.create_server(("0.0.0.0", 7007)) as listener:
         make_tap()
         machine = vm(*options, memory="256M", smp=smp)

@@ -8,6 +8,7 @@ import pytest
 from harness.network import (
     GUEST_IP,
     PEER_IP,
+    TAP,
     StreamPeer,
     echo_of,
     make_tap,
@@ -111,10 +112,7 @@ def test_tap_lives_through_updates(vm):
     """Frames that come while nobody reads wait in the interface."""
     with namespace():
         make_tap()
-        network = ("-netdev", "tap,id=n0,ifname=tap0,script=no,downscript=no")
-        machine = vm(
-            *network, "-device", "virtio-net-device,netdev=n0", append="virtio-net offload"
-        )
+        machine = vm(*TAP, append="virtio-net offload")
         machine.expect("ready")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.settimeout(20)

@@ -1,18 +1,12 @@
 """A loop that runs until something is so, a front end that records, and a pretended exec."""
 
-import os
 import socket
-import time
 
 import pytest
-from harness.images import making
+from harness.images import BareImage, making
 
 from pyvmm.chardev.base import Frontend
 from pyvmm.chardev.factory import ChardevSet
-from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
-
-DEADLINE_S = 20
 
 
 class Recorder(Frontend):
@@ -44,15 +38,13 @@ class Recorder(Frontend):
         self.writable += 1
 
 
-class Image:
-    """One image of a VMM: a loop, a store of descriptors, and the chardevs on them."""
+class Image(BareImage):
+    """With chardevs."""
 
     def __init__(self, inherited=None):
-        self.loop = EventLoop()
-        self.fds = FdStore(inherited)
+        super().__init__(inherited)
         self.quits = 0
         self.chardevs = ChardevSet(self.loop, self.fds, self._quit)
-        self._made = []
 
     def _quit(self):
         self.quits += 1
@@ -63,39 +55,14 @@ class Image:
         self._made.append(chardev)
         return chardev
 
-    def until(self, condition):
-        """Run the loop until ``condition()``."""
-        end = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < end, "it never happened"
-            self.loop.run_once(0.5)
-
-    def settle(self):
-        """Run the loop until it has nothing to do at once."""
-        for _ in range(5):
-            self.loop.run_once(0)
-
-    def exec(self):
-        """The image that comes after this one, which is gone without having closed anything.
-
-        Only the descriptors that are kept go over, and only the duplicates are left open,
-        so that peers see what they would see.
-        """
-        kept = self.fds.kept()
-        inherited = {key: os.dup(fd) for key, fd in kept.items()}
+    def abandon(self):
         for chardev in [*self._made, *(chardev for _id, chardev in self.chardevs.items())]:
             connector = getattr(chardev, "connector", None)
             if connector is not None and connector._listener is not None:
                 connector._listener.detach()
             if connector is not None and connector._calling is not None:
                 connector._calling.close()  # close-on-exec
-        for fd in kept.values():
-            self.loop.remove(fd)
-            os.close(fd)
-        self.loop.close()
-        self._made.clear()
-        self.chardevs = self.fds = self.loop = None
-        return inherited
+        self.chardevs = None
 
     def close(self):
         if self.loop is not None:

@@ -1,17 +1,10 @@
 """A front end that records frames, a pretended exec, and network namespaces."""
 
-import os
-import time
-
 import pytest
 from harness import network
-from harness.images import making
+from harness.images import BareImage, making
 
 from pyvmm.backends.net.base import HEADER, NetFrontend
-from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
-
-DEADLINE_S = 20
 
 
 class Recorder(NetFrontend):
@@ -48,13 +41,8 @@ class Recorder(NetFrontend):
         self.links.append(up)
 
 
-class Image:
-    """One image of a VMM: a loop, a store of descriptors, and the back ends on them."""
-
-    def __init__(self, inherited=None):
-        self.loop = EventLoop()
-        self.fds = FdStore(inherited)
-        self._made = []
+class Image(BareImage):
+    """With back ends."""
 
     def make(self, kind, id="n0", **options):
         """Build a back end; it is closed with the image."""
@@ -62,22 +50,7 @@ class Image:
         self._made.append(backend)
         return backend
 
-    def until(self, condition):
-        """Run the loop until ``condition()``."""
-        end = time.monotonic() + DEADLINE_S
-        while not condition():
-            assert time.monotonic() < end, "it never happened"
-            self.loop.run_once(0.2)
-
-    def settle(self):
-        """Run the loop until it has nothing to do at once."""
-        for _ in range(5):
-            self.loop.run_once(0)
-
-    def exec(self):
-        """What the next image inherits; this one is gone without having closed anything."""
-        kept = self.fds.kept()
-        inherited = {key: os.dup(fd) for key, fd in kept.items()}
+    def abandon(self):
         for backend in self._made:
             for owner, name in (
                 (backend, "_sock"),
@@ -88,12 +61,6 @@ class Image:
                     sock.detach()
             if hasattr(backend, "fd"):
                 backend.fd = -1
-        for fd in kept.values():
-            os.close(fd)
-        self.loop.close()
-        self._made.clear()
-        self.loop = None
-        return inherited
 
     def close(self):
         if self.loop is not None:
