@@ -8,6 +8,7 @@ descriptor could leave behind.
 
 from __future__ import annotations
 
+import _thread
 import os
 import select
 import time
@@ -59,6 +60,8 @@ class EventLoop:
         #: function, whose descriptor is no longer served. None: it leaves :meth:`run`.
         self.on_error: Callable[[Exception, Callable[..., None]], None] | None = None
         self._signal_fds: tuple[int, ...] = ()
+        # Against close(). A signal handler may wake the loop in the middle of either.
+        self._wake_lock = _thread.RLock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake_fd, READABLE, self._handle_wake)
 
@@ -83,14 +86,20 @@ class EventLoop:
         return timer
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call on the loop's thread, in order, from any thread and from signal handlers."""
+        """Call on the loop's thread, in order, from any thread and from signal handlers; never
+        if the loop is closed."""
         self._calls.append(callback)
-        os.eventfd_write(self._wake_fd, 1)
+        self._wake()
 
     def stop(self) -> None:
         """Let :meth:`run` return; from any thread."""
         self.stopping = True
-        os.eventfd_write(self._wake_fd, 1)
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
@@ -130,7 +139,10 @@ class EventLoop:
         """Release the loop's own descriptor."""
         if self._signal_fds:
             _signal.set_wakeup_fd(-1)
-        for fd in (self._wake_fd, *self._signal_fds):
+        with self._wake_lock:
+            # Its number may soon be another file's.
+            wake_fd, self._wake_fd = self._wake_fd, -1
+        for fd in (wake_fd, *self._signal_fds):
             self.remove(fd)
             os.close(fd)
 

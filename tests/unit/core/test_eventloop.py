@@ -216,6 +216,23 @@ def test_call_from_another_thread_wakes_the_loop(loop):
     assert loop.stopping
 
 
+def test_call_that_comes_too_late_is_none():
+    """A thread that waited for a name server finds the loop closed, and another file there."""
+    loop = EventLoop()
+    loop.close()
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    other, unused = os.pipe2(os.O_NONBLOCK)
+    try:
+        loop.call_soon(lambda: 1 // 0)
+        loop.stop()
+        for fd in (reader, other):
+            with pytest.raises(BlockingIOError):
+                os.read(fd, 8)
+    finally:
+        for fd in (reader, writer, other, unused):
+            os.close(fd)
+
+
 def test_call_from_a_signal_handler_wakes_the_loop(loop):
     crashes = []
     before = signal.signal(signal.SIGALRM, lambda *_: loop.call_soon(loop.stop))
