@@ -1,5 +1,5 @@
 /* Real mode: the PIT interrupts through the IVT at 100 Hz, the CPU is halted in between; every tenth
- * interrupt a line "real-halt XXXXXXXX". */
+ * interrupt a line "real-halt" and the count in hexadecimal. */
 #include "real.h"
 
 begin:

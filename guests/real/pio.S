@@ -1,5 +1,5 @@
 /* Real mode: a tight loop of out and in on the serial scratch register, each byte read back; every
- * 1024 rounds a line "real-pio XXXXXXXX". */
+ * 1024 rounds a line "real-pio" and the count in hexadecimal. */
 #include "real.h"
 
 begin:

@@ -1,5 +1,5 @@
 /* Real mode: the RTC interrupts 32 times a second, the CPU is halted in between; every eighth
- * interrupt a line "real-rtc XXXXXXXX". */
+ * interrupt a line "real-rtc" and the count in hexadecimal. */
 #include "real.h"
 
 begin:

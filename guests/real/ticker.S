@@ -1,5 +1,5 @@
 /* Real mode: known values in the general and segment registers, checked for ever; every 4096 rounds a
- * line "real-ticker XXXXXXXX". The round count lives in ebp alone. */
+ * line "real-ticker" and the count in hexadecimal. The round count lives in ebp alone. */
 #include "real.h"
 
 /* Fails with NAME unless REG holds VALUE. */

@@ -2,9 +2,9 @@
 
 QEMU emulates a processor with SVM; Debian's kernel runs kvm-amd on it. The host's files are all
 there, at the same paths; what is written stays in the machine's memory and goes with it. So the
-host's Python, the virtual environment and the checkout run inside as they are (those of pyvmm as
-they were when the machine was started). Python is some 30
-times slower there: only ratios that were measured inside mean anything.
+host's Python, the virtual environment and the checkout run inside as they are (pyvmm as it was when
+the machine was started). Python is some 30 times slower there: only ratios that were measured
+inside mean anything.
 """
 
 import contextlib

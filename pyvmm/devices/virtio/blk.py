@@ -118,6 +118,7 @@ class VirtioBlk(VirtioDevice):
 
     virtio_id = 2
     name = "virtio-blk-device"
+    batch = BATCH
     vmstate = Description("virtio-blk", _STATE, subsections=[_RETRIES])
 
     def __init__(
@@ -224,23 +225,8 @@ class VirtioBlk(VirtioDevice):
 
     # ---- requests; with the lock held ------------------------------------------------------
 
-    def handle_queue(self, index: int) -> None:
-        queue = self.queues[index]
-        queue.disable_notifications()
-        left = BATCH
-        while (left := left - self._serve(queue, left)) > 0:
-            left -= 1  # whatever follows: a driver may move its index to and fro
-            chain = queue.pop()
-            if chain is not None:
-                self.handle_chain(queue, chain)
-            elif not queue.enable_notifications():
-                break
-        else:
-            self.kick(index)
-        self.notify_used(index)
-
-    def _serve(self, queue: Queue, most: int) -> int:
-        """Do natively what :meth:`_read` and :meth:`_write` would do at once; how many."""
+    def serve_natively(self, queue: Queue, most: int) -> int:
+        """What :meth:`_read` and :meth:`_write` would do at once."""
         file = self.file
         if not file.writes_to_cache:
             return 0  # all of it waits

@@ -46,6 +46,8 @@ class VirtioDevice:
     name = "virtio-device"
     #: Most entries of each queue, powers of two.
     queue_sizes: tuple[int, ...] = ()
+    #: Chains that are served at once; 0: as many as the queue has entries.
+    batch = 0
     #: Feature bits of this device type; the transport adds its own.
     features = 0
     #: The device configuration space (virtio 1.3, 2.5).
@@ -79,14 +81,16 @@ class VirtioDevice:
     def handle_queue(self, index: int) -> None:
         """The driver kicked a queue: serve it. The loop's thread, with the lock held.
 
-        This one gives chain by chain to :meth:`handle_chain`, no more at once than the queue
-        has entries: a driver that never stops must not keep the loop for itself.
+        This one gives chain by chain to :meth:`handle_chain`, no more at once than ``batch``: a
+        driver that never stops must not keep the loop for itself.
 
         :raises GuestError: the driver broke the rules; the device goes to DEVICE_NEEDS_RESET
         """
         queue = self.queues[index]
         queue.disable_notifications()
-        for _ in range(queue.size):
+        left = self.batch or queue.size
+        while (left := left - self.serve_natively(queue, left)) > 0:
+            left -= 1  # whatever follows: a driver may move its index to and fro
             chain = queue.pop()
             if chain is not None:
                 self.handle_chain(queue, chain)
@@ -95,6 +99,11 @@ class VirtioDevice:
         else:
             self.kick(index)
         self.notify_used(index)
+
+    def serve_natively(self, queue: Queue, most: int) -> int:
+        """Do the next requests, ``most`` of them at once, without Python; how many. What it leaves
+        is for :meth:`handle_chain`."""
+        return 0
 
     def handle_chain(self, queue: Queue, chain: Chain) -> None:
         """Serve one request and ``push`` it."""

@@ -518,7 +518,7 @@ def parts(data, sizes):
 def test_same_as_by_python(asked, changed, indirect):
     features = ~0 if indirect else ~F_INDIRECT_DESC
     native, python = Run("native", features), Run("python", features)
-    python.device._serve = lambda _queue, _most: 0
+    python.device.serve_natively = lambda _queue, _most: 0
     try:
         for run in (native, python):
             for one in asked:
