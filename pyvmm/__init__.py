@@ -2,7 +2,8 @@
 
 Start-up, in the order in which it happens:
 
-1. ``cli.run`` reads the CPR state, if an image before left one (``cpr.state.inherit``).
+0. ``wayback.arm`` opens the way back to the image before, if there was one.
+1. ``cli.run`` reads the CPR state that it left (``cpr.state.inherit``).
 2. ``machine.options.parse`` turns the command line into a ``MachineConfig``.
 3. ``machine.builder.build`` puts the machine together: /dev/kvm, memory, VM and vCPUs,
    chardevs, devices, kernel. What was inherited is taken from ``cpr.fdstore`` instead of
@@ -16,14 +17,14 @@ Start-up, in the order in which it happens:
 A live update, in the old image: ``Migration.start`` refuses or runs the new command as a
 probe (``migration.preflight``); ``Migration._update`` is the recipe from the running guest to
 the execve. In the new image: ``Migration._load`` from the state to the running guest;
-``migration.rollback`` is the way back if that cannot be.
+``wayback`` (prepared by ``migration.rollback``) is the way back if that cannot be.
 
 Layers; imports go down only, which a test enforces:
 
 ====  ===========================  ====================================================
 rank  packages                     what they know
 ====  ===========================  ====================================================
-0     errors, _util                nothing of pyvmm
+0     errors, _util, wayback       nothing of pyvmm
 1     _native, vmstate             the cffi boundary; how state is described
 2     core, cpr                    event loop, buses, run states; what an exec carries over
 3     kvm, memory                  KVM's API, one class a descriptor; guest RAM
@@ -45,5 +46,13 @@ To read on: ``machine/builder.py``, ``machine/cpu.py``, ``devices/serial.py``,
 ``migration/manager.py``. To write a device, copy ``devices/pvpanic.py``; a virtio device,
 ``devices/virtio/rng.py`` and its line in ``machine/virtio.py``.
 """
+
+import os
+
+if "PYVMM_CPR_WAY_BACK" in os.environ:
+    # Before any other module: one that is missing or broken leads back to the image before.
+    from pyvmm import wayback
+
+    wayback.arm()
 
 __version__ = "0.1.0"

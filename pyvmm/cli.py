@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pyvmm.cpr.state import CprState
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.manager import Migration
-    from pyvmm.migration.rollback import WayBack
     from pyvmm.monitor.frontend import MonitorFrontend
     from pyvmm.monitor.server import Publication
     from pyvmm.rundir import Entry
@@ -88,10 +87,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(argv: list[str], started: int) -> int:
     """``pyvmm run``: build the machine, start or load the guest, serve until its end."""
-    # No more than this before a way back is open: the package may be replaced meanwhile.
-    from pyvmm.cpr import state as cpr_state
-    from pyvmm.errors import ConfigError, PyvmmError
+    from pyvmm import wayback
 
+    carried: CprState | None = None
     try:
         if PROBE in os.environ:
             # What an update imports only after the exec must be sound, too.
@@ -99,41 +97,47 @@ def run(argv: list[str], started: int) -> int:
             from pyvmm.monitor import attach  # noqa: F401
 
             return preflight.answer(argv)
-        carried = cpr_state.inherit()
-        if carried is None:
-            return serve(argv, started)
-        return take_over(argv, carried, started)
-    except PyvmmError as error:
-        print(f"pyvmm: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return 128 + _signal.SIGINT
+        from pyvmm.cpr import state as cpr_state
 
+        carried = cpr_state.inherit(keep=wayback.is_open())
+        if carried is not None:
+            from pyvmm.migration import rollback
 
-def take_over(argv: list[str], carried: CprState, started: int) -> int:
-    """Go on for the image before; until the guest runs, any error leads back to it."""
-    from pyvmm.migration.rollback import WayBack
-
-    way_back = WayBack(carried)
-    try:
-        return serve(argv, started, carried, way_back)
+            rollback.adopt(carried)
+        return serve(argv, started, carried)
     except BaseException as error:
-        way_back.attempt(error)
-        # Nobody else knows by now that the terminal was raw.
-        for name, value in carried.values.items():
-            if name.startswith("chardev/"):
-                from pyvmm.chardev.stdio import restore_terminal
-
-                restore_terminal(value)
-        raise
+        # Until the guest runs any error leads back to the image before: this does not return.
+        wayback.attempt(error)
+        if carried is not None:
+            restore_terminal(carried)
+        return end(error)
 
 
-def serve(
-    argv: list[str],
-    started: int,
-    carried: CprState | None = None,
-    way_back: WayBack | None = None,
-) -> int:
+def end(error: BaseException) -> int:
+    """Say what ended the VMM before its time; return the exit code.
+
+    :raises BaseException: the error itself, if it is none that is raised on purpose
+    """
+    from pyvmm.errors import ConfigError, PyvmmError
+
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + _signal.SIGINT
+    if not isinstance(error, PyvmmError):
+        raise error
+    print(f"pyvmm: {error}", file=sys.stderr)
+    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
+
+
+def restore_terminal(carried: CprState) -> None:
+    """Give the terminal back that the image before made raw: nobody else knows of it by now."""
+    for name, value in carried.values.items():
+        if name.startswith("chardev/"):
+            from pyvmm.chardev.stdio import restore_terminal
+
+            restore_terminal(value)
+
+
+def serve(argv: list[str], started: int, carried: CprState | None = None) -> int:
     """Build the machine, start or load the guest, and run the main loop; the exit code."""
     from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
@@ -168,12 +172,10 @@ def serve(
         handle_signals(machine)
         # Whatever started it (python -m, an update): this is how ps shows it.
         name_thread("pyvmm")
-        migration = Migration(machine, values, way_back)
+        migration = Migration(machine, values)
         migration.progress.mark("start", started)
         machine.start()
         migration.begin()
-        # They come blocked out of an exec, so that they are not lost on a way back.
-        _signal.pthread_sigmask(_signal.SIG_UNBLOCK, ENDING)
     except BaseException:
         if machine is not None and not fds.is_incoming:
             machine.close()
@@ -181,6 +183,10 @@ def serve(
             entry.remove()
         raise
     try:
+        # The guest runs, perhaps for months: nothing that fails from here on ends it.
+        machine.loop.on_error = machine.handle_error
+        # They come blocked out of an exec, so that they are not lost on a way back.
+        machine.attempt(unblock_signals, "signals")
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
         import_ahead(machine)
@@ -188,7 +194,6 @@ def serve(
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
-        machine.loop.on_error = machine.handle_error
         machine.loop.run()
         return machine.exit_code
     finally:
@@ -224,6 +229,11 @@ def handle_signals(machine: Machine) -> None:
         on_cont, on_resize = stdio.handle_cont, stdio.handle_resize
         _handle(machine, _signal.SIGCONT, on_cont)
         _handle(machine, _signal.SIGWINCH, on_resize)
+
+
+def unblock_signals() -> None:
+    """Take the signals that waited until the guest ran."""
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, ENDING)
 
 
 def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFrontend]:

@@ -28,6 +28,11 @@ HANGUP = select.POLLHUP | select.POLLERR
 # poll(2) takes an int.
 LONGEST_WAIT_MS = (1 << 31) - 1
 
+# How soon poll(2) is called again that failed: the host had no memory for it, or a limit on
+# descriptors was lowered below their number.
+_RETRY_S = 0.05
+_WAKE_ATTEMPTS = 3
+
 
 class Timer:
     """A call at a time to come; :meth:`cancel` may come at any moment, even after it."""
@@ -99,7 +104,7 @@ class EventLoop:
     def _wake(self) -> None:
         with self._wake_lock:
             if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
+                _signal_eventfd(self._wake_fd)
 
     def run(self) -> None:
         """Serve until :meth:`stop`."""
@@ -108,7 +113,12 @@ class EventLoop:
 
     def run_once(self, timeout_s: float | None = None) -> None:
         """Wait for something to do, for ``timeout_s`` at most, and do all that is due."""
-        ready = self._poll.poll(self._timeout_ms(timeout_s))
+        try:
+            ready = self._poll.poll(self._timeout_ms(timeout_s))
+        except OSError:
+            # Timers and calls go on meanwhile.
+            time.sleep(_RETRY_S)
+            ready = []
         handlers = [self._handlers[fd] for fd, _ in ready]
         for (fd, revents), handler in zip(ready, handlers, strict=True):
             # An earlier handler of this round may have removed this one, and its number may
@@ -169,8 +179,26 @@ class EventLoop:
         return min(int(timeout_s * 1000) + 1, LONGEST_WAIT_MS)
 
     def _handle_wake(self, _revents: int) -> None:
-        os.eventfd_read(self._wake_fd)
+        try:
+            os.eventfd_read(self._wake_fd)
+        except OSError:
+            pass  # it is ready still and comes again
 
 
 def _drain(fd: int) -> None:
-    os.read(fd, 4096)
+    try:
+        os.read(fd, 4096)
+    except OSError:
+        pass
+
+
+def _signal_eventfd(fd: int) -> None:
+    # One that is full wakes the loop all the same; any other failure is the moment's.
+    for _ in range(_WAKE_ATTEMPTS):
+        try:
+            os.eventfd_write(fd, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            continue
+        return

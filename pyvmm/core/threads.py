@@ -9,6 +9,8 @@ from __future__ import annotations
 import _thread
 import sys
 
+from pyvmm.errors import HostError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
@@ -62,6 +64,8 @@ def spawn(target: Callable[[], None], on_crash: Callable[[BaseException], None])
 
     Signals are the main thread's affair: what another thread took right before an execve
     would be gone with it, while the main thread has those that end the VMM wait for it.
+
+    :raises HostError: the host allows no further thread
     """
 
     def body() -> None:
@@ -71,7 +75,13 @@ def spawn(target: Callable[[], None], on_crash: Callable[[BaseException], None])
         except BaseException as error:
             on_crash(error)
 
-    _thread.start_new_thread(body, ())
+    try:
+        _thread.start_new_thread(body, ())
+    except RuntimeError:
+        raise HostError(
+            "the host allows no further thread; raise its limit (ulimit -u, the control group's "
+            "pids.max) or free memory"
+        ) from None
 
 
 def report_crash(error: BaseException) -> None:

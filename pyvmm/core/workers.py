@@ -11,6 +11,7 @@ from _queue import SimpleQueue  # queue imports threading
 
 from pyvmm._native import name_thread
 from pyvmm.core.threads import Event, Lock, report_crash, spawn
+from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Workers:
                 try:
                     spawn(self._run, report_crash)
                     self._threads += 1
-                except RuntimeError as error:
+                except HostError as error:
                     # The host allows no more threads: the calls wait for those there are.
                     if not self._threads:
                         raise OSError(errno.EAGAIN, str(error)) from None

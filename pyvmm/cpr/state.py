@@ -87,11 +87,12 @@ def decode(data: bytes) -> CprState:
     return state
 
 
-def inherit() -> CprState | None:
+def inherit(*, keep: bool = False) -> CprState | None:
     """The state that this process was born with, or None if it was started afresh.
 
     The variable leaves the environment, so that neither helpers nor the next update see it.
 
+    :param keep: leave the state's descriptor open, for a way back
     :raises VmStateError: if it names no readable state
     """
     text = os.environ.pop(ENVIRONMENT, None)
@@ -106,7 +107,10 @@ def inherit() -> CprState | None:
         if size > MAX_SIZE:
             raise VmStateError("CPR state", f"{size} bytes, at most {MAX_SIZE} are possible")
         data = os.pread(fd, size, 0) if size else b""
-        os.close(fd)
+        if keep:
+            os.set_inheritable(fd, False)
+        else:
+            os.close(fd)
     except OSError as error:
         raise VmStateError("CPR state", f"descriptor {fd}: {error.strerror}") from None
     state = decode(data)

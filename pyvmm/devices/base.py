@@ -57,8 +57,16 @@ class Device(BusDevice):
         :raises HostError: the host does not get done with it in time
         """
 
+    def prepare(self) -> None:
+        """Do all that can fail of :meth:`start`: threads, descriptors. Before the first start and
+        after each reset; nothing of the guest's is touched.
+
+        :raises HostError: naming what the host refuses
+        """
+
     def start(self) -> None:
-        """The vCPUs are about to run, at first or again after :meth:`drain`."""
+        """The vCPUs are about to run, at first or again after :meth:`drain`. Nothing here may
+        fail: after an update there is no way back any more."""
 
     def close(self) -> None:
         """The VM ends: give descriptors and views of memory back."""

@@ -179,8 +179,8 @@ class Cpu:
                 # It stood still and its clock went on: without this its watchdogs would take
                 # the time away for a lockup.
                 self.vcpu.kvmclock_ctrl()
-            except KvmError as error:
-                self._fail(str(error))
+            except KvmError:
+                pass  # a watchdog's complaint costs the guest less than standing still
 
     def _enter(self) -> None:
         # One KVM_RUN after the other, until a kick ends one with nothing left half done.

@@ -46,6 +46,9 @@ EXIT_FAILURE = 1
 RESET_PATIENCE_S = 0.2
 RESET_RETRY_S = 0.5
 
+# How soon a device is started again that the host did not let start.
+START_RETRY_S = 0.1
+
 PANICKED = 1  # bit of the pvpanic port
 
 
@@ -180,9 +183,18 @@ class Machine(CpuEvents):
         for cpu in self.cpus:
             cpu.start()
         if self.runstate.state == runstate.PRELAUNCH:
+            self.prepare_devices()
             if self.autostart:
                 self.resume(runstate.RUNNING)
             self.attach_devices()
+
+    def prepare_devices(self) -> None:
+        """Have the devices do all that can fail of their start.
+
+        :raises HostError: naming what the host refuses
+        """
+        for device in self.devices:
+            device.prepare()
 
     def attach_devices(self) -> None:
         """Let the devices take input: their state is complete, booted or loaded. What one of
@@ -239,15 +251,26 @@ class Machine(CpuEvents):
         if self._reset_waits:
             return  # the guest that was is not to go on
         for device in self.devices:
-            device.start()
+            self._start_device(device)
         for cpu in self.cpus:
             cpu.resume()
+
+    def _start_device(self, device: Device, told: bool = False) -> None:
+        # There may be no way back any more: one that cannot start does not keep the others from it.
+        try:
+            device.start()
+        except Exception as error:
+            if not told:
+                self.warn(f"{device.name} does not start yet: {error!r}")
+            if self.runstate.running:
+                self.loop.call_later(START_RETRY_S, lambda: self._start_device(device, True))
 
     def power_on(self) -> None:
         """Put everything into its state after power-on and the kernel into memory."""
         self.platform.reset()
         for device in self.devices:
             device.reset()
+        self.prepare_devices()
         self.load_guest()
 
     def load_guest(self) -> None:
@@ -414,6 +437,17 @@ class Machine(CpuEvents):
                 self.warn(str(error))
         self.runstate.set(state)
         self.emit("STOP", None)
+
+    def attempt(self, step: Callable[[], object], what: str) -> None:
+        """Do what the guest shall not end for: a failure is a warning.
+
+        :param what: what is being done, for that
+        """
+        try:
+            step()
+        except Exception as error:
+            text = str(error) if isinstance(error, PyvmmError) else f"{place(error)}: {error!r}"
+            self.warn(f"{what}: {text}")
 
     def warn(self, text: str) -> None:
         """Tell the operator on standard error."""

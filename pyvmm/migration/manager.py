@@ -16,9 +16,8 @@ from __future__ import annotations
 import os
 import time
 
-from pyvmm import _native
+from pyvmm import _native, wayback
 from pyvmm.core import runstate
-from pyvmm.cpr import state as cpr_state
 from pyvmm.errors import CommandError, ConfigError, MigrationError, PyvmmError
 from pyvmm.migration import params, program, rollback, savevm
 from pyvmm.migration.progress import Progress
@@ -58,15 +57,11 @@ class Migration:
 
     :param machine: the machine
     :param carried: host-side values from the image before; empty if there was none
-    :param way_back: to that image, until the guest runs here
     """
 
-    def __init__(
-        self, machine: Machine, carried: dict[str, bytes], way_back: rollback.WayBack | None = None
-    ) -> None:
+    def __init__(self, machine: Machine, carried: dict[str, bytes]) -> None:
         self.machine = machine
         self.carried = carried
-        self._way_back = way_back
         self.parameters = params.parameters()
         self.capabilities = params.capabilities()
         self.progress = Progress()
@@ -88,7 +83,10 @@ class Migration:
         # Those of earlier updates, if one came before they were waited for.
         pids = carried.pop("holders", b"")
         self._ended = [int.from_bytes(pids[at : at + 4]) for at in range(0, len(pids), 4)]
-        self._exe = machine.fds.take(rollback.EXE_FD)
+        # What the way back needs, until it is given up.
+        taken = (machine.fds.take(name) for name in (rollback.EXE_FD, rollback.RECORD_FD))
+        self._way_back_fds = [fd for fd in taken if fd is not None]
+        self._failure = rollback.failure(carried)
         blockers = self.blockers() if machine.config.only_migratable else []
         if blockers:
             raise ConfigError(f"-only-migratable: {blockers[0]}")
@@ -255,17 +253,17 @@ class Migration:
             self._set_status("completed")
             progress.mark("exec")
             undo.append(lambda: rollback.disarm(fds))
-            values = rollback.arm(fds, MemoryTarget.text)
+            rollback.arm(fds)
             if machine.signalled:
                 raise MigrationError(f"Signal {machine.signalled} ends the VMM")
-            cpr_fd = cpr_state.publish(fds.kept(), values | self._values())
+            cpr_fd, environment = rollback.publish(fds, self._values(), MemoryTarget.text)
             undo.append(lambda: os.close(cpr_fd))
             os.set_inheritable(cpr_fd, True)
             # The very last act: a helper forked earlier must not inherit guest memory.
             undo.append(lambda: fds.set_inheritable(False))
             fds.set_inheritable(True)
             try:
-                os.execve(path, argv, os.environ | {cpr_state.ENVIRONMENT: str(cpr_fd)})
+                os.execve(path, argv, os.environ | environment)
             except OSError as error:
                 raise MigrationError(f"execve {path} failed: {error.strerror}") from None
         except Exception as error:
@@ -277,10 +275,7 @@ class Migration:
 
     def _try(self, step: Callable[[], None]) -> None:
         # Whatever goes wrong with one step, the guest must run on.
-        try:
-            step()
-        except Exception as error:
-            self.machine.warn(f"update: {_explain(error)}")
+        self.machine.attempt(step, "update")
 
     def _stop_guest(self, before: str) -> None:
         # What the guest asked for in its last moments (a reset, its end) is acted on first.
@@ -366,8 +361,8 @@ class Migration:
         :raises PyvmmError: the state cannot be loaded; nothing runs
         """
         if self._deferred:
-            if self._way_back is not None:
-                self._way_back.stop_timer()
+            if wayback.is_open():
+                wayback.stop_timer()
         elif self.machine.config.incoming:
             self._load(parse(self.machine.config.incoming))
         # Off the pause, but before the descriptors that nobody took are closed.
@@ -407,24 +402,26 @@ class Migration:
         if state == runstate.RUNNING and not machine.autostart:
             state = runstate.PAUSED
         machine.runstate.set(state)
-        # The very last act: from here on the guest changes its memory.
-        if self._way_back is not None:
-            self._way_back.close()
+        # All that can fail comes before: behind the next line nothing opens, allocates, starts a
+        # thread or waits, since from there on the guest changes its memory.
+        machine.prepare_devices()
+        state_fd = wayback.close()
         if state == runstate.RUNNING:
-            machine.resume(state)
+            self._try(lambda: machine.resume(state))
         progress.mark("running")
+        if state_fd is not None:
+            self._way_back_fds.append(state_fd)
         # The rest is not in the pause, and the guest does not end for want of it.
         self._try(machine.attach_devices)
         self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
         self._try(lambda: source.release(machine.fds))
-        failure = self.carried.pop(rollback.ERROR, b"").decode("utf-8", "replace")
+        failure, progress.where = self._failure
         if failure:
-            progress.where = self.carried.pop(rollback.WHERE, b"").decode("utf-8", "replace")
             self.untold = f"{failure} (the guest is back in the image before)"
             self._fail(self.untold)
         else:
             self._set_status("completed")
-        self._release_memory()
+        self._try(self._release_memory)
 
     def _adopt_added(self) -> None:
         """Go on with what monitors' clients added to the machine."""
@@ -447,9 +444,8 @@ class Migration:
             self.untold = None
 
     def _release_memory(self) -> None:
-        if self._exe is not None:
-            os.close(self._exe)
-            self._exe = None
+        while self._way_back_fds:
+            os.close(self._way_back_fds.pop())
         for pid, fd in self._holders.items():
             os.close(fd)
             self._ended.append(pid)

@@ -14,6 +14,7 @@ import os
 
 from pyvmm import __version__
 from pyvmm.core.eventloop import READABLE
+from pyvmm.cpr import state as cpr_state
 from pyvmm.errors import MigrationError, PyvmmError
 from pyvmm.machine import builder, options
 from pyvmm.machine.config import MACHINE_TYPE
@@ -42,6 +43,11 @@ def describe(config: MachineConfig) -> dict[str, Any]:
     return {
         "version": __version__,
         "machine": MACHINE_TYPE,
+        # Of each format that goes through the exec: the versions that are read, and written.
+        "cpr": {
+            "CPR state": [cpr_state.VERSION, cpr_state.VERSION],
+            "host-side values": [cpr_state.VALUES_VERSION, cpr_state.VALUES_VERSION],
+        },
         "incoming": config.incoming,
         "shape": config.shape(),
         "chardevs": config.chardev_kinds(),
@@ -101,19 +107,27 @@ def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
                 f"the new command: chardev {id} is {other}, this machine has {kind}; "
                 "make them equal"
             )
+    # Images before this entry write and read version 1 of each.
+    formats = new.get("cpr", {})
+    for name, (_, version) in own["cpr"].items():
+        _check_version(new, name, formats.get(name, [1, 1]), version)
     sections = new.get("sections", {})
     for section, (_, version) in own["sections"].items():
         if section not in sections:
             raise MigrationError(f"the new version {new.get('version')} has no device {section}")
-        oldest, newest = sections[section]
-        if not oldest <= version <= newest:
-            raise MigrationError(
-                f"the new version {new.get('version')} reads {section} in versions {oldest} to "
-                f"{newest}, this one writes {version}"
-            )
+        _check_version(new, section, sections[section], version)
     for section in sections:
         if section not in own["sections"]:
             raise MigrationError(f"this machine has no device {section}, the new command does")
+
+
+def _check_version(new: dict[str, Any], what: str, reads: list[int], version: int) -> None:
+    oldest, newest = reads
+    if not oldest <= version <= newest:
+        raise MigrationError(
+            f"the new version {new.get('version')} reads {what} in versions {oldest} to "
+            f"{newest}, this one writes {version}"
+        )
 
 
 def check_descriptors() -> None:

@@ -1,9 +1,9 @@
-"""The way back after the exec: the new image hands everything to the old one again.
+"""The way back after the exec, as the old image prepares it, and the image before this version.
 
-The CPR state names the old command and carries a descriptor of the old executable. As long
-as the guest has not run, the state and the guest's memory are untouched, so an image that
-cannot take over (any exception, or a deadline that passed) executes the old command with the
-same state and the same descriptors. Once: an old image that fails too has nowhere to go.
+The CPR state names the old command and carries a descriptor of the old executable and of the
+record that ``pyvmm.wayback`` reads. As long as the guest has not run, the state and the guest's
+memory are untouched, so a new image that cannot take over executes the old command with the same
+state and the same descriptors.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import sys
 
+from pyvmm import wayback
 from pyvmm.cpr import state as cpr_state
-from pyvmm.errors import PyvmmError, place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,18 +24,16 @@ else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
 EXE_FD = "cpr/exe"
+RECORD_FD = "cpr/way-back"
+# Values for images before version 1 of the record, which went back by these alone.
 COMMAND = "rollback/command"
 ERROR = "rollback/error"
 WHERE = "rollback/where"
-DEADLINE_S = 10.0
+DEADLINE_S = wayback.DEADLINE_S
 REPEAT_S = 1.0  # should something have swallowed the first alarm
 
 # What would end the new image before it can end in order; they wait until it can.
 _DEFERRED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
-
-
-class DeadlineError(PyvmmError):
-    """The new image took too long to take over."""
 
 
 def own_command(incoming: str) -> list[str]:
@@ -60,67 +58,64 @@ def own_command(incoming: str) -> list[str]:
     return [*kept, "-incoming", incoming]
 
 
-def arm(fds: FdStore, incoming: str) -> dict[str, bytes]:
-    """In the old image: what the new one needs for the way back, as CPR values."""
+def arm(fds: FdStore) -> None:
+    """In the old image: keep what the way back needs, and start the deadline."""
     fds.keep(EXE_FD, os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC))
+    fds.keep(RECORD_FD, os.memfd_create("way-back", os.MFD_CLOEXEC))
     # The timer goes on through the exec, and kills an image that does not handle it.
     _signal.setitimer(_signal.ITIMER_REAL, DEADLINE_S, REPEAT_S)
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _DEFERRED)
-    return {COMMAND: "\0".join(own_command(incoming)).encode("utf-8", "surrogateescape")}
+
+
+def publish(fds: FdStore, values: dict[str, bytes], incoming: str) -> tuple[int, dict[str, str]]:
+    """In the old image, after :func:`arm`: write the CPR state and the record of the way back.
+    Return the state's descriptor, and what the new image's environment must say.
+
+    :param incoming: URI of the state for the way back
+    """
+    command = [os.fsencode(word) for word in own_command(incoming)]
+    kept = fds.kept()
+    state = cpr_state.publish(kept, values | {COMMAND: b"\0".join(command)})
+    try:
+        record = kept[(RECORD_FD, 0)]
+        program = kept[(EXE_FD, 0)]
+        wayback.write(record, wayback.Record(program, state, [state, *kept.values()], command))
+    except BaseException:
+        os.close(state)
+        raise
+    return state, {cpr_state.ENVIRONMENT: str(state), wayback.RECORD: str(record)}
 
 
 def disarm(fds: FdStore) -> None:
     """In the old image: undo :func:`arm`, after an exec that failed."""
-    _signal.setitimer(_signal.ITIMER_REAL, 0)
+    wayback.stop_timer()
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _DEFERRED)
-    exe = fds.kept().get((EXE_FD, 0))
-    if exe is not None:
-        fds.forget(EXE_FD)
-        os.close(exe)
+    for name in (EXE_FD, RECORD_FD):
+        fd = fds.kept().get((name, 0))
+        if fd is not None:
+            fds.forget(name)
+            os.close(fd)
 
 
-class WayBack:
-    """In the new image: the way back, open until :meth:`close`.
+def adopt(carried: CprState) -> None:
+    """In the new image: open the way back to an image that wrote no record, from the CPR state.
 
-    :param carried: the CPR state as it was inherited
+    It reads why it is back in the state, not in the environment, so the state says so already.
     """
+    words = carried.values.get(COMMAND)
+    program = carried.fds.get((EXE_FD, 0))
+    if wayback.is_open() or not words or program is None or wayback.FAILURE in os.environ:
+        return
+    values = {name: value for name, value in carried.values.items() if name != COMMAND}
+    values[ERROR] = b"the new image did not take over; its standard error says why"
+    state = cpr_state.publish(carried.fds, values)
+    fds = [state, *carried.fds.values()]
+    wayback.adopt(wayback.Record(program, state, fds, words.split(b"\0"), is_told=False))
 
-    def __init__(self, carried: CprState) -> None:
-        self._carried: CprState | None = carried
-        _signal.signal(_signal.SIGALRM, self._handle_alarm)
 
-    def close(self) -> None:
-        """The guest runs, and changes its memory: there is no way back any more."""
-        self.stop_timer()
-        self._carried = None
-
-    def stop_timer(self) -> None:
-        """Take as long as it takes (somebody types where the state is)."""
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
-
-    def attempt(self, error: BaseException) -> None:
-        """Execute the old command on the untouched state; returns only if that cannot be.
-
-        :param error: why this image cannot take over
-        """
-        carried = self._carried
-        self.stop_timer()
-        if carried is None or COMMAND not in carried.values:
-            return
-        text = str(error) if isinstance(error, PyvmmError) else f"{type(error).__name__}: {error}"
-        # Without the command: if the old image fails too, it does not come back here.
-        values = {name: value for name, value in carried.values.items() if name != COMMAND}
-        values[ERROR] = text.encode("utf-8", "replace")
-        values[WHERE] = place(error).encode("utf-8", "replace")
-        command = carried.values[COMMAND].decode("utf-8", "surrogateescape").split("\0")
-        try:
-            state_fd = cpr_state.publish(carried.fds, values)
-            for fd in (state_fd, *carried.fds.values()):
-                os.set_inheritable(fd, True)
-            environment = os.environ | {cpr_state.ENVIRONMENT: str(state_fd)}
-            os.execve(carried.fds[(EXE_FD, 0)], command, environment)
-        except (OSError, KeyError) as problem:
-            sys.stderr.write(f"pyvmm: the way back failed too: {problem}\n")
-
-    def _handle_alarm(self, _number: int, _frame: object) -> None:
-        raise DeadlineError(f"the new image did not take over within {DEADLINE_S:.0f} s")
+def failure(values: dict[str, bytes]) -> tuple[str, str]:
+    """In an image that was executed: return why it is back and the function that failed, both
+    empty if it is a new one. They leave environment and ``values``."""
+    why, where = wayback.take_failure()
+    told = [values.pop(name, b"").decode("utf-8", "replace") for name in (ERROR, WHERE)]
+    return (why, where) if why else (told[0], told[1])

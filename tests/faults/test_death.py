@@ -42,7 +42,7 @@ NEW = [
     "pyvmm.migration.savevm:read",
     "pyvmm.x86.vcpu_state:write",
     "pyvmm.x86.irqchip:load_clock",
-    "pyvmm.migration.rollback:WayBack.close",
+    "pyvmm.wayback:close",
     "pyvmm.machine.machine:Machine.resume",
 ]
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"

@@ -177,6 +177,19 @@ def test_state_version(ticker, change, why):
     check_refused(machine, replaced(machine, "pyvmm:", fault, probe=True), why)
 
 
+@pytest.mark.parametrize(
+    ("constant", "why"),
+    [
+        ("VERSION", "reads CPR state in versions 2 to 2, this one writes 1"),
+        ("VALUES_VERSION", "reads host-side values in versions 2 to 2, this one writes 1"),
+    ],
+)
+def test_version_of_what_goes_through_the_exec(ticker, constant, why):
+    machine = ticker(*QMP)
+    fault = f"import pyvmm.cpr.state as state; state.{constant} = 2"
+    check_refused(machine, replaced(machine, "pyvmm:", fault, probe=True), why)
+
+
 def test_probe_that_hangs(ticker):
     # The good update that follows has all its time.
     fault = (

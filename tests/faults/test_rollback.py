@@ -62,7 +62,7 @@ STEPS = [
     "pyvmm.migration.savevm:read",
     "pyvmm.migration.savevm:apply",
     *LOADED,
-    "pyvmm.migration.rollback:WayBack.close",
+    "pyvmm.wayback:close",
 ]
 
 
@@ -110,6 +110,44 @@ def test_kind_of_exception(ticker, step, fault, why):
         check_alive(machine)
     else:
         check_back(machine, command, why)
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("import pyvmm.cpr.state as s; s.VERSION = 2", "CPR state: version 1 is not supported"),
+        (
+            "import pyvmm.cpr.state as s; s.VALUES_VERSION = 2",
+            "CPR state: host-side values of another version",
+        ),
+        (
+            "import pyvmm.cpr.state as s; r = s.decode; s.decode = lambda d: r(b'spoilt' + d[6:])",
+            "CPR state: bad magic",
+        ),
+        (
+            "import os; os.environ['PYVMM_CPR_EXEC_STATE'] = '-1'",
+            "CPR state: PYVMM_CPR_EXEC_STATE='-1' is no descriptor",
+        ),
+    ],
+    ids=["version", "version of the values", "contents", "descriptor"],
+)
+def test_cpr_state_that_the_new_image_cannot_read(ticker, fault, why):
+    machine = ticker()
+    check_back(machine, replaced(machine, "pyvmm:", fault), why)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise SystemExit(3)", "the new image ended before it took over"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+    ],
+)
+def test_end_before_the_command_line_is_looked_at(ticker, code, why):
+    # Not below a handler of ours: while the program is being imported.
+    machine = ticker()
+    check_back(machine, replaced(machine, "pyvmm:", code), why)
 
 
 def test_state_file(ticker):
@@ -171,9 +209,7 @@ def test_two_vcpus(ticker):
 def test_last_moment_in_a_thread(ticker):
     # All is loaded and the vCPUs' threads are there: exec must end them without harm.
     machine = ticker(smp=2)
-    command = replaced(
-        machine, "pyvmm.migration.rollback:WayBack.close", "raise ValueError('late')"
-    )
+    command = replaced(machine, "pyvmm.wayback:close", "raise ValueError('late')")
     for _ in range(5):
         assert "ValueError: late" in update(machine, command)
     check_alive(machine)
@@ -378,7 +414,20 @@ def test_package_replaced_under_a_running_vmm(vm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["machine/options.py", "machine/builder.py", "migration/manager.py", "devices/rtc.py"]
+    "module",
+    [
+        "cli.py",
+        "errors.py",
+        "cpr/__init__.py",
+        "cpr/state.py",
+        "_native/__init__.py",
+        "core/eventloop.py",
+        "machine/options.py",
+        "machine/builder.py",
+        "migration/manager.py",
+        "migration/rollback.py",
+        "devices/rtc.py",
+    ],
 )
 def test_package_broken_after_the_preflight(vm, tmp_path, module):
     """What the new image imports is broken between probe and exec; the old one has its own."""

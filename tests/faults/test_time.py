@@ -31,7 +31,7 @@ def test_tsc_and_kvmclock_do_not_drift(vm):
         program=faulty("pyvmm.machine.machine:Machine.resume_cpus", NOTE),
     )
     machine.expect("timers ok 1 ")
-    broken = replaced(machine, "pyvmm.migration.rollback:WayBack.close", "raise ValueError")
+    broken = replaced(machine, "pyvmm.wayback:close", "raise ValueError")
     for number in range(UPDATES):
         if number % 20 == 19:
             assert BACK in update(machine, broken)

@@ -12,7 +12,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         (
-            ("errors", "_util"),
+            ("errors", "_util", "wayback"),
             ("_native", "vmstate"),
             ("core", "cpr"),
             ("kvm", "memory"),
@@ -67,8 +67,8 @@ def part(name):
 
 def complaint(importer, target):
     """What is wrong with one part's importing another, or ''."""
-    if target not in RANKS or importer == target:
-        return ""  # pyvmm.__version__, or a part's own modules
+    if target not in RANKS or importer == target or (importer, target) == ("pyvmm", "wayback"):
+        return ""  # pyvmm.__version__, or a part's own modules; the way back comes first of all
     mine, its = RANKS.get(importer, -1), RANKS[target]  # -1: pyvmm itself imports no part
     if target == "testing" or target in FORBIDDEN.get(importer, ()):
         return f"{importer} must not import {target}"

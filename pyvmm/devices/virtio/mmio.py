@@ -452,9 +452,11 @@ class VirtioMmio(Device):
                 continue
             return
 
-    def start(self) -> None:
+    def prepare(self) -> None:
         if self._thread is not None:
-            self._thread.start()  # if it crashed; the machine was reset then
+            self._thread.start()  # again if it crashed: the machine was reset then
+
+    def start(self) -> None:
         self.running = True
         self.device.resume()
         if self.active:

@@ -7,6 +7,7 @@ import pytest
 
 from pyvmm.core.threads import Event, spawn
 from pyvmm.core.workers import Workers
+from pyvmm.errors import HostError
 
 DEADLINE_S = 20
 
@@ -83,7 +84,7 @@ def test_no_more_threads_are_to_be_had(monkeypatch):
 
     def limited(*arguments):
         if not left:
-            raise RuntimeError("can't start new thread")
+            raise HostError("the host allows no further thread")
         left.pop()
         real(*arguments)
 
@@ -95,7 +96,7 @@ def test_no_more_threads_are_to_be_had(monkeypatch):
     assert done == [0, 1, 2]
     workers.close()
     none = Workers("test-none", 4)
-    with pytest.raises(OSError, match="can't start new thread"):
+    with pytest.raises(OSError, match="no further thread"):
         none.submit(int)
     assert none.wait(0)  # nothing is owed
 
