@@ -107,9 +107,12 @@ def close() -> int | None:
     """Give the way back up: the guest is about to change its memory. Return the descriptor of the
     CPR state, which the caller closes when the guest runs."""
     global _record
-    # In this order: an alarm in between finds no way back any more.
+    # In this order: an alarm in between, or a timer that goes on, finds no way back any more.
     record, _record = _record, None
-    stop_timer()
+    try:
+        stop_timer()
+    except OSError:
+        pass
     return record.state if record else None
 
 
@@ -135,7 +138,6 @@ def go(why: str, where: str = "") -> None:
     record, _record = _record, None
     if record is None:
         return
-    stop_timer()
     if not record.is_told:
         _say(f"the new image did not take over: {why}")
     problem: BaseException | None = None
@@ -143,6 +145,7 @@ def go(why: str, where: str = "") -> None:
         try:
             if round:
                 time.sleep(_INTERVAL_S)
+            stop_timer()
             for fd in record.fds:
                 os.set_inheritable(fd, True)
             text = why[:_MAX_TEXT].encode("utf-8", "replace").decode().replace("\n", " ")
@@ -160,9 +163,15 @@ def take_failure() -> tuple[str, str]:
 
 
 def _say(text: str) -> None:
+    # The package's own way of saying things may not be there. Nobody is waited for.
     try:
-        os.write(2, f"pyvmm: {text}\n".encode("utf-8", "replace"))
-    except OSError:
+        import select
+
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(0):
+            os.write(2, f"pyvmm: {text}\n".encode("utf-8", "replace")[:_MAX_TEXT])
+    except (OSError, ImportError):
         pass
 
 

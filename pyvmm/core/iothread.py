@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pyvmm._native import name_thread
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.core.threads import Event, report_crash, spawn
+from pyvmm.core.threads import START_TIMEOUT_S, Event, report_crash, spawn
+from pyvmm.errors import HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,11 +33,20 @@ class IoThread:
         self._ended = Event()
 
     def start(self) -> None:
-        """Begin to serve the loop, or begin again after a crash; harmless if it runs."""
+        """Begin to serve the loop, or begin again after a crash; harmless if it runs. The thread is
+        in its loop when this returns: what a thread allocates to begin with, it has.
+
+        :raises HostError: the host has no room for a further thread
+        """
         if not self._started or self._ended.is_set():
-            self._started = True
             self._ended.clear()
+            ready = Event()
+            self.loop.call_soon(ready.set)
             spawn(self._run, self._handle_crash)
+            self._started = True
+            if not ready.wait(START_TIMEOUT_S):
+                self._ended.set()
+                raise HostError(f"thread {self.name} does not begin; free memory on the host")
 
     def close(self) -> None:
         """End the thread and its loop; any other thread. Idempotent."""

@@ -20,6 +20,10 @@ else:
 
 Lock = _thread.allocate_lock
 
+#: How long whoever starts a thread waits for its first words: one that the host has no memory
+#: for dies without any.
+START_TIMEOUT_S = 5.0
+
 
 class Event:
     """A flag that one thread waits for and any thread sets."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import _thread
 
 from pyvmm._native import install_kick, name_thread
-from pyvmm.core.threads import Event, Lock, report_crash, spawn
-from pyvmm.errors import InternalError, KvmError
+from pyvmm.core.threads import START_TIMEOUT_S, Event, Lock, report_crash, spawn
+from pyvmm.errors import HostError, InternalError, KvmError
 from pyvmm.kvm import exits
 
 TYPE_CHECKING = False
@@ -75,7 +75,10 @@ class Cpu:
         self._guard = Lock()
 
     def start(self) -> None:
-        """Start the thread, which goes to its waiting place. It exists until :meth:`close`."""
+        """Start the thread, which goes to its waiting place. It exists until :meth:`close`.
+
+        :raises HostError: the host has no room for a further thread
+        """
         install_kick(KICK_SIGNAL)
         self.vcpu.set_immediate_exit(True)
         started = Event()
@@ -89,7 +92,8 @@ class Cpu:
             self._run()
 
         spawn(body, self._handle_crash)
-        started.wait()
+        if not started.wait(START_TIMEOUT_S):
+            raise HostError(f"thread vcpu-{self.index} does not begin; free memory on the host")
 
     def request_stop(self) -> None:
         """Ask the vCPU to leave the guest; does not wait. Any thread."""

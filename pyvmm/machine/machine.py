@@ -179,11 +179,15 @@ class Machine(CpuEvents):
     # ---- running and stopping --------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the vCPUs' threads, which wait, and the vCPUs too unless ``-S`` is given."""
+        """Start the threads of devices and vCPUs, which wait, and the vCPUs too unless ``-S`` is
+        given.
+
+        :raises HostError: the host allows no further thread
+        """
+        self.prepare_devices()
         for cpu in self.cpus:
             cpu.start()
         if self.runstate.state == runstate.PRELAUNCH:
-            self.prepare_devices()
             if self.autostart:
                 self.resume(runstate.RUNNING)
             self.attach_devices()

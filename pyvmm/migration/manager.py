@@ -402,9 +402,9 @@ class Migration:
         if state == runstate.RUNNING and not machine.autostart:
             state = runstate.PAUSED
         machine.runstate.set(state)
-        # All that can fail comes before: behind the next line nothing opens, allocates, starts a
-        # thread or waits, since from there on the guest changes its memory.
-        machine.prepare_devices()
+        # All that can fail came before (the threads were started with the machine). Behind the
+        # next line nothing opens, allocates, starts a thread or waits: the guest changes its
+        # memory from there on.
         state_fd = wayback.close()
         if state == runstate.RUNNING:
             self._try(lambda: machine.resume(state))

@@ -159,6 +159,10 @@ def test_state_file(ticker):
     check_alive(machine)
 
 
+NO_THREAD = (
+    "the host allows no further thread; raise its limit (ulimit -u, the control group's pids.max) "
+    "or free memory"
+)
 DEBUGCON = ("-device", "isa-debugcon,chardev=side")
 SIDE = "socket,id=side,path=side.sock,server=on,wait=off"
 
@@ -204,6 +208,20 @@ def test_two_vcpus(ticker):
     machine = ticker(smp=2)
     fault = "if arguments[0].index: raise ValueError('second')"
     check_back(machine, replaced(machine, LOADED[0], fault), "ValueError: second")
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_host_that_allows_no_further_thread(ticker, tmp_path, threads):
+    # Of a disk, of the first vCPU, of the second: all are started before there is no way back.
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    drive = f"if=none,id=d0,file={tmp_path}/disk,format=raw"
+    machine = ticker("-drive", drive, "-device", "virtio-blk-device,drive=d0", smp=2)
+    fault = (
+        "import _thread as t\n"
+        f"t.left = getattr(t, 'left', {threads}) - 1\n"
+        'if t.left < 0: raise RuntimeError("can\'t start new thread")'
+    )
+    check_back(machine, replaced(machine, "_thread:start_new_thread", fault), NO_THREAD)
 
 
 def test_last_moment_in_a_thread(ticker):
