@@ -12,6 +12,7 @@ import os
 import select
 import sys
 
+from pyvmm._util import log
 from pyvmm.chardev import terminal
 from pyvmm.chardev.fdio import FdChardev
 from pyvmm.core.eventloop import HANGUP
@@ -70,11 +71,8 @@ class PtyChardev(FdChardev):
             self.close()
             raise
         if inherited is None:
-            print(
-                f"char device redirected to {self._terminal} (label {id})",
-                file=sys.stderr,
-                flush=True,
-            )
+            # On standard output, as QEMU says it.
+            log.out.write(f"char device redirected to {self._terminal} (label {id})\n")
         self._poll.register(self._master, 0)
         self.resumed = inherited is not None and self._is_open()
         self._look()

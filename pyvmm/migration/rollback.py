@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
+from pyvmm._util import log
 from pyvmm.cpr import state as cpr_state
 from pyvmm.errors import PyvmmError, place
 
@@ -120,7 +121,7 @@ class WayBack:
             environment = os.environ | {cpr_state.ENVIRONMENT: str(state_fd)}
             os.execve(carried.fds[(EXE_FD, 0)], command, environment)
         except (OSError, KeyError) as problem:
-            sys.stderr.write(f"pyvmm: the way back failed too: {problem}\n")
+            log.say(f"the way back failed too: {problem}")
 
     def _handle_alarm(self, _number: int, _frame: object) -> None:
         raise DeadlineError(f"the new image did not take over within {DEADLINE_S:.0f} s")

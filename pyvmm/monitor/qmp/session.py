@@ -18,11 +18,11 @@ that is being carried out, none of which waits for anything but the host's files
 from __future__ import annotations
 
 import struct
-import sys
 import time
 
 from pyvmm.chardev.base import CLOSED, OPENED, Outbox
 from pyvmm.chardev.rights import Rights
+from pyvmm.core.threads import report_crash
 from pyvmm.errors import CommandError, PyvmmError, VmStateError
 from pyvmm.monitor.frontend import MonitorFrontend
 from pyvmm.monitor.qmp import protocol
@@ -215,7 +215,7 @@ class QmpSession(MonitorFrontend):
             return _failure(error)
         except Exception as error:
             # A bug in a command must not take the guest down with it.
-            sys.excepthook(type(error), error, error.__traceback__)
+            report_crash(error)
             return _failure(CommandError(f"internal error ({type(error).__name__})"))
         return {"return": {} if result is None else result}
 

@@ -109,12 +109,12 @@ def test_name_is_looked_up_in_the_background(image, names):
         image.until(lambda: chardev.connected)
 
 
-def test_name_that_is_not_known(image, names, capsys):
+def test_name_that_is_not_known(image, names, capfd):
     names.answer = None
     add(image, "socket,id=c,host=server.example,port=1")
     names.go.set()
     told = []
-    image.until(lambda: told.append(capsys.readouterr().err) or any(told))
+    image.until(lambda: told.append(capfd.readouterr().err) or any(told))
     assert "chardev-add: host='server.example' is not known" in "".join(told)
 
 
