@@ -8,6 +8,7 @@ Output comes from any thread, never blocks, and says how much was taken.
 
 from __future__ import annotations
 
+from pyvmm._util import log
 from pyvmm.core.threads import Lock
 
 TYPE_CHECKING = False
@@ -23,6 +24,9 @@ MUX_IN = "mux-in"  # the mux gave this front end the input
 MUX_OUT = "mux-out"  # the mux took it away
 BREAK = "break"  # a serial break was asked for
 RESIZED = "resized"  # the terminal has another size
+
+#: Why output is dropped that a monitor has for its client.
+NOT_READ = "its client does not read"
 
 
 class Frontend:
@@ -67,6 +71,8 @@ class Chardev:
         self.fds = fds
         self.frontend: Frontend | None = None
         self.lock = Lock()
+        #: How many bytes were taken that are lost, since the process began.
+        self.dropped = 0
 
     @property
     def filename(self) -> str:
@@ -94,10 +100,16 @@ class Chardev:
         """Write without blocking; how many bytes were taken.
 
         What was taken has reached the kernel: it cannot be lost by an exec. With no peer
-        all are taken and dropped. After a short write the front end's
-        ``handle_writable`` comes once. Any thread.
+        all are taken and dropped; what a peer or a file refuses is so, too, and counted.
+        After a short write the front end's ``handle_writable`` comes once. Any thread.
         """
         raise NotImplementedError
+
+    def drop(self, count: int, why: str) -> None:
+        """Count bytes that are lost, and tell the operator of the first. Any thread."""
+        if not self.dropped:
+            log.say(f"chardev {self.id}: {why}; output is dropped until that changes")
+        self.dropped += count
 
     def accept_input(self) -> None:
         """Look again at how much the front end takes. Any thread."""
@@ -128,7 +140,8 @@ class Outbox:
 
     Its owner (a monitor) calls :meth:`flush` from ``handle_writable``.
 
-    :param limit: bytes; a peer that lets more pile up is not reading, and loses the rest
+    :param limit: bytes; a peer that lets more pile up is not reading, and loses the rest,
+        which its chardev counts
     """
 
     def __init__(self, chardev: Chardev, limit: int = 1 << 20) -> None:
@@ -136,13 +149,13 @@ class Outbox:
         self._limit = limit
         self._pending = bytearray()
         self._lock = Lock()
-        self.dropped = 0
 
     def send(self, data: bytes) -> None:
         """Queue ``data`` and write what is taken now. Any thread."""
         with self._lock:
             room = self._limit - len(self._pending)
-            self.dropped += max(len(data) - room, 0)
+            if len(data) > room:
+                self._chardev.drop(len(data) - max(room, 0), NOT_READ)
             self._pending += data[: max(room, 0)]
             self._flush()
 

@@ -292,6 +292,9 @@ class MuxPort(Chardev):
             self._cut_short = False
         return taken
 
+    def drop(self, count: int, why: str) -> None:
+        self.mux.drop(count, why)
+
     def accept_input(self) -> None:
         if self.waiting:
             self.mux.accept_input()

@@ -144,6 +144,9 @@ class StdioChardev(FdChardev):
         return _on_socket(fd, lambda sock, flags: sock.send(data, flags))
 
     def _end_input(self) -> None:
+        if self.is_terminal:
+            self._disconnect()  # it was hung up
+            return
         # Only the input is over: `pyvmm run < script` goes on printing.
         with self.lock:
             fd, self._in = self._in, -1

@@ -44,4 +44,5 @@ def test_output_of_a_start_that_fails_gets_into_no_file(tmp_path, numbers):
     )
     assert result.returncode in (1, 2)
     assert ("nowhere" in result.stderr) == ("2" not in numbers)
+    assert "nowhere" not in result.stdout
     assert (tmp_path / "out").read_bytes() == b""

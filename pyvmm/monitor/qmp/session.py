@@ -20,7 +20,7 @@ from __future__ import annotations
 import struct
 import time
 
-from pyvmm.chardev.base import CLOSED, OPENED, Outbox
+from pyvmm.chardev.base import CLOSED, NOT_READ, OPENED, Outbox
 from pyvmm.chardev.rights import Rights
 from pyvmm.core.threads import report_crash
 from pyvmm.errors import CommandError, PyvmmError, VmStateError
@@ -116,6 +116,8 @@ class QmpSession(MonitorFrontend):
         # Cut short it would take the client out of step for good; so it is all or nothing.
         if len(self._outbox.pending()) + len(message) <= MAX_EVENTS:
             self._outbox.send(message)
+        else:
+            self.chardev.drop(len(message), NOT_READ)
 
     def save_state(self) -> bytes:
         flags = (

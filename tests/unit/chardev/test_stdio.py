@@ -1,6 +1,7 @@
 """stdio: the terminal's modes on every way out, and nothing that leaks to the shell."""
 
 import os
+import resource
 import socket
 import struct
 import termios
@@ -173,16 +174,73 @@ def test_end_of_input_is_not_the_end_of_output(image, pipe, recorder):
     assert os.read(out_reading, 100) == b"still here"
 
 
-def test_reader_of_output_goes(image, pipe, recorder):
-    in_reading, _in_writing = pipe()
+@pytest.mark.parametrize("is_full", [False, True])
+def test_loss_of_output_is_not_the_end_of_input(image, pipe, recorder, is_full):
+    in_reading, in_writing = pipe()
     out_reading, out_writing = pipe()
     chardev = image.make(StdioChardev, stdin=in_reading, stdout=out_writing)
     frontend = recorder()
     chardev.attach(frontend)
+    while is_full and chardev.write(b"x" * 4096) == 4096:
+        pass
+    image.settle()
     os.close(out_reading)
+    image.until(lambda: frontend.writable == is_full)
     assert chardev.write(b"x") == 1
-    image.until(lambda: frontend.events == [OPENED, CLOSED])
-    assert chardev.write(b"x") == 1
+    image.settle()
+    os.write(in_writing, b"quit")
+    image.until(lambda: frontend.data == b"quit")
+    assert frontend.events == [OPENED]
+    assert chardev.dropped == 1
+    assert chardev.write(b"yz") == 2
+    assert chardev.dropped == 3
+    check_idle(image)
+
+
+def check_idle(image):
+    """The loop is woken by nothing but its timers."""
+    wakes = []
+    image.loop.call_later(0.02, lambda: wakes.append("timer"))
+    image.loop.run_once(5)
+    assert wakes == ["timer"]
+
+
+def test_file_without_room_is_written_again_when_there_is_some(image, pipe, recorder, tmp_path):
+    """A size limit stands in for a full disk and a quota; SIGXFSZ would end a process."""
+    in_reading, in_writing = pipe()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open(tmp_path / "out", "wb") as file:
+        chardev = image.make(StdioChardev, stdin=in_reading, stdout=file.fileno())
+        frontend = recorder()
+        chardev.attach(frontend)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))
+        try:
+            assert chardev.write(b"before, ") == 6
+            assert chardev.write(b"e, ") == 3
+            image.settle()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert chardev.write(b", after") == 7
+        os.write(in_writing, b"input")
+        image.until(lambda: frontend.data == b"input")
+    assert (tmp_path / "out").read_bytes() == b"before, after"
+    assert chardev.dropped == 3
+    assert frontend.events == [OPENED]
+
+
+def test_device_that_is_always_full(image, pipe, recorder):
+    in_reading, in_writing = pipe()
+    with open("/dev/full", "wb", buffering=0) as full:
+        chardev = image.make(StdioChardev, stdin=in_reading, stdout=full.fileno())
+        frontend = recorder()
+        chardev.attach(frontend)
+        for _ in range(3):
+            assert chardev.write(b"xyz") == 3
+        image.settle()
+        os.write(in_writing, b"input")
+        image.until(lambda: frontend.data == b"input")
+        assert chardev.dropped == 9
+        check_idle(image)
 
 
 def test_slow_reader_of_output(image, pipe, recorder):
