@@ -61,6 +61,9 @@ class Chardev:
     #: Whether a person sits at the other end (colour, line editing).
     is_terminal = False
 
+    #: Whether a person types, wherever the output goes.
+    is_typed = False
+
     #: Whether the stream came through a live update: the peer has been greeted already.
     #: False again as soon as that peer goes.
     resumed = False
@@ -113,6 +116,11 @@ class Chardev:
 
     def accept_input(self) -> None:
         """Look again at how much the front end takes. Any thread."""
+
+    def take_keys(self, taken: bool) -> None:
+        """Have Ctrl-C, Ctrl-Z and Ctrl-\\ come as input, or have them act on this process
+        again, as far as the options leave that open. For a front end in which lines are
+        edited, while it has the input. Loop thread."""
 
     def wait_connected(self) -> None:
         """Block until a peer is there, if the options ask for that (``wait=on``)."""

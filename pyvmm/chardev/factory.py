@@ -183,7 +183,8 @@ class ChardevSet:
                 )
             from pyvmm.chardev.stdio import StdioChardev
 
-            self.stdio = StdioChardev(id, loop, fds, signal=config.flag("signal", True))
+            signal = config.flag("signal") if "signal" in config.options else None
+            self.stdio = StdioChardev(id, loop, fds, signal=signal)
             return self.stdio
         if config.kind == "file":
             from pyvmm.chardev.file import FileChardev

@@ -78,6 +78,14 @@ def set_modes(fd: int, modes: Modes) -> None:
         raise OSError(*error.args) from None
 
 
+def makes_signals(fd: int) -> bool:
+    """Whether Ctrl-C makes a signal now; False for what is no terminal any more."""
+    try:
+        return bool(get_modes(fd)[_LFLAG] & termios.ISIG)
+    except OSError:
+        return False
+
+
 def pack_modes(modes: Modes) -> bytes:
     """Modes as bytes, for :func:`unpack_modes` in another image."""
     keys = bytes(key if isinstance(key, int) else key[0] for key in modes[_CC])

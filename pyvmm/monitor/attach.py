@@ -59,7 +59,7 @@ def _make(config: MonitorConfig, chardev: Chardev, context: Context) -> MonitorF
         return Console(chardev, context)
     from pyvmm.monitor.hmp.lines import LineMonitor
 
-    return LineMonitor(chardev, context, echo=chardev.is_terminal)
+    return LineMonitor(chardev, context, echo=chardev.is_terminal or chardev.is_typed)
 
 
 def _unused(id: str, taken: dict[str, Passenger]) -> str:

@@ -87,6 +87,8 @@ class Console(MonitorFrontend):
             if not self.chardev.resumed:
                 self._forget_user()
             self._open = True
+            if self._focused:
+                self.chardev.take_keys(True)
             self.outbox.flush()
             if self._owes_reply:
                 self._owes_reply = False
@@ -96,6 +98,7 @@ class Console(MonitorFrontend):
             self._open = False
         elif event in (MUX_IN, MUX_OUT):
             self._focused = event == MUX_IN
+            self.chardev.take_keys(self._focused)
             if self._focused and self._open:
                 # The guest may have left the cursor anywhere on its line.
                 self.outbox.send(b"\r\n")

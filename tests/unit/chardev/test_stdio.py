@@ -11,6 +11,7 @@ import pytest
 
 from pyvmm.chardev import stdio
 from pyvmm.chardev.base import CLOSED, OPENED, RESIZED
+from pyvmm.chardev.mux import MuxChardev
 from pyvmm.chardev.stdio import StdioChardev, restore_terminal
 from pyvmm.errors import VmStateError
 
@@ -71,6 +72,41 @@ def test_raw_and_back(image, terminal):
 
 def test_signal_off(image, terminal):
     on_terminal(image, terminal[1], signal=False)
+    assert not flag(terminal[1], 3, termios.ISIG)
+
+
+def test_front_end_takes_the_keys(images, terminal):
+    """And they do not act on the process before that of the next image is there."""
+    slave = terminal[1]
+    image = images()
+    chardev = on_terminal(image, slave)
+    chardev.take_keys(True)
+    assert not flag(slave, 3, termios.ISIG)
+    state = chardev.save_state()
+    image = images(image.exec())
+    chardev = on_terminal(image, slave)
+    chardev.load_state(state)
+    assert not flag(slave, 3, termios.ISIG)
+    chardev.take_keys(False)
+    assert flag(slave, 3, termios.ISIG)
+
+
+@pytest.mark.parametrize("signal", [False, True])
+def test_front_end_does_not_take_keys_that_are_given_away(image, terminal, signal):
+    chardev = on_terminal(image, terminal[1], signal=signal)
+    for taken in (True, False):
+        chardev.take_keys(taken)
+        assert flag(terminal[1], 3, termios.ISIG) == signal
+
+
+def test_behind_a_mux_who_has_the_input_takes_the_keys(image, terminal):
+    mux = MuxChardev("mux", on_terminal(image, terminal[1]), lambda: None)
+    console, monitor = (mux.frontend_chardev(index) for index in range(2))
+    monitor.take_keys(True)
+    assert flag(terminal[1], 3, termios.ISIG)
+    mux.set_focus(1)
+    monitor.take_keys(True)
+    console.take_keys(False)
     assert not flag(terminal[1], 3, termios.ISIG)
 
 
