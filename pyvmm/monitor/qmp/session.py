@@ -243,7 +243,15 @@ class QmpSession(MonitorFrontend):
         return self.context.execute("query-version")
 
     def _send(self, message: dict[str, Any]) -> None:
-        self._outbox.send(protocol.encode(message, self._pretty))
+        try:
+            data = protocol.encode(message, self._pretty)
+        except (TypeError, ValueError, RecursionError) as error:
+            # A bug in a command: its answer cannot be told.
+            report_crash(error)
+            failure = _failure(CommandError(f"internal error ({type(error).__name__})"))
+            id = {"id": message["id"]} if "id" in message else {}
+            data = protocol.encode({**failure, **id}, self._pretty)
+        self._outbox.send(data)
 
 
 def _check_request(request: dict[str, Any], oob: bool) -> tuple[str, dict[str, Any]]:
