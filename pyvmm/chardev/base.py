@@ -177,6 +177,11 @@ class Outbox:
         with self._lock:
             return bytes(self._pending)
 
+    @property
+    def size(self) -> int:
+        """How many bytes are still queued."""
+        return len(self._pending)
+
     def clear(self) -> None:
         """Forget what is queued: its reader is gone."""
         with self._lock:

@@ -49,6 +49,7 @@ class FdChardev(Chardev):
         self._output_full = False  # a write was cut short, and handle_writable is owed
         self._resting = False  # and not for want of room
         self._hung_up = False  # the peer is gone, but not all it wrote has been read
+        self._input_ended = False  # the peer will send no more, but is owed output
         self._input_wanted = False
         self._refresh_queued = False
 
@@ -100,8 +101,13 @@ class FdChardev(Chardev):
         return os.write(fd, data)
 
     def _end_input(self) -> None:
-        """No more input will come: by default, the peer is gone."""
-        self._disconnect()
+        """No more input will come: by default, the peer is gone, or will be when it has what
+        is owed to it (``nc -N`` closes one direction and reads on)."""
+        if self._output_full and not self._input_ended:
+            self._input_ended = True
+            self._refresh()
+        else:
+            self._disconnect()
 
     def _release_stream(self, fds: set[int]) -> None:
         """The stream is no longer used: by default, its descriptors are closed."""
@@ -119,7 +125,7 @@ class FdChardev(Chardev):
         with self.lock:
             self._in, self._out = in_fd, out_fd
             self._output_full = False
-        self._hung_up = False
+        self._hung_up = self._input_ended = False
         self._connected = True
         self._refresh()
         self._tell(OPENED)
@@ -151,7 +157,7 @@ class FdChardev(Chardev):
         # thread, must find that input is not polled for and queue another look.
         self._refresh_queued = self._input_wanted = False
         room = self.frontend.can_receive() if self.frontend is not None else 0
-        self._input_wanted = room > 0 and self._in >= 0
+        self._input_wanted = room > 0 and self._in >= 0 and not self._input_ended
         reading = READABLE if self._input_wanted else 0
         writing = WRITABLE if self._output_full and not self._resting else 0
         if self._in == self._out:
@@ -189,6 +195,8 @@ class FdChardev(Chardev):
         if owed and self.frontend is not None:
             self.frontend.handle_writable()
         self._refresh()
+        if self._input_ended and not self._output_full:
+            self._disconnect()
 
     def _rest(self) -> None:
         self.loop.call_later(_SHORT_S, self._end_rest)

@@ -114,7 +114,7 @@ class QmpSession(MonitorFrontend):
             event["data"] = data
         message = protocol.encode(event, self._pretty)
         # Cut short it would take the client out of step for good; so it is all or nothing.
-        if len(self._outbox.pending()) + len(message) <= MAX_EVENTS:
+        if self._outbox.size + len(message) <= MAX_EVENTS:
             self._outbox.send(message)
         else:
             self.chardev.drop(len(message), NOT_READ)
@@ -163,18 +163,18 @@ class QmpSession(MonitorFrontend):
         self._rights.close()
 
     def _takes_commands(self) -> bool:
-        if not self._outbox.pending():
+        if not self._outbox.size:
             return True
         return (
             self._oob
             and len(self._queue) < MAX_QUEUE
             and sum(map(len, self._queue)) <= protocol.MAX_MESSAGE
-            and len(self._outbox.pending()) <= MAX_EVENTS
+            and self._outbox.size <= MAX_EVENTS
         )
 
     def _process(self) -> None:
         while self._takes_commands():
-            if self._queue and not self._outbox.pending():
+            if self._queue and not self._outbox.size:
                 self._send(self._answer(self._queue.pop(0)))
                 continue
             try:
@@ -184,7 +184,7 @@ class QmpSession(MonitorFrontend):
                 continue
             if message is None:
                 return
-            if self._outbox.pending() and not _is_oob(message):
+            if self._outbox.size and not _is_oob(message):
                 self._queue.append(message)
             else:
                 self._send(self._answer(message))

@@ -101,6 +101,27 @@ def test_who_reads_no_more_may_still_write(image, chardev, frontend):
     assert chardev.dropped == 4
 
 
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_who_writes_no_more_gets_what_is_owed(image, chardev, frontend, reads_on):
+    outbox = Outbox(chardev)
+    frontend.handle_writable = outbox.flush
+    chardev.peer.sendall(b"help")
+    chardev.peer.shutdown(socket.SHUT_WR)
+    outbox.send(bytes(1 << 20))
+    image.until(lambda: frontend.data == b"help")
+    image.settle()
+    assert frontend.events == [OPENED]
+    if reads_on:
+        received = 0
+        while data := chardev.peer.recv(1 << 16):
+            received += len(data)
+            image.settle()
+        assert received == 1 << 20
+    else:
+        chardev.peer.close()
+    image.until(lambda: frontend.events == [OPENED, CLOSED])
+
+
 def test_peer_that_is_gone_is_noticed_without_reading(image, chardev, frontend):
     frontend.room = 0
     chardev.accept_input()

@@ -306,6 +306,7 @@ def test_events_to_a_client_that_does_not_read_are_bounded_and_whole(client):
         client.context.machine.emit("RESET", {"guest": True, "reason": "guest-reset"})
     assert len(client.session.save_state()) < MAX_MESSAGE + 100
     client.chardev.make_room(None)
+    assert client.chardev.dropped > 0
     events = client.heard()
     assert 5_000 < len(events) < 20_000
     assert client.execute("query-kvm")[-1] == {"return": {"enabled": True, "present": True}}
