@@ -67,7 +67,10 @@ class FdChardev(Chardev):
                 taken = 0
             except OSError as error:
                 if error.errno not in _SHORT:
-                    self.drop(len(data), error.strerror or str(error))
+                    # Of a peer that reads and writes on one descriptor it says that nobody
+                    # is there, or will be in a moment.
+                    if self._in != self._out:
+                        self.drop(len(data), error.strerror or str(error))
                     return len(data)
                 taken = 0
                 if not self._resting:
