@@ -194,7 +194,8 @@ class ChardevSet:
         if config.kind == "pty":
             from pyvmm.chardev.pty import PtyChardev
 
-            return PtyChardev(id, loop, fds, path=config.text("path"), option=option)
+            path, announced = config.text("path"), not self._running
+            return PtyChardev(id, loop, fds, path=path, option=option, announced=announced)
         if config.kind == "socket":
             return self._make_socket(config, id)
         if config.kind == "ringbuf":

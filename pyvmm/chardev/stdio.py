@@ -155,10 +155,11 @@ class StdioChardev(FdChardev):
         return _on_socket(fd, lambda sock, flags: sock.send(data, flags))
 
     def _end_input(self) -> None:
-        if self.is_terminal:
-            self._disconnect()  # it was hung up
+        if self.is_terminal and terminal.is_hung_up(self._out):
+            self._disconnect()
             return
-        # Only the input is over: `pyvmm run < script` goes on printing.
+        # Only the input is over: `pyvmm run < script` goes on printing, and so does a process
+        # that a terminal refuses because its shell is gone.
         with self.lock:
             fd, self._in = self._in, -1
         self.loop.remove(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import struct
 import termios
 
@@ -119,6 +120,13 @@ def window_size(fd: int) -> tuple[int, int]:
         return 24, 80
     rows, columns = struct.unpack_from("HH", packed)
     return rows or 24, columns or 80
+
+
+def is_hung_up(fd: int) -> bool:
+    """Whether nobody is at the other end any more."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 def is_terminal(fd: int) -> bool:

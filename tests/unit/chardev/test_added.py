@@ -128,3 +128,10 @@ def test_name_server_that_does_not_answer_holds_up_no_update(images, names):
     chardev = image.make(SocketChardev, address=TcpAddress("server.example", 1, "-chardev"))
     assert time.monotonic() - began < 2
     assert not chardev.connected
+
+
+def test_terminal_is_named_in_the_reply_only(image, capfd):
+    """Standard output may be the monitor's that asked for it."""
+    _took, chardev = add(image, "pty,id=c")
+    assert chardev.filename.startswith("pty:/dev/pts/")
+    assert capfd.readouterr() == ("", "")

@@ -1,5 +1,6 @@
 """stdio: the terminal's modes on every way out, and nothing that leaks to the shell."""
 
+import errno
 import os
 import resource
 import socket
@@ -185,6 +186,23 @@ def test_hang_up_of_the_terminal(image, terminal, recorder):
     image.until(lambda: frontend.events == [OPENED, CLOSED])
     assert chardev.write(b"x") == 1
     chardev.close()
+
+
+def test_terminal_that_refuses_input_is_still_written(image, terminal, recorder, monkeypatch):
+    """It gives EIO to a process in the background whose shell is gone."""
+    chardev = on_terminal(image, terminal[1])
+    frontend = recorder()
+    chardev.attach(frontend)
+
+    def refuse(_fd, _count):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(chardev, "_read_fd", refuse)
+    os.write(terminal[0], b"x")
+    image.until(lambda: chardev._in < 0)
+    assert chardev.write(b"still here") == 10
+    assert os.read(terminal[0], 100) == b"still here"
+    assert frontend.events == [OPENED]
 
 
 # Pipes, files and what else a shell connects.
