@@ -1,5 +1,6 @@
 """Standard error: whatever its reader does, saying something neither raises nor waits."""
 
+import ast
 import errno
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import sys
 import termios
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -290,3 +292,34 @@ def test_messages_lost_by_many_threads_are_all_counted(pipe):
     for thread in threads:
         thread.join()
     assert sink.dropped == 400
+
+
+#: Programs that end, and whose reader is waited for, beside the two places that are meant.
+ELSEWHERE = ("_native/build.py", "_util/log.py", "cli.py", "core/threads.py", "state/", "verbs/")
+WRITERS = {
+    f"sys.{name}" for name in ("stdout", "stderr", "__stderr__", "excepthook", "unraisablehook")
+}
+
+
+def writers(source):
+    """Lines that print, or write to what Python prints on."""
+    for node in ast.walk(ast.parse(source)):
+        called = isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+        named = isinstance(node, ast.Attribute) and ast.unparse(node) in WRITERS
+        if called or named:
+            yield node.lineno
+
+
+def test_nothing_beside_a_guest_writes_but_here():
+    package = Path(log.__file__).parents[1]
+    found = [
+        f"{name}:{line}"
+        for path in sorted(package.rglob("*.py"))
+        if not (name := str(path.relative_to(package))).startswith(ELSEWHERE)
+        for line in writers(path.read_bytes())
+    ]
+    assert found == []
+
+
+def test_writers_are_found():
+    assert list(writers("print('x')\nself._print('x')\nsys.stderr.write('x')\n")) == [1, 3]
