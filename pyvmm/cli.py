@@ -14,11 +14,14 @@ import os
 import sys
 import time
 
+from pyvmm._util import log
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
     from collections.abc import Callable
 
+    from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.state import CprState
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.manager import Migration
@@ -40,6 +43,12 @@ ENDING = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 # A vCPU thread that comes back from KVM_RUN waits this long at most for the interpreter.
 SWITCH_INTERVAL_S = 0.0005
 
+# How long the one line that says why there is no VM waits for its reader.
+LAST_WORDS_S = 2.0
+
+# How often to look whether standard error takes something again, after it did not.
+CATCH_UP_S = 1.0
+
 USAGE = """\
 usage: pyvmm run [OPTION...]                     run a guest (pyvmm run -help lists the options)
        pyvmm list [--json]                       show the VMs that run
@@ -57,6 +66,7 @@ on the terminal: Ctrl-a h shows the keys, Ctrl-a c switches between them, Ctrl-a
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb; the exit code."""
+    open_missing()
     started = time.monotonic_ns()
     # Start-up makes objects that stay; looking for garbage among them is time lost.
     gc.disable()
@@ -85,8 +95,29 @@ def main(argv: list[str] | None = None) -> int:
     return EXIT_USAGE
 
 
+def open_missing() -> None:
+    """Have descriptors 0, 1 and 2 open, whatever started this process with: what is opened
+    later must not get such a number, since it would be read, written and handed on as what
+    the number stands for everywhere."""
+    while (fd := _open_nothing()) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    # Python has found them closed; it is too late for it to notice.
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
+
+
+def _open_nothing() -> int:
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError:
+        return os.open("/", os.O_RDONLY)  # neither read nor written, but there
+
+
 def run(argv: list[str], started: int) -> int:
     """``pyvmm run``: build the machine, start or load the guest, serve until its end."""
+    log.guard_stderr()
     from pyvmm import wayback
 
     carried: CprState | None = None
@@ -124,7 +155,7 @@ def end(error: BaseException) -> int:
         return 128 + _signal.SIGINT
     if not isinstance(error, PyvmmError):
         raise error
-    print(f"pyvmm: {error}", file=sys.stderr)
+    log.say(str(error), LAST_WORDS_S)
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
 
 
@@ -194,6 +225,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
+        tell_drops(machine.loop)
         machine.loop.run()
         return machine.exit_code
     finally:
@@ -203,6 +235,8 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         if publication is not None:
             publication.close()
         machine.close()
+        log.err.on_drop = None
+        log.err.catch_up()
         # Last: from here on another VM may have the name.
         if entry is not None:
             entry.remove()
@@ -261,6 +295,16 @@ def import_ahead(machine: Machine) -> None:
         from pyvmm.machine import firmware  # noqa: F401
     except Exception as error:
         machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
+
+
+def tell_drops(loop: EventLoop) -> None:
+    """Have the loop say how many messages standard error did not take, once it takes some."""
+
+    def look() -> None:
+        if not log.err.catch_up():
+            loop.call_later(CATCH_UP_S, look)
+
+    log.err.on_drop = lambda: loop.call_soon(look)
 
 
 def reserve(name: str) -> Entry:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 
+from pyvmm._util import log
 from pyvmm._util.keyval import check_id, check_keys
 from pyvmm.core.eventloop import READABLE
 from pyvmm.errors import ConfigError
@@ -101,7 +101,7 @@ class RngFile(Rng):
 
     def _end(self, problem: str) -> None:
         # The guest gets no more of it: better none than some that are not random.
-        sys.stderr.write(f"pyvmm: {self._name}: {self._path}: {problem}\n")
+        log.say(f"{self._name}: {self._path}: {problem}")
         self.close()
 
 

@@ -8,6 +8,7 @@ Output comes from any thread, never blocks, and says how much was taken.
 
 from __future__ import annotations
 
+from pyvmm._util import log
 from pyvmm.core.threads import Lock
 
 TYPE_CHECKING = False
@@ -23,6 +24,9 @@ MUX_IN = "mux-in"  # the mux gave this front end the input
 MUX_OUT = "mux-out"  # the mux took it away
 BREAK = "break"  # a serial break was asked for
 RESIZED = "resized"  # the terminal has another size
+
+#: Why output is dropped that a monitor has for its client.
+NOT_READ = "its client does not read"
 
 
 class Frontend:
@@ -57,6 +61,9 @@ class Chardev:
     #: Whether a person sits at the other end (colour, line editing).
     is_terminal = False
 
+    #: Whether a person types, wherever the output goes.
+    is_typed = False
+
     #: Whether the stream came through a live update: the peer has been greeted already.
     #: False again as soon as that peer goes.
     resumed = False
@@ -67,6 +74,8 @@ class Chardev:
         self.fds = fds
         self.frontend: Frontend | None = None
         self.lock = Lock()
+        #: How many bytes were taken that are lost, since the process began.
+        self.dropped = 0
 
     @property
     def filename(self) -> str:
@@ -94,13 +103,24 @@ class Chardev:
         """Write without blocking; how many bytes were taken.
 
         What was taken has reached the kernel: it cannot be lost by an exec. With no peer
-        all are taken and dropped. After a short write the front end's
-        ``handle_writable`` comes once. Any thread.
+        all are taken and dropped; what a peer or a file refuses is so, too, and counted.
+        After a short write the front end's ``handle_writable`` comes once. Any thread.
         """
         raise NotImplementedError
 
+    def drop(self, count: int, why: str) -> None:
+        """Count bytes that are lost, and tell the operator of the first. Any thread."""
+        if not self.dropped:
+            log.say(f"chardev {self.id}: {why}; output is dropped until that changes")
+        self.dropped += count
+
     def accept_input(self) -> None:
         """Look again at how much the front end takes. Any thread."""
+
+    def take_keys(self, taken: bool) -> None:
+        """Have Ctrl-C, Ctrl-Z and Ctrl-\\ come as input, or have them act on this process
+        again, as far as the options leave that open. For a front end in which lines are
+        edited, while it has the input. Loop thread."""
 
     def wait_connected(self) -> None:
         """Block until a peer is there, if the options ask for that (``wait=on``)."""
@@ -128,7 +148,8 @@ class Outbox:
 
     Its owner (a monitor) calls :meth:`flush` from ``handle_writable``.
 
-    :param limit: bytes; a peer that lets more pile up is not reading, and loses the rest
+    :param limit: bytes; a peer that lets more pile up is not reading, and loses the rest,
+        which its chardev counts
     """
 
     def __init__(self, chardev: Chardev, limit: int = 1 << 20) -> None:
@@ -136,13 +157,13 @@ class Outbox:
         self._limit = limit
         self._pending = bytearray()
         self._lock = Lock()
-        self.dropped = 0
 
     def send(self, data: bytes) -> None:
         """Queue ``data`` and write what is taken now. Any thread."""
         with self._lock:
             room = self._limit - len(self._pending)
-            self.dropped += max(len(data) - room, 0)
+            if len(data) > room:
+                self._chardev.drop(len(data) - max(room, 0), NOT_READ)
             self._pending += data[: max(room, 0)]
             self._flush()
 
@@ -155,6 +176,11 @@ class Outbox:
         """What is still queued, for a save."""
         with self._lock:
             return bytes(self._pending)
+
+    @property
+    def size(self) -> int:
+        """How many bytes are still queued."""
+        return len(self._pending)
 
     def clear(self) -> None:
         """Forget what is queued: its reader is gone."""

@@ -14,8 +14,8 @@ import errno
 import os
 import select
 import stat
-import sys
 
+from pyvmm._util import log
 from pyvmm.chardev.address import STREAM_TYPE
 from pyvmm.core.eventloop import READABLE, WRITABLE
 from pyvmm.errors import ConfigError, VmStateError
@@ -249,7 +249,7 @@ class Connector:
     def _failed(self, problem: ConfigError) -> None:
         self._problem = problem
         if self._running and self._opened and not self._reconnect_s:
-            sys.stderr.write(f"pyvmm: {problem}\n")
+            log.say(str(problem))
         self._call_later()
 
     def _refused(self, problem: object) -> ConfigError:

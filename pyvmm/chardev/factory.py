@@ -183,7 +183,8 @@ class ChardevSet:
                 )
             from pyvmm.chardev.stdio import StdioChardev
 
-            self.stdio = StdioChardev(id, loop, fds, signal=config.flag("signal", True))
+            signal = config.flag("signal") if "signal" in config.options else None
+            self.stdio = StdioChardev(id, loop, fds, signal=signal)
             return self.stdio
         if config.kind == "file":
             from pyvmm.chardev.file import FileChardev
@@ -193,7 +194,8 @@ class ChardevSet:
         if config.kind == "pty":
             from pyvmm.chardev.pty import PtyChardev
 
-            return PtyChardev(id, loop, fds, path=config.text("path"), option=option)
+            path, announced = config.text("path"), not self._running
+            return PtyChardev(id, loop, fds, path=path, option=option, announced=announced)
         if config.kind == "socket":
             return self._make_socket(config, id)
         if config.kind == "ringbuf":

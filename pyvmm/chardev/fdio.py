@@ -3,10 +3,15 @@
 Input is polled for only while the front end has room; an idle descriptor stays registered
 with no events, so that a hang-up is still noticed. Bytes that a peer wrote before it went
 are delivered before its CLOSED. Any thread writes; all else is the loop thread's.
+
+A write that fails ends nothing. Full disks, quotas and size limits pass, a FIFO may get another
+reader, and who no longer reads may still write. So what is not taken is dropped and counted, the
+next write is tried like any other, and only reading and hang-ups tell that a peer is gone.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import termios
@@ -24,6 +29,9 @@ if TYPE_CHECKING:
 # One read of one wake-up: a flood on one chardev must not keep the loop from the others.
 CHUNK = 4096
 _RECOVER_S = 1.0
+# The host is short of memory, while poll(2) says that there is room: looked at again by time.
+_SHORT = (errno.ENOBUFS, errno.ENOMEM)
+_SHORT_S = 0.1
 
 
 class FdChardev(Chardev):
@@ -39,8 +47,9 @@ class FdChardev(Chardev):
         self._out = -1
         self._connected = False
         self._output_full = False  # a write was cut short, and handle_writable is owed
-        self._output_lost = False  # the peer no longer reads
+        self._resting = False  # and not for want of room
         self._hung_up = False  # the peer is gone, but not all it wrote has been read
+        self._input_ended = False  # the peer will send no more, but is owed output
         self._input_wanted = False
         self._refresh_queued = False
 
@@ -50,16 +59,23 @@ class FdChardev(Chardev):
 
     def write(self, data: bytes) -> int:
         with self.lock:
-            if self._out < 0 or self._output_lost:
+            if self._out < 0 or (self._hung_up and self._in == self._out):
                 return len(data)
             try:
                 taken = self._write_fd(self._out, data)
             except BlockingIOError:
                 taken = 0
-            except OSError:  # EPIPE, ECONNRESET, EIO of a terminal that is gone
-                self._output_lost = True
-                self.loop.call_soon(self._handle_output_lost)
-                return len(data)
+            except OSError as error:
+                if error.errno not in _SHORT:
+                    # Of a peer that reads and writes on one descriptor it says that nobody
+                    # is there, or will be in a moment.
+                    if self._in != self._out:
+                        self.drop(len(data), error.strerror or str(error))
+                    return len(data)
+                taken = 0
+                if not self._resting:
+                    self._resting = True
+                    self.loop.call_soon(self._rest)
             if taken < len(data) and not self._output_full:
                 self._output_full = True
                 self.loop.call_soon(self._refresh)
@@ -88,8 +104,13 @@ class FdChardev(Chardev):
         return os.write(fd, data)
 
     def _end_input(self) -> None:
-        """No more input will come: by default, the peer is gone."""
-        self._disconnect()
+        """No more input will come: by default, the peer is gone, or will be when it has what
+        is owed to it (``nc -N`` closes one direction and reads on)."""
+        if self._output_full and not self._input_ended:
+            self._input_ended = True
+            self._refresh()
+        else:
+            self._disconnect()
 
     def _release_stream(self, fds: set[int]) -> None:
         """The stream is no longer used: by default, its descriptors are closed."""
@@ -106,8 +127,8 @@ class FdChardev(Chardev):
         """A peer is there. -1 for a direction that does not exist."""
         with self.lock:
             self._in, self._out = in_fd, out_fd
-            self._output_full = self._output_lost = False
-        self._hung_up = False
+            self._output_full = False
+        self._hung_up = self._input_ended = False
         self._connected = True
         self._refresh()
         self._tell(OPENED)
@@ -139,9 +160,9 @@ class FdChardev(Chardev):
         # thread, must find that input is not polled for and queue another look.
         self._refresh_queued = self._input_wanted = False
         room = self.frontend.can_receive() if self.frontend is not None else 0
-        self._input_wanted = room > 0 and self._in >= 0
+        self._input_wanted = room > 0 and self._in >= 0 and not self._input_ended
         reading = READABLE if self._input_wanted else 0
-        writing = WRITABLE if self._output_full else 0
+        writing = WRITABLE if self._output_full and not self._resting else 0
         if self._in == self._out:
             self._watch(self._in, reading | writing)
         else:
@@ -149,8 +170,9 @@ class FdChardev(Chardev):
             self._watch(self._out, writing)
 
     def _watch(self, fd: int, events: int) -> None:
-        # A hang-up cannot be masked: polling for nothing else would spin.
-        if fd == self._in and self._hung_up and not events:
+        # A hang-up cannot be masked: polling for nothing else would spin. That nobody reads
+        # is of no use before there is something to write.
+        if not events and (fd != self._in or self._hung_up):
             self.loop.remove(fd)
         elif fd >= 0:
             handler = self._handle_input if fd == self._in else self._handle_output
@@ -166,11 +188,9 @@ class FdChardev(Chardev):
         elif revents & HANGUP:
             self._handle_hangup()
 
-    def _handle_output(self, revents: int) -> None:
-        if revents & HANGUP:
-            self._disconnect()
-        else:
-            self._handle_writable()
+    def _handle_output(self, _revents: int) -> None:
+        # Also if it hung up: what is owed is dropped then.
+        self._handle_writable()
 
     def _handle_writable(self) -> None:
         with self.lock:
@@ -178,19 +198,20 @@ class FdChardev(Chardev):
         if owed and self.frontend is not None:
             self.frontend.handle_writable()
         self._refresh()
-
-    def _handle_output_lost(self) -> None:
-        if not self._output_lost:
-            return  # that stream is closed by now
-        if self._in == self._out:
-            self._handle_hangup()
-        else:
+        if self._input_ended and not self._output_full:
             self._disconnect()
+
+    def _rest(self) -> None:
+        self.loop.call_later(_SHORT_S, self._end_rest)
+        self._refresh()
+
+    def _end_rest(self) -> None:
+        self._resting = False
+        self._handle_writable()
 
     def _handle_hangup(self) -> None:
         if _pending(self._in):
             self._hung_up = True
-            self._output_lost |= self._in == self._out
             self._handle_writable()
         else:
             self._end_input()
@@ -199,12 +220,16 @@ class FdChardev(Chardev):
         room = self.frontend.can_receive() if self.frontend is not None else 0
         if room > 0 and self.frontend is not None:
             if self._hung_up:  # if the peer still is gone, the next poll will say so
-                self._hung_up = self._output_lost = False
+                self._hung_up = False
             try:
                 data = self._read_fd(self._in, min(room, CHUNK))
             except BlockingIOError:
                 return
-            except OSError:  # ECONNRESET, EIO of a terminal that is gone
+            except OSError as error:  # ECONNRESET, EIO of a terminal that is gone
+                if error.errno in _SHORT:
+                    self.loop.remove(self._in)
+                    self.loop.call_later(_SHORT_S, self._refresh)
+                    return
                 data = b""
             if not data:
                 self._end_input()
@@ -216,7 +241,7 @@ class FdChardev(Chardev):
         with self.lock:
             fds = {self._in, self._out} - {-1}
             self._in = self._out = -1
-            self._output_full = self._output_lost = False
+            self._output_full = False
         self._input_wanted = False
         for fd in fds:
             self.loop.remove(fd)

@@ -1,6 +1,6 @@
 """``-chardev file``: output goes to a file, FIFO or device. There is no input.
 
-What the file does not take for good (disk full, FIFO without a reader) is dropped: the guest
+What the file does not take (disk full, FIFO without a reader) is dropped and counted: the guest
 goes on. Over a live update the descriptor lives on, so nothing is truncated or reordered.
 """
 
@@ -39,7 +39,6 @@ class FileChardev(FdChardev):
         option: str = "-chardev",
     ) -> None:
         super().__init__(id, loop, fds)
-        self.dropped = 0  # bytes
         fd = fds.take(self._name)
         if fd is None:
             fd = _open(path, append, option)
@@ -54,26 +53,6 @@ class FileChardev(FdChardev):
     @property
     def filename(self) -> str:
         return "file"
-
-    def _write_fd(self, fd: int, data: bytes) -> int:
-        try:
-            return os.write(fd, data)
-        except BlockingIOError:
-            raise
-        except OSError:
-            self.dropped += len(data)
-            return len(data)
-
-    # A FIFO without a reader hangs up until the next one comes: still a file to us.
-
-    def _watch(self, fd: int, events: int) -> None:
-        if events:
-            super()._watch(fd, events)
-        else:
-            self.loop.remove(fd)
-
-    def _handle_output(self, revents: int) -> None:
-        self._handle_writable()
 
 
 def _open(path: str, append: bool, option: str) -> int:

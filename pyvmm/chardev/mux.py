@@ -123,6 +123,9 @@ class MuxChardev(Chardev, Frontend):
     def window_size(self) -> tuple[int, int]:
         return self.base.window_size()
 
+    def take_keys(self, taken: bool) -> None:
+        self.base.take_keys(taken)
+
     def accept_input(self) -> None:
         if not self._deliver_queued:
             self._deliver_queued = True
@@ -259,6 +262,7 @@ class MuxPort(Chardev):
         self.mux = mux
         self.index = index
         self.is_terminal = mux.base.is_terminal
+        self.is_typed = mux.base.is_typed
         self.resumed = mux.base.resumed
         self.waiting = bytearray()
         self._cut_short = False
@@ -292,12 +296,19 @@ class MuxPort(Chardev):
             self._cut_short = False
         return taken
 
+    def drop(self, count: int, why: str) -> None:
+        self.mux.drop(count, why)
+
     def accept_input(self) -> None:
         if self.waiting:
             self.mux.accept_input()
 
     def window_size(self) -> tuple[int, int]:
         return self.mux.window_size()
+
+    def take_keys(self, taken: bool) -> None:
+        if self.focused:  # else they are another's
+            self.mux.take_keys(taken)
 
     def tell(self, event: str) -> None:
         """Pass an event on to the front end."""

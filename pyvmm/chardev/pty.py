@@ -12,6 +12,7 @@ import os
 import select
 import sys
 
+from pyvmm._util import log
 from pyvmm.chardev import terminal
 from pyvmm.chardev.fdio import FdChardev
 from pyvmm.core.eventloop import HANGUP
@@ -31,6 +32,7 @@ class PtyChardev(FdChardev):
 
     :param path: where to make a symbolic link to it; empty for none
     :param option: the option that asked for it, for errors
+    :param announced: say its name on standard output; a monitor's client gets it in the reply
     :raises ConfigError: if there is a file at *path*
     :raises HostError: if the host has no pseudo terminal left
     :raises VmStateError: if an inherited descriptor is no pseudo terminal
@@ -44,6 +46,7 @@ class PtyChardev(FdChardev):
         *,
         path: str = "",
         option: str = "-chardev",
+        announced: bool = True,
     ) -> None:
         super().__init__(id, loop, fds)
         self._path = path
@@ -69,12 +72,9 @@ class PtyChardev(FdChardev):
                 self._master = -1
             self.close()
             raise
-        if inherited is None:
-            print(
-                f"char device redirected to {self._terminal} (label {id})",
-                file=sys.stderr,
-                flush=True,
-            )
+        if inherited is None and announced:
+            # On standard output, as QEMU says it.
+            log.out.write(f"char device redirected to {self._terminal} (label {id})\n")
         self._poll.register(self._master, 0)
         self.resumed = inherited is not None and self._is_open()
         self._look()

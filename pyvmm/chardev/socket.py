@@ -6,8 +6,7 @@ telnet, websockets, TLS.
 
 from __future__ import annotations
 
-import sys
-
+from pyvmm._util import log
 from pyvmm.chardev.connector import Connector
 from pyvmm.chardev.fdio import FdChardev, read_socket
 
@@ -76,7 +75,7 @@ class SocketChardev(FdChardev):
     def wait_connected(self) -> None:
         if not self._wait or self.connected:
             return
-        print(f"pyvmm: waiting for a client on {self.address}", file=sys.stderr, flush=True)
+        log.say(f"waiting for a client on {self.address}")
         while not (self._connected or self.loop.stopping):
             self.loop.run_once()
 

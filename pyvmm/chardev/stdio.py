@@ -33,8 +33,8 @@ INPUT, OUTPUT = 0, 1
 class StdioChardev(FdChardev):
     """The terminal, or what the shell put in its place.
 
-    :param signal: whether Ctrl-C and Ctrl-Z act on the monitor's process rather than being
-        input
+    :param signal: whether Ctrl-C, Ctrl-Z and Ctrl-\\ act on this process rather than being
+        input; None: unless the front end takes them
     :param stdin: descriptor that is read; it stays the caller's
     :param stdout: descriptor that is written; it stays the caller's
     """
@@ -45,12 +45,13 @@ class StdioChardev(FdChardev):
         loop: EventLoop,
         fds: FdStore,
         *,
-        signal: bool = True,
+        signal: bool | None = None,
         stdin: int = 0,
         stdout: int = 1,
     ) -> None:
         super().__init__(id, loop, fds)
         self._signal = signal
+        self._keys_taken = False
         self._original: Modes | None = None
         self._sockets: set[int] = set()
         self._stdio = (stdin, stdout)
@@ -60,10 +61,14 @@ class StdioChardev(FdChardev):
         in_fd = self._own(INPUT, inherited_in)
         out_fd = self._own(OUTPUT, inherited_out)
         self.is_terminal = terminal.is_terminal(in_fd) and terminal.is_terminal(out_fd)
+        self.is_typed = terminal.is_terminal(in_fd)
         self._open_stream(in_fd, out_fd)
-        if terminal.is_terminal(in_fd) and not self.resumed:
+        if self.is_typed and not self.resumed:
             self._original = terminal.get_modes(in_fd)
             self.handle_cont()
+        elif self.is_typed:
+            # Until the front end is there: a key must not end the VMM in between.
+            self._keys_taken = not terminal.makes_signals(in_fd)
 
     @property
     def filename(self) -> str:
@@ -76,11 +81,17 @@ class StdioChardev(FdChardev):
         """Make the terminal raw (again): after SIGCONT, since the shell had it meanwhile."""
         if self._original is None or self._in < 0:
             return
-        raw = terminal.raw_modes(self._original, signals=self._signal, output=True)
+        signals = not self._keys_taken if self._signal is None else self._signal
+        raw = terminal.raw_modes(self._original, signals=signals, output=True)
         try:
             terminal.set_modes(self._in, raw)
         except OSError:
             pass  # hung up, which reading will notice
+
+    def take_keys(self, taken: bool) -> None:
+        if taken != self._keys_taken:
+            self._keys_taken = taken
+            self.handle_cont()
 
     def handle_resize(self) -> None:
         """Tell the front end of another window size: after SIGWINCH."""
@@ -144,7 +155,11 @@ class StdioChardev(FdChardev):
         return _on_socket(fd, lambda sock, flags: sock.send(data, flags))
 
     def _end_input(self) -> None:
-        # Only the input is over: `pyvmm run < script` goes on printing.
+        if self.is_terminal and terminal.is_hung_up(self._out):
+            self._disconnect()
+            return
+        # Only the input is over: `pyvmm run < script` goes on printing, and so does a process
+        # that a terminal refuses because its shell is gone.
         with self.lock:
             fd, self._in = self._in, -1
         self.loop.remove(fd)

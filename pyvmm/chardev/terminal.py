@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import struct
 import termios
 
@@ -78,6 +79,14 @@ def set_modes(fd: int, modes: Modes) -> None:
         raise OSError(*error.args) from None
 
 
+def makes_signals(fd: int) -> bool:
+    """Whether Ctrl-C makes a signal now; False for what is no terminal any more."""
+    try:
+        return bool(get_modes(fd)[_LFLAG] & termios.ISIG)
+    except OSError:
+        return False
+
+
 def pack_modes(modes: Modes) -> bytes:
     """Modes as bytes, for :func:`unpack_modes` in another image."""
     keys = bytes(key if isinstance(key, int) else key[0] for key in modes[_CC])
@@ -111,6 +120,13 @@ def window_size(fd: int) -> tuple[int, int]:
         return 24, 80
     rows, columns = struct.unpack_from("HH", packed)
     return rows or 24, columns or 80
+
+
+def is_hung_up(fd: int) -> bool:
+    """Whether nobody is at the other end any more."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 def is_terminal(fd: int) -> bool:

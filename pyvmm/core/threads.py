@@ -89,5 +89,6 @@ def spawn(target: Callable[[], None], on_crash: Callable[[BaseException], None])
 
 
 def report_crash(error: BaseException) -> None:
-    """Print an exception that nothing handled, as the interpreter would at exit."""
+    """Print an exception that nothing handled, as the interpreter would at exit. Never raises,
+    and where ``_util.log`` guards standard error never waits."""
     sys.excepthook(type(error), error, error.__traceback__)

@@ -8,9 +8,8 @@ and leave the rest to the main loop.
 
 from __future__ import annotations
 
-import sys
-
 from pyvmm._native import lib
+from pyvmm._util import log
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
@@ -454,9 +453,8 @@ class Machine(CpuEvents):
             self.warn(f"{what}: {text}")
 
     def warn(self, text: str) -> None:
-        """Tell the operator on standard error."""
-        sys.stderr.write(f"pyvmm: {text}\r\n" if sys.stderr.isatty() else f"pyvmm: {text}\n")
-        sys.stderr.flush()
+        """Tell the operator on standard error. Never raises, never waits. Any thread."""
+        log.say(text)
 
     # ---- the end ---------------------------------------------------------------------------
 

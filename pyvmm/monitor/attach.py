@@ -6,8 +6,8 @@ Which kind a monitor is, is known from its mode and from whether a person sits t
 from __future__ import annotations
 
 import os
-import sys
 
+from pyvmm._util import log
 from pyvmm.errors import VmStateError
 from pyvmm.monitor.commands import build_registry
 from pyvmm.monitor.registry import Context
@@ -41,7 +41,7 @@ def open_monitors(
                 monitor.load_state(state)
             except VmStateError as error:
                 # The guest runs; that somebody has to type a line again must not end it.
-                sys.stderr.write(f"pyvmm: monitor {name}: {error}\n")
+                log.say(f"monitor {name}: {error}")
         migration.passengers[name] = monitor
         monitors.append(monitor)
         chardev.attach(monitor)
@@ -59,7 +59,7 @@ def _make(config: MonitorConfig, chardev: Chardev, context: Context) -> MonitorF
         return Console(chardev, context)
     from pyvmm.monitor.hmp.lines import LineMonitor
 
-    return LineMonitor(chardev, context, echo=chardev.is_terminal)
+    return LineMonitor(chardev, context, echo=chardev.is_terminal or chardev.is_typed)
 
 
 def _unused(id: str, taken: dict[str, Passenger]) -> str:

@@ -73,6 +73,8 @@ class Argument:
         allowed = _TYPES[self.type]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise CommandError(f"Invalid parameter type for '{self.name}', expected: {self.type}")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+            raise CommandError(f"Parameter '{self.name}' is out of range")
 
 
 class Command:

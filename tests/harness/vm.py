@@ -36,6 +36,8 @@ class Vm:
     :param serial: put the first serial port on a socket
     :param monitor: put a human monitor on a socket
     :param program: what to start instead of ``pyvmm run``
+    :param stdout: descriptor of standard output; default: the file that :meth:`stderr` reads
+    :param stderr: descriptor of standard error, likewise
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Vm:
         monitor=True,
         program=None,
         stdin=subprocess.DEVNULL,
+        stdout=None,
+        stderr=None,
         **environment,
     ):
         self.folder = Path(folder)
@@ -77,7 +81,7 @@ class Vm:
         self._streams = {}
         self._updates = 0
         self.exit_code = None
-        self._stdin = stdin
+        self._stdio = (stdin, stdout, stderr)
         self._environment = environment
 
     def __enter__(self):
@@ -95,9 +99,9 @@ class Vm:
         self._process = subprocess.Popen(
             self.argv,
             cwd=self.folder,
-            stdin=self._stdin,
-            stdout=self._stderr,
-            stderr=self._stderr,
+            stdin=self._stdio[0],
+            stdout=self._stderr if self._stdio[1] is None else self._stdio[1],
+            stderr=self._stderr if self._stdio[2] is None else self._stdio[2],
             env=process.environment(**self._environment),
         )
         self.pid = self._process.pid

@@ -26,7 +26,10 @@ def machine(vm, tmp_path):
         assert other.execute("query-status") == {"status": "running", "running": True}
     machine.seen = len(machine.serial)
     machine.expect("tick")
-    assert machine.stderr() == ""
+    assert set(machine.stderr().splitlines()) <= {
+        "pyvmm: chardev compat_monitor1: its client does not read; output is dropped until that"
+        " changes"
+    }
 
 
 @pytest.fixture

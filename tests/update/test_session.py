@@ -161,6 +161,60 @@ def test_console_and_monitor_on_one_terminal(terminal):
     assert screen.child.exitstatus == 0
 
 
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("where", ["monitor", "mon:stdio", "mux"])
+def test_ctrl_c_clears_the_line(terminal, where, term):
+    """And ends neither the VMM nor the guest, before and after an update."""
+    options = {
+        "monitor": ("-monitor", "stdio", "-serial", "null"),
+        "mon:stdio": (),
+        "mux": ("-chardev", "stdio,id=c,mux=on", "-serial", "chardev:c", "-mon", "c"),
+    }[where]
+    screen = terminal("-m", "64M", *options, term=term)
+    if where != "monitor":
+        screen.expect("guest> ?\\Z")
+        screen.child.send("\x01c")
+    screen.expect(PROMPT)
+    for _ in range(2):
+        for key in ("\x03", "\x1c", "\x1a"):  # nor do those that make signals otherwise
+            screen.child.send("qui")
+            screen.expect(r"\(pyvmm\) qui\Z")
+            screen.child.send(f"{key}\x03")
+            screen.expect(PROMPT)
+        screen.command("info status", "VM status: running")
+        screen.command("update")
+    if where == "mon:stdio":
+        screen.child.send("\x01c\rcat\x03echo one\r")  # the guest's shell has it
+        screen.expect("^one$")
+    os.kill(screen.pid, signal.SIGINT)
+    screen.child.expect(pexpect.EOF)
+    screen.child.wait()
+    assert screen.child.exitstatus == 128 + signal.SIGINT
+
+
+def test_ctrl_c_before_the_monitor_of_the_new_image_is_there(terminal):
+    """Whoever types while an update is under way ends nothing either."""
+    screen = terminal("-m", "64M", "-monitor", "stdio", "-serial", "null")
+    screen.expect(PROMPT)
+    screen.child.send("update\r")
+    prompts = screen.text.count("(pyvmm)")
+    screen.wait(
+        lambda: screen.child.send("\x03") and screen.text.count("(pyvmm)") > prompts,
+        "the prompt of the new image",
+    )
+    screen.expect(PROMPT)
+    screen.command("info migrate", r"Status: \s*completed")
+
+
+def test_ctrl_c_ends_a_vm_that_has_no_monitor_there(terminal):
+    screen = terminal("-m", "64M", "-serial", "stdio", "-monitor", "none")
+    screen.expect("guest> ?\\Z")
+    screen.child.send("\x03")
+    screen.child.expect(pexpect.EOF)
+    screen.child.wait()
+    assert screen.child.exitstatus == 128 + signal.SIGINT
+
+
 def test_update_while_the_console_has_the_terminal(terminal, tmp_path):
     screen = terminal("-m", "64M", "-chardev", "socket,id=m,path=m.sock,server=on,wait=off",
                       "-mon", "m", "-serial", "mon:stdio")  # fmt: skip

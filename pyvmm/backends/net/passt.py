@@ -11,8 +11,8 @@ from __future__ import annotations
 import _socket
 import os
 import select
-import sys
 
+from pyvmm._util import log
 from pyvmm.backends.net.stream import StreamBackend
 from pyvmm.errors import ConfigError
 
@@ -76,7 +76,7 @@ class PasstBackend(StreamBackend):
             try:
                 self._adopt(launch(*self._command))
             except ConfigError as error:
-                sys.stderr.write(f"pyvmm: {error}\n")
+                log.say(str(error))
 
     def _adopt(self, fd: int) -> None:
         self.fds.keep(self._name, fd)

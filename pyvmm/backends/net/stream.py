@@ -9,6 +9,7 @@ nobody is there the link is down and what the guest sends is dropped.
 from __future__ import annotations
 
 import _socket
+import errno
 import struct
 
 from pyvmm.backends.net.base import HEADER, MAX_FRAME, NetBackend, skip
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 LENGTH = 4
 _FLAGS = _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL
+# The host is short of memory, while poll(2) says that there is room: looked at again by time.
+_SHORT = (errno.ENOBUFS, errno.ENOMEM)
+_SHORT_S = 0.1
 # A frame's header is written over its length and what is before it, which has been consumed.
 _ROOM = HEADER - LENGTH
 _NO_HEADER = bytes(HEADER)
@@ -47,7 +51,7 @@ class StreamBackend(NetBackend):
         self._start = self._end = _ROOM  # of what was received and not consumed
         self._held: memoryview | None = None
         self._unsent = b""
-        self._running = self._wanted = self._full = False
+        self._running = self._wanted = self._full = self._resting = False
 
     def open_stream(self, fd: int) -> None:
         """A peer is there."""
@@ -176,7 +180,10 @@ class StreamBackend(NetBackend):
             count = self._sock.recv_into(self._buffer[self._end :], 0, _socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        except OSError:  # ECONNRESET
+        except OSError as error:  # ECONNRESET
+            if error.errno in _SHORT:
+                self._rest()
+                return False
             count = 0
         self._end += count
         if not count:
@@ -189,12 +196,25 @@ class StreamBackend(NetBackend):
             return self._sock.sendmsg(parts, (), _FLAGS)
         except BlockingIOError:
             return 0
-        except OSError:  # EPIPE, ECONNRESET
-            self._lose()
+        except OSError as error:  # EPIPE, ECONNRESET
+            if error.errno in _SHORT:
+                self._rest()
+            else:
+                self._lose()
             return 0
 
     def _set_full(self) -> None:
         self._full = True
+        self._poll()
+
+    def _rest(self) -> None:
+        if not self._resting:
+            self._resting = True
+            self.loop.call_later(_SHORT_S, self._end_rest)
+            self._poll()
+
+    def _end_rest(self) -> None:
+        self._resting = False
         self._poll()
 
     def _lose(self) -> None:
@@ -215,7 +235,7 @@ class StreamBackend(NetBackend):
             return
         events = READABLE if self._wanted else 0
         events |= WRITABLE if self._full and self._running else 0
-        if events:
+        if events and not self._resting:
             self.loop.add(self._sock.fileno(), events, self._handle_ready)
         else:  # a hang-up could not be masked
             self.loop.remove(self._sock.fileno())

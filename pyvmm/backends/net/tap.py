@@ -12,8 +12,8 @@ import fcntl
 import os
 import stat
 import struct
-import sys
 
+from pyvmm._util import log
 from pyvmm.backends.net.base import HEADER, MAX_FRAME, NetBackend, skip
 from pyvmm.core.eventloop import HANGUP, READABLE, WRITABLE
 from pyvmm.errors import ConfigError, VmStateError
@@ -94,7 +94,7 @@ class TapBackend(NetBackend):
             self.fd = -1
             self.link_up = False
             self.has_offloads = vnet_hdr
-            sys.stderr.write(f"pyvmm: {error}\n")
+            log.say(str(error))
             return
         try:
             flags = self._examine()

@@ -33,12 +33,13 @@ _ADDRESSES = {
 
 
 def query_chardev(context: Context) -> list[dict[str, Any]]:
-    """The character devices."""
+    """The character devices; ``dropped`` is how many bytes of output were lost."""
     return [
         {
             "label": label,
             "filename": chardev.filename,
             "frontend-open": chardev.frontend_open,
+            **({"dropped": chardev.dropped} if chardev.dropped else {}),
         }
         for label, chardev in context.machine.chardevs.items()
     ]
@@ -105,7 +106,7 @@ COMMANDS = (
     Command(
         "query-chardev",
         query_chardev,
-        returns=[{"label": "str", "filename": "str", "frontend-open": "bool"}],
+        returns=[{"label": "str", "filename": "str", "frontend-open": "bool", "*dropped": "int"}],
     ),
     Command(
         "chardev-add",

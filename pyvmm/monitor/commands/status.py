@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm import __version__
+from pyvmm._util import log
 from pyvmm.core import runstate
 from pyvmm.monitor.qmp import schema
 from pyvmm.monitor.registry import Command, Context
@@ -38,6 +39,11 @@ def query_name(context: Context) -> dict[str, Any]:
 def query_kvm(context: Context) -> dict[str, Any]:
     """Whether KVM runs the guest: always."""
     return {"enabled": True, "present": True}
+
+
+def query_messages(context: Context) -> dict[str, Any]:
+    """How many messages pyvmm had for its standard error that it did not take."""
+    return {"dropped": log.err.dropped}
 
 
 def query_commands(context: Context) -> list[dict[str, Any]]:
@@ -90,6 +96,7 @@ COMMANDS = (
     Command("query-version", query_version, returns=_VERSION),
     Command("query-name", query_name, returns={"*name": "str"}),
     Command("query-kvm", query_kvm, returns={"enabled": "bool", "present": "bool"}),
+    Command("x-query-messages", query_messages, returns={"dropped": "int"}),
     Command("query-commands", query_commands, returns=[{"name": "str"}]),
     Command("query-qmp-schema", query_qmp_schema, returns=["any"]),
     Command("stop", stop),

@@ -271,6 +271,16 @@ _INFO = (
         _shown("query-memdev", render.memdev),
     ),
     HumanCommand(
+        "messages",
+        "",
+        "",
+        "show how many messages standard error did not take",
+        _shown(
+            "x-query-messages",
+            lambda data: f"messages that standard error did not take: {data['dropped']}\n",
+        ),
+    ),
+    HumanCommand(
         "migrate",
         "all:-a",
         "[-a]",

@@ -11,12 +11,11 @@ terminal's modes are the chardev's affair.
 
 from __future__ import annotations
 
-import sys
-
 # Imported here although nothing uses it by name: the thread that imports it first is what it
 # takes for the main thread, and asyncio treats that one differently.
 import threading  # noqa: F401
 
+from pyvmm._util import log
 from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, RESIZED, Outbox
 from pyvmm.core.threads import Lock, report_crash, spawn
 from pyvmm.monitor.frontend import MonitorFrontend, take_failure
@@ -88,6 +87,8 @@ class Console(MonitorFrontend):
             if not self.chardev.resumed:
                 self._forget_user()
             self._open = True
+            if self._focused:
+                self.chardev.take_keys(True)
             self.outbox.flush()
             if self._owes_reply:
                 self._owes_reply = False
@@ -97,6 +98,7 @@ class Console(MonitorFrontend):
             self._open = False
         elif event in (MUX_IN, MUX_OUT):
             self._focused = event == MUX_IN
+            self.chardev.take_keys(self._focused)
             if self._focused and self._open:
                 # The guest may have left the cursor anywhere on its line.
                 self.outbox.send(b"\r\n")
@@ -237,7 +239,7 @@ class Console(MonitorFrontend):
 
     def _handle_crash(self, error: BaseException) -> None:
         if isinstance(error, ImportError):
-            sys.stderr.write(f"pyvmm: no line editing: {error}\r\n")
+            log.say(f"no line editing: {error}")
         else:
             report_crash(error)
         self.context.machine.loop.call_soon(self._fall_back)

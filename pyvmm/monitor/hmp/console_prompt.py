@@ -19,6 +19,7 @@ from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.document import Document
+from prompt_toolkit.filters import is_searching
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input.base import Input
 from prompt_toolkit.input.vt100_parser import Vt100Parser
@@ -351,8 +352,12 @@ def history() -> History:
 def _bindings() -> KeyBindings:
     bindings = KeyBindings()
 
-    @bindings.add("c-c")
+    @bindings.add("c-c", filter=~is_searching)  # a search it leaves, by the editor's own
     def _clear(event: KeyPressEvent) -> None:
         event.current_buffer.reset()
+
+    @bindings.add("c-z")
+    def _ignore(_event: KeyPressEvent) -> None:
+        """To stop this process would stop the guest."""
 
     return bindings

@@ -6,8 +6,7 @@ callback, called once.
 
 from __future__ import annotations
 
-import sys
-
+from pyvmm.core.threads import report_crash
 from pyvmm.errors import PyvmmError
 from pyvmm.monitor.hmp.commands import COMMANDS, INFO
 from pyvmm.monitor.hmp.parser import ParseError, first_word, parse_arguments
@@ -67,7 +66,7 @@ class Interpreter:
             text = f"Error: {error}\n"
         except Exception as error:
             # A bug in a command must not take the guest down with it.
-            sys.excepthook(type(error), error, error.__traceback__)
+            report_crash(error)
             text = f"Error: internal error ({type(error).__name__}); details are on stderr\n"
         else:
             if reply.deferred:

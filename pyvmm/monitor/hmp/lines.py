@@ -84,11 +84,13 @@ class LineMonitor(MonitorFrontend):
             self._begin()
         elif event == MUX_OUT:
             self._focused = False
+            self.chardev.take_keys(False)
             if self._open:
                 self._send("\n")
         elif event == MUX_IN:
             self._focused = True
             if self._open:
+                self.chardev.take_keys(self._echo)
                 self._show_prompt()
 
     def handle_writable(self) -> None:
@@ -124,6 +126,8 @@ class LineMonitor(MonitorFrontend):
 
     def _begin(self) -> None:
         self._open = True
+        if self._focused:
+            self.chardev.take_keys(self._echo)
         if not self.chardev.resumed:
             self._forget_client()
         self._outbox.flush()

@@ -34,7 +34,11 @@ def cpus(data: list[Data], current: int) -> str:
 
 def chardev(data: list[Data]) -> str:
     """``info chardev``."""
-    return "".join(f"{entry['label']}: filename={entry['filename']}\n" for entry in data)
+    return "".join(
+        f"{entry['label']}: filename={entry['filename']}"
+        + (f" ({entry['dropped']} bytes dropped)\n" if "dropped" in entry else "\n")
+        for entry in data
+    )
 
 
 def block(data: list[Data]) -> str:

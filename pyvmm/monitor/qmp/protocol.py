@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_MESSAGE = 1 << 20
+MAX_DIGITS = 309  # of an integer, which a double can have
 MAX_DEPTH = 256  # well below the interpreter's own limit, which json runs into otherwise
 _SPACE = b" \t\r\n"
 _OPEN, _CLOSE = b"{[", b"}]"
@@ -105,14 +106,19 @@ class Splitter:
 def decode(message: bytes) -> Any:
     """The JSON value of a message.
 
-    :raises ProtocolError: it is none, or has what no command can use: numbers that are none,
-        a key twice, half of a surrogate pair, a NUL
+    :raises ProtocolError: it is none, or has what no command can use and no reply could
+        repeat: numbers that are none or have no end, a key twice, half of a surrogate pair,
+        a NUL
     """
     import json
 
     try:
         value = json.loads(
-            message.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            message.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_integer,
         )
         text = json.dumps(value, ensure_ascii=False)
         text.encode()
@@ -127,10 +133,17 @@ def decode(message: bytes) -> Any:
 
 
 def encode(message: object, pretty: bool = False) -> bytes:
-    """A message as one line, or with ``pretty`` as several."""
+    """A message as one line, or with ``pretty`` as several. Half of a surrogate pair, of a file
+    name that is no text, becomes U+FFFD, as in QEMU.
+
+    :raises ValueError: if it has what JSON has not: a number that is none
+    """
     import json
 
-    text = json.dumps(message, indent=4 if pretty else None)
+    indent = 4 if pretty else None
+    text = json.dumps(message, indent=indent, allow_nan=False)
+    if "\\ud" in text:
+        text = json.dumps(_whole(message), indent=indent, allow_nan=False)
     return text.replace("\n", "\r\n").encode() + b"\r\n"
 
 
@@ -139,6 +152,31 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("duplicate key")
     return found
+
+
+def _whole(value: Any) -> Any:
+    """The same without halves of surrogate pairs."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole(key): _whole(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole(inner) for inner in value]
+    return value
+
+
+def _finite(text: str) -> float:
+    # float() takes 1e999, which json would write as Infinity.
+    value = float(text)
+    if value - value:
+        raise ValueError("a number is too large")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError("a number is too large")
+    return int(text)
 
 
 def _refuse_constant(name: str) -> None:

@@ -18,11 +18,11 @@ that is being carried out, none of which waits for anything but the host's files
 from __future__ import annotations
 
 import struct
-import sys
 import time
 
-from pyvmm.chardev.base import CLOSED, OPENED, Outbox
+from pyvmm.chardev.base import CLOSED, NOT_READ, OPENED, Outbox
 from pyvmm.chardev.rights import Rights
+from pyvmm.core.threads import report_crash
 from pyvmm.errors import CommandError, PyvmmError, VmStateError
 from pyvmm.monitor.frontend import MonitorFrontend
 from pyvmm.monitor.qmp import protocol
@@ -114,8 +114,10 @@ class QmpSession(MonitorFrontend):
             event["data"] = data
         message = protocol.encode(event, self._pretty)
         # Cut short it would take the client out of step for good; so it is all or nothing.
-        if len(self._outbox.pending()) + len(message) <= MAX_EVENTS:
+        if self._outbox.size + len(message) <= MAX_EVENTS:
             self._outbox.send(message)
+        else:
+            self.chardev.drop(len(message), NOT_READ)
 
     def save_state(self) -> bytes:
         flags = (
@@ -161,18 +163,18 @@ class QmpSession(MonitorFrontend):
         self._rights.close()
 
     def _takes_commands(self) -> bool:
-        if not self._outbox.pending():
+        if not self._outbox.size:
             return True
         return (
             self._oob
             and len(self._queue) < MAX_QUEUE
             and sum(map(len, self._queue)) <= protocol.MAX_MESSAGE
-            and len(self._outbox.pending()) <= MAX_EVENTS
+            and self._outbox.size <= MAX_EVENTS
         )
 
     def _process(self) -> None:
         while self._takes_commands():
-            if self._queue and not self._outbox.pending():
+            if self._queue and not self._outbox.size:
                 self._send(self._answer(self._queue.pop(0)))
                 continue
             try:
@@ -182,7 +184,7 @@ class QmpSession(MonitorFrontend):
                 continue
             if message is None:
                 return
-            if self._outbox.pending() and not _is_oob(message):
+            if self._outbox.size and not _is_oob(message):
                 self._queue.append(message)
             else:
                 self._send(self._answer(message))
@@ -215,7 +217,7 @@ class QmpSession(MonitorFrontend):
             return _failure(error)
         except Exception as error:
             # A bug in a command must not take the guest down with it.
-            sys.excepthook(type(error), error, error.__traceback__)
+            report_crash(error)
             return _failure(CommandError(f"internal error ({type(error).__name__})"))
         return {"return": {} if result is None else result}
 
@@ -241,7 +243,15 @@ class QmpSession(MonitorFrontend):
         return self.context.execute("query-version")
 
     def _send(self, message: dict[str, Any]) -> None:
-        self._outbox.send(protocol.encode(message, self._pretty))
+        try:
+            data = protocol.encode(message, self._pretty)
+        except (TypeError, ValueError, RecursionError) as error:
+            # A bug in a command: its answer cannot be told.
+            report_crash(error)
+            failure = _failure(CommandError(f"internal error ({type(error).__name__})"))
+            id = {"id": message["id"]} if "id" in message else {}
+            data = protocol.encode({**failure, **id}, self._pretty)
+        self._outbox.send(data)
 
 
 def _check_request(request: dict[str, Any], oob: bool) -> tuple[str, dict[str, Any]]:

@@ -109,12 +109,12 @@ def test_name_is_looked_up_in_the_background(image, names):
         image.until(lambda: chardev.connected)
 
 
-def test_name_that_is_not_known(image, names, capsys):
+def test_name_that_is_not_known(image, names, capfd):
     names.answer = None
     add(image, "socket,id=c,host=server.example,port=1")
     names.go.set()
     told = []
-    image.until(lambda: told.append(capsys.readouterr().err) or any(told))
+    image.until(lambda: told.append(capfd.readouterr().err) or any(told))
     assert "chardev-add: host='server.example' is not known" in "".join(told)
 
 
@@ -128,3 +128,10 @@ def test_name_server_that_does_not_answer_holds_up_no_update(images, names):
     chardev = image.make(SocketChardev, address=TcpAddress("server.example", 1, "-chardev"))
     assert time.monotonic() - began < 2
     assert not chardev.connected
+
+
+def test_terminal_is_named_in_the_reply_only(image, capfd):
+    """Standard output may be the monitor's that asked for it."""
+    _took, chardev = add(image, "pty,id=c")
+    assert chardev.filename.startswith("pty:/dev/pts/")
+    assert capfd.readouterr() == ("", "")

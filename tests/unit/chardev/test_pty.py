@@ -44,10 +44,10 @@ def opened(image, people, recorder, room=None):
     return chardev, frontend, person
 
 
-def test_there_and_back(image, people, recorder, capsys):
+def test_there_and_back(image, people, recorder, capfd):
     chardev, frontend, person = opened(image, people, recorder)
     name = chardev.filename.removeprefix("pty:")
-    assert capsys.readouterr().err == f"char device redirected to {name} (label c0)\n"
+    assert capfd.readouterr().out == f"char device redirected to {name} (label c0)\n"
     assert os.ttyname(person) == name
     os.write(person, b"in\r\x03")
     image.until(lambda: frontend.data == b"in\r\x03")
@@ -161,7 +161,7 @@ def test_link_that_somebody_changed_is_not_removed(image, tmp_path):
     assert os.readlink(link) == "/dev/null"
 
 
-def test_lives_through_an_exec(images, people, recorder, tmp_path, capsys):
+def test_lives_through_an_exec(images, people, recorder, tmp_path, capfd):
     link = tmp_path / "link"
     image = images()
     chardev = image.make(PtyChardev, path=str(link))
@@ -170,14 +170,14 @@ def test_lives_through_an_exec(images, people, recorder, tmp_path, capsys):
     person = people(chardev)
     os.write(person, b"half a line")
     image.until(lambda: frontend.data == b"half")
-    capsys.readouterr()
+    capfd.readouterr()
     name = chardev.filename
     for _ in range(2):
         image = images(image.exec())
         chardev = image.make(PtyChardev, path=str(link))
         assert chardev.filename == name
         assert chardev.resumed
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr() == ("", "")
     frontend = recorder()
     chardev.attach(frontend)
     assert frontend.events == [OPENED]

@@ -399,14 +399,14 @@ def test_refused_tcp_call_is_tried_again_later(image):
 # wait=on
 
 
-def test_wait(image, clients, capsys):
+def test_wait(image, clients, capfd):
     chardev = server(image)
     thread = threading.Thread(target=clients)
     thread.start()
     chardev.wait_connected()
     thread.join()
     assert chardev.connected
-    assert "waiting for a client on unix:s" in capsys.readouterr().err
+    assert "waiting for a client on unix:s" in capfd.readouterr().err
 
 
 def test_wait_can_be_interrupted(image):

@@ -1,6 +1,8 @@
 """stdio: the terminal's modes on every way out, and nothing that leaks to the shell."""
 
+import errno
 import os
+import resource
 import socket
 import struct
 import termios
@@ -10,6 +12,7 @@ import pytest
 
 from pyvmm.chardev import stdio
 from pyvmm.chardev.base import CLOSED, OPENED, RESIZED
+from pyvmm.chardev.mux import MuxChardev
 from pyvmm.chardev.stdio import StdioChardev, restore_terminal
 from pyvmm.errors import VmStateError
 
@@ -70,6 +73,41 @@ def test_raw_and_back(image, terminal):
 
 def test_signal_off(image, terminal):
     on_terminal(image, terminal[1], signal=False)
+    assert not flag(terminal[1], 3, termios.ISIG)
+
+
+def test_front_end_takes_the_keys(images, terminal):
+    """And they do not act on the process before that of the next image is there."""
+    slave = terminal[1]
+    image = images()
+    chardev = on_terminal(image, slave)
+    chardev.take_keys(True)
+    assert not flag(slave, 3, termios.ISIG)
+    state = chardev.save_state()
+    image = images(image.exec())
+    chardev = on_terminal(image, slave)
+    chardev.load_state(state)
+    assert not flag(slave, 3, termios.ISIG)
+    chardev.take_keys(False)
+    assert flag(slave, 3, termios.ISIG)
+
+
+@pytest.mark.parametrize("signal", [False, True])
+def test_front_end_does_not_take_keys_that_are_given_away(image, terminal, signal):
+    chardev = on_terminal(image, terminal[1], signal=signal)
+    for taken in (True, False):
+        chardev.take_keys(taken)
+        assert flag(terminal[1], 3, termios.ISIG) == signal
+
+
+def test_behind_a_mux_who_has_the_input_takes_the_keys(image, terminal):
+    mux = MuxChardev("mux", on_terminal(image, terminal[1]), lambda: None)
+    console, monitor = (mux.frontend_chardev(index) for index in range(2))
+    monitor.take_keys(True)
+    assert flag(terminal[1], 3, termios.ISIG)
+    mux.set_focus(1)
+    monitor.take_keys(True)
+    console.take_keys(False)
     assert not flag(terminal[1], 3, termios.ISIG)
 
 
@@ -150,6 +188,23 @@ def test_hang_up_of_the_terminal(image, terminal, recorder):
     chardev.close()
 
 
+def test_terminal_that_refuses_input_is_still_written(image, terminal, recorder, monkeypatch):
+    """It gives EIO to a process in the background whose shell is gone."""
+    chardev = on_terminal(image, terminal[1])
+    frontend = recorder()
+    chardev.attach(frontend)
+
+    def refuse(_fd, _count):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(chardev, "_read_fd", refuse)
+    os.write(terminal[0], b"x")
+    image.until(lambda: chardev._in < 0)
+    assert chardev.write(b"still here") == 10
+    assert os.read(terminal[0], 100) == b"still here"
+    assert frontend.events == [OPENED]
+
+
 # Pipes, files and what else a shell connects.
 
 
@@ -173,16 +228,73 @@ def test_end_of_input_is_not_the_end_of_output(image, pipe, recorder):
     assert os.read(out_reading, 100) == b"still here"
 
 
-def test_reader_of_output_goes(image, pipe, recorder):
-    in_reading, _in_writing = pipe()
+@pytest.mark.parametrize("is_full", [False, True])
+def test_loss_of_output_is_not_the_end_of_input(image, pipe, recorder, is_full):
+    in_reading, in_writing = pipe()
     out_reading, out_writing = pipe()
     chardev = image.make(StdioChardev, stdin=in_reading, stdout=out_writing)
     frontend = recorder()
     chardev.attach(frontend)
+    while is_full and chardev.write(b"x" * 4096) == 4096:
+        pass
+    image.settle()
     os.close(out_reading)
+    image.until(lambda: frontend.writable == is_full)
     assert chardev.write(b"x") == 1
-    image.until(lambda: frontend.events == [OPENED, CLOSED])
-    assert chardev.write(b"x") == 1
+    image.settle()
+    os.write(in_writing, b"quit")
+    image.until(lambda: frontend.data == b"quit")
+    assert frontend.events == [OPENED]
+    assert chardev.dropped == 1
+    assert chardev.write(b"yz") == 2
+    assert chardev.dropped == 3
+    check_idle(image)
+
+
+def check_idle(image):
+    """The loop is woken by nothing but its timers."""
+    wakes = []
+    image.loop.call_later(0.02, lambda: wakes.append("timer"))
+    image.loop.run_once(5)
+    assert wakes == ["timer"]
+
+
+def test_file_without_room_is_written_again_when_there_is_some(image, pipe, recorder, tmp_path):
+    """A size limit stands in for a full disk and a quota; SIGXFSZ would end a process."""
+    in_reading, in_writing = pipe()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open(tmp_path / "out", "wb") as file:
+        chardev = image.make(StdioChardev, stdin=in_reading, stdout=file.fileno())
+        frontend = recorder()
+        chardev.attach(frontend)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))
+        try:
+            assert chardev.write(b"before, ") == 6
+            assert chardev.write(b"e, ") == 3
+            image.settle()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert chardev.write(b", after") == 7
+        os.write(in_writing, b"input")
+        image.until(lambda: frontend.data == b"input")
+    assert (tmp_path / "out").read_bytes() == b"before, after"
+    assert chardev.dropped == 3
+    assert frontend.events == [OPENED]
+
+
+def test_device_that_is_always_full(image, pipe, recorder):
+    in_reading, in_writing = pipe()
+    with open("/dev/full", "wb", buffering=0) as full:
+        chardev = image.make(StdioChardev, stdin=in_reading, stdout=full.fileno())
+        frontend = recorder()
+        chardev.attach(frontend)
+        for _ in range(3):
+            assert chardev.write(b"xyz") == 3
+        image.settle()
+        os.write(in_writing, b"input")
+        image.until(lambda: frontend.data == b"input")
+        assert chardev.dropped == 9
+        check_idle(image)
 
 
 def test_slow_reader_of_output(image, pipe, recorder):

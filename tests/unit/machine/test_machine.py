@@ -37,13 +37,13 @@ def machine():
     machine.loop.close()
 
 
-def test_disk_that_hangs_does_not_let_a_guest_go_on_that_has_ended(machine, capsys):
+def test_disk_that_hangs_does_not_let_a_guest_go_on_that_has_ended(machine, capfd):
     """Emulation failed: entered once more, the vCPU would do who knows what."""
     machine.on_thread_error("thread virtio-0 failed")
     machine.loop.run_once()
     assert machine.runstate.state == runstate.INTERNAL_ERROR
     assert all(device.resting for device in machine.devices)
-    assert "requests do not end" in capsys.readouterr().err
+    assert "requests do not end" in capfd.readouterr().err
 
 
 def test_disk_that_hangs_keeps_a_guest_running_that_an_operator_stops(machine):
@@ -70,7 +70,7 @@ def test_device_that_cannot_take_input_keeps_no_other_from_it(machine):
     assert machine.devices[1].attached
 
 
-def test_reset_waits_for_a_disk_that_hangs_and_nothing_else_does(machine, monkeypatch, capsys):
+def test_reset_waits_for_a_disk_that_hangs_and_nothing_else_does(machine, monkeypatch, capfd):
     """Also over a failed attempt to stop, which must not let the guest that was go on."""
     monkeypatch.setattr("pyvmm.machine.machine.RESET_RETRY_S", 0)
     events, done = [], []
@@ -91,4 +91,4 @@ def test_reset_waits_for_a_disk_that_hangs_and_nothing_else_does(machine, monkey
     assert (events, done) == (["RESET"], ["power on"])
     assert not machine.has_requests
     assert not any(device.resting for device in machine.devices)
-    assert capsys.readouterr().err.count("requests do not end") == 1
+    assert capfd.readouterr().err.count("requests do not end") == 1

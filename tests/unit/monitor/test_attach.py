@@ -62,14 +62,14 @@ def test_each_takes_over_its_own_state(machine):
     assert migration.carried == {"chardev/mon0": b""}
 
 
-def test_state_that_is_refused_costs_the_line_only(machine, capsys):
+def test_state_that_is_refused_costs_the_line_only(machine, capfd):
     migration = FakeMigration()
     migration.carried = {"monitor/mon0": b"nonsense"}
     one = chardev(machine, resumed=True)
     open_monitors(machine, migration, [(Config(), one)])
     one.feed(b"info kvm\n")
     assert b"kvm support: enabled" in one.take_output()
-    assert "pyvmm: monitor mon0: monitor: 8 bytes are too few" in capsys.readouterr().err
+    assert "pyvmm: monitor mon0: monitor: 8 bytes are too few" in capfd.readouterr().err
 
 
 def test_each_has_its_own_current_cpu(machine):

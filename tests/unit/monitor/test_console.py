@@ -350,7 +350,7 @@ def test_leaving_before_the_editor_is_ready(terminal):
     terminal.expect(BANNER_LINE, PROMPT.rstrip())
 
 
-def test_without_the_editor_there_still_is_a_monitor(terminal, monkeypatch, capsys):
+def test_without_the_editor_there_still_is_a_monitor(terminal, monkeypatch, capfd):
     def fail(_self):
         raise ImportError("No module named 'prompt_toolkit'")
 
@@ -359,7 +359,7 @@ def test_without_the_editor_there_still_is_a_monitor(terminal, monkeypatch, caps
     terminal.wait(lambda: terminal.console._fallback is not None)
     terminal.type("info kvx\x7fm\r")
     terminal.expect(f"{PROMPT}info kvm", "kvm support: enabled", PROMPT.rstrip())
-    assert "no line editing: No module named" in capsys.readouterr().err
+    assert "no line editing: No module named" in capfd.readouterr().err
 
 
 def test_keys_that_come_when_the_editor_has_ended_do_no_harm(opened):

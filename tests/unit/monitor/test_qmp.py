@@ -46,12 +46,16 @@ class Client:
     def heard(self):
         lines = self.chardev.take_output().split(b"\r\n")
         assert lines.pop() == b""
-        return [json.loads(line) for line in lines]
+        return [json.loads(line, parse_constant=no_json) for line in lines]
 
     def after_exec(self):
         old = self.context
         context = Context(old.machine, old.migration, old.registry)
         return Client(context, state=self.session.save_state())
+
+
+def no_json(name):
+    raise AssertionError(f"{name} is no JSON")
 
 
 @pytest.fixture
@@ -171,6 +175,12 @@ def test_every_query_returns_json(client):
         (b'{"execute": "\\ud800"}', "JSON parse error"),
         (b'{"execute": "a\\u0000"}', "a string contains NUL"),
         (b'{"id": NaN}', "NaN is no number"),
+        (b'{"id": -Infinity}', "-Infinity is no number"),
+        (b'{"id": 1e999}', "a number is too large"),
+        (b'{"id": [{"a": -1.5E+400}]}', "a number is too large"),
+        (b'{"id": ' + b"9" * 4000 + b"}", "a number is too large"),
+        (b'{"id": ' + b"9" * 100000 + b"}", "a number is too large"),
+        (b'{"id": "\\ud800"}', "surrogates not allowed"),
         (b'{"id": 1, "id": 2}', "duplicate key"),
         (b'{"id": ' + b"9" * 100_000 + b"}", "JSON parse error"),
         (b'{"id": "unfinished', "JSON parse error"),
@@ -182,6 +192,45 @@ def test_the_next_line_is_understood_again(client, text, problem):
     replies = client.say(text + b"\n" + b'{"execute": "query-kvm"}\n')
     assert problem in replies[0]["error"]["desc"]
     assert replies[1:] == [{"return": {"enabled": True, "present": True}}]
+
+
+NUMBERS = [-1, 1 << 31, 1 << 63, -(1 << 63) - 1, 1 << 64, 10**300, 0.5, -0.0, 1e308]
+
+
+def test_no_number_is_too_much_for_a_command(client):
+    """Whatever it is, the answer is one of the command's own."""
+    others = {"string": "x", "integer": 1, "boolean": True, "object": {}, "array": [], "value": 1}
+    for command in client.context.registry.commands.values():
+        for argument in command.arguments:
+            if argument.type not in ("integer", "value"):
+                continue
+            for number in NUMBERS:
+                arguments = {each.name: others[each.type] for each in command.arguments}
+                arguments[argument.name] = number
+                request = {"execute": command.name, "arguments": arguments, "id": number}
+                replies = client.say(json.dumps(request))
+                assert "internal error" not in str(replies), request
+                assert replies[0]["id"] == number
+
+
+@pytest.mark.parametrize("pretty", [False, True])
+def test_result_that_is_no_json_is_an_error(context, monkeypatch, capsys, pretty):
+    client = Client(context, pretty=pretty)
+    result = []
+    command = context.registry.commands["query-name"]
+    monkeypatch.setattr(command, "function", lambda _context: {"name": result[-1]})
+
+    def ask():
+        client.chardev.feed(b'{"execute": "query-name", "id": 7}')
+        return json.loads(client.chardev.take_output(), parse_constant=no_json)
+
+    for value in (float("nan"), float("inf"), -float("inf"), object(), b"bytes"):
+        result.append(value)
+        assert ask()["id"] == 7
+        assert "internal error" in ask()["error"]["desc"]
+    result.append("\udcff is no text, \U0001f600 is")
+    assert ask() == {"return": {"name": "\ufffd is no text, \U0001f600 is"}, "id": 7}
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_nesting_up_to_the_limit(client):
@@ -257,6 +306,7 @@ def test_events_to_a_client_that_does_not_read_are_bounded_and_whole(client):
         client.context.machine.emit("RESET", {"guest": True, "reason": "guest-reset"})
     assert len(client.session.save_state()) < MAX_MESSAGE + 100
     client.chardev.make_room(None)
+    assert client.chardev.dropped > 0
     events = client.heard()
     assert 5_000 < len(events) < 20_000
     assert client.execute("query-kvm")[-1] == {"return": {"enabled": True, "present": True}}

@@ -144,10 +144,10 @@ def test_program_that_hangs(image, tmp_path, monkeypatch):
     assert time.monotonic() - start < DEADLINE_S
 
 
-def test_failure_does_not_keep_an_update_from_happening(images, capsys):
+def test_failure_does_not_keep_an_update_from_happening(images, capfd):
     new = images({})
     backend = new.make(PasstBackend, program="/nowhere/passt")
     backend.start()
     assert not backend.link_up
-    assert "cannot start /nowhere/passt" in capsys.readouterr().err
+    assert "cannot start /nowhere/passt" in capfd.readouterr().err
     assert backend.send([memoryview(bytes(HEADER) + WHO_HAS)])

@@ -1,5 +1,6 @@
 """Frames over a stream socket: framing, backpressure, loss, and what an exec carries over."""
 
+import errno
 import itertools
 import os
 import socket
@@ -65,6 +66,50 @@ def test_frames_come_with_an_empty_header(image, pair):
     image.until(lambda: len(front.frames) == 4)
     assert front.frames == frames
     assert set(front.headers) == {NO_HEADER}
+
+
+class Failing:
+    """A socket whose next calls fail."""
+
+    def __init__(self, sock, number, times):
+        self._sock = sock
+        self._error = OSError(number, os.strerror(number))
+        self._times = times
+        self.calls = 0
+
+    def __getattr__(self, name):
+        return getattr(self._sock, name)
+
+    def _fail(self):
+        self.calls += 1
+        if self.calls <= self._times:
+            raise self._error
+
+    def sendmsg(self, *arguments):
+        self._fail()
+        return self._sock.sendmsg(*arguments)
+
+    def recv_into(self, *arguments):
+        self._fail()
+        return self._sock.recv_into(*arguments)
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
+def test_memory_that_is_short_costs_no_connection(image, pair, number):
+    front, peer = pair
+    backend = front.backend
+    front.handle_writable = lambda: backend.send(parts(b"out"))
+    backend._sock = failing = Failing(backend._sock, number, 1)
+    assert not backend.send(parts(b"out"))
+    image.until(lambda: failing.calls >= 2)
+    assert read_frames(peer, 1) == [b"out"]
+    backend._sock = failing = Failing(failing, number, 2)
+    peer.sendall(framed(b"in"))
+    image.until(lambda: front.frames)
+    assert front.frames == [b"in"]
+    assert front.links == []
+    # There was something to read all the time, and the loop waited all the same.
+    assert failing.calls <= 4
 
 
 @settings(max_examples=60, deadline=None)

@@ -164,11 +164,11 @@ def test_deleted_interface_takes_the_link_down(images, recorder, packets, image)
     assert recorder(new.make(TapBackend, ifname="t0")).backend.link_up  # made anew
 
 
-def test_deleted_interface_does_not_keep_an_update_from_happening(images, capsys, namespace):
+def test_deleted_interface_does_not_keep_an_update_from_happening(images, capfd, namespace):
     new = images({})
     backend = new.make(TapBackend, ifname="much/too/wrong")
     assert not backend.link_up
-    assert capsys.readouterr().err.startswith("pyvmm: -netdev tap: ifname='much/too/wrong': ")
+    assert capfd.readouterr().err.startswith("pyvmm: -netdev tap: ifname='much/too/wrong': ")
     assert backend.peek() is None
     assert backend.send([memoryview(NO_HEADER + frame(b"to nobody"))])
 
@@ -176,14 +176,14 @@ def test_deleted_interface_does_not_keep_an_update_from_happening(images, capsys
     assert backend.has_offloads
 
 
-def test_number_of_a_descriptor_means_nothing_after_an_exec(images, capsys, namespace):
+def test_number_of_a_descriptor_means_nothing_after_an_exec(images, capfd, namespace):
     other = images().make(TapBackend, ifname="t1")
     new = images({})
     # Deleted before the update; the number is that of another's by now.
     backend = new.make(TapBackend, fd=other.fd)
     assert not backend.link_up
     assert backend.fd == -1
-    assert f"fd={other.fd}: the interface was deleted" in capsys.readouterr().err
+    assert f"fd={other.fd}: the interface was deleted" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [0, tap.IFF_VNET_HDR])

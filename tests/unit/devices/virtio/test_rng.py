@@ -55,7 +55,7 @@ def test_update(loop, plug):
     assert driver.read(mmio.INTERRUPT_STATUS) == mmio.INT_USED
 
 
-def test_bug_of_the_device_costs_the_device_only(loop, plug, capsys):
+def test_bug_of_the_device_costs_the_device_only(loop, plug, capfd):
     class Broken(VirtioRng):
         def handle_queue(self, index):
             raise RuntimeError("injected")
@@ -67,7 +67,7 @@ def test_bug_of_the_device_costs_the_device_only(loop, plug, capsys):
     driver.run()
     assert driver.status & mmio.S_NEEDS_RESET
     assert "injected" in driver.transport.properties()["error"]
-    assert "injected" in capsys.readouterr().err
+    assert "injected" in capfd.readouterr().err
 
 
 # ---- limits and sources --------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_source_goes_on_after_an_update(loop, plug, fifo):
     assert request.data() == b"more"
 
 
-def test_source_that_ends(loop, plug, tmp_path, capsys):
+def test_source_that_ends(loop, plug, tmp_path, capfd):
     path = tmp_path / "source"
     path.write_bytes(b"only this")
     config = RngConfig("rng-random", {"id": "rng0", "filename": str(path)})
@@ -174,7 +174,7 @@ def test_source_that_ends(loop, plug, tmp_path, capsys):
     queue.kick()
     driver.run()
     assert queue.reap() == [(requests[0], 9)]
-    assert f"rng/rng0: {path}: it is at its end" in capsys.readouterr().err
+    assert f"rng/rng0: {path}: it is at its end" in capfd.readouterr().err
     assert driver.status == 15
     assert loop_rounds(driver) == 0
 
