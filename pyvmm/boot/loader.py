@@ -1,9 +1,11 @@
 """Puts a kernel into guest memory, whatever kind it is, and says how to enter it.
 
-The kind is told by content: a Linux bzImage, an ELF file with a PVH note, a multiboot header, an
-ELF file of 64 bits without either (Linux's vmlinux), or else a flat real-mode image. Of a kernel
-that can do both, a 32-bit one is entered by multiboot, as other loaders do, and a 64-bit one by
-PVH, since multiboot knows 32-bit ELF only. Main thread, while no vCPU runs: before the start and
+The kind is told by evidence in the file: a bzImage's setup header, an ELF file's PVH note, a
+multiboot header, what an ELF file of 64 bits without either has if it is Linux (``linux.
+is_vmlinux``), a boot sector's signature. What shows none of these is refused by name. With
+``-machine kernel-type`` the operator says what it is. Of a kernel that can do both, a 32-bit one
+is entered by multiboot, as other loaders do, and a 64-bit one by PVH, since multiboot knows 32-bit
+ELF only. Main thread, while no vCPU runs: before the start and
 again at each reset, since the guest has written over its own image by then. After a live update
 nothing is loaded.
 """
@@ -77,23 +79,44 @@ def load(memory: GuestMemory, config: KernelConfig, rsdp: int = 0) -> LoadedKern
 def _load_image(
     memory: GuestMemory, image: ImageFile, config: KernelConfig, rsdp: int
 ) -> LoadedKernel:
+    wanted = config.type
+    if wanted == "flat":
+        return _load_flat(memory, image, config)
+    auto = wanted == "auto"
     head = image.head(_HEAD_SIZE)
     executable = elf.Elf(image) if head[:4] == elf.MAGIC[: len(head)] else None
-    if executable is None and head.endswith(_SETUP_HEADER_MAGIC):
+    if executable is None and head.endswith(_SETUP_HEADER_MAGIC) and (auto or wanted == "linux"):
         return _load_linux(memory, image, config, None, rsdp)
-    pvh_entry = pvh.find_entry(executable) if executable else None
+    pvh_entry = pvh.find_entry(executable) if executable and (auto or wanted == "pvh") else None
     prefers_pvh = executable is not None and executable.is_64 and pvh_entry is not None
-    header = None if prefers_pvh else multiboot.find_header(image)
-    if header:
-        return _load_multiboot(memory, image, config, header, executable)
+    if not prefers_pvh and (auto or wanted == "multiboot"):
+        header = multiboot.find_header(image)
+        if header:
+            return _load_multiboot(memory, image, config, header, executable)
     if executable and pvh_entry is not None:
         return _load_pvh(memory, image, config, executable, pvh_entry, rsdp)
-    if executable and executable.is_64:
+    if executable and (wanted == "linux" or (auto and _is_linux(image, executable))):
         return _load_linux(memory, image, config, executable, rsdp)
-    if executable:
-        raise image.error(
-            "32-bit ELF with neither a PVH note nor a multiboot header; give such a kernel"
-        )
+    if auto and executable is None and _is_boot_sector(head):
+        return _load_flat(memory, image, config)
+    # The names of what is no kernel are only imported when they are needed.
+    from pyvmm.boot import foreign
+
+    raise foreign.error(image, executable, wanted)
+
+
+def _is_linux(image: ImageFile, executable: elf.Elf) -> bool:
+    return executable.is_64 and linux.is_vmlinux(executable) and not multiboot.is_version_2(image)
+
+
+def _is_boot_sector(head: bytes) -> bool:
+    # An EFI program may have the signature, too, and a truncated bzImage has it.
+    signature = head[flat.SIGNATURE_AT : flat.SIGNATURE_AT + 2]
+    cut = head[_HEAD_SIZE - 4 :] in (b"H", b"Hd", b"Hdr")
+    return signature == flat.SIGNATURE and not cut and not head.startswith(b"MZ")
+
+
+def _load_flat(memory: GuestMemory, image: ImageFile, config: KernelConfig) -> LoadedKernel:
     if config.initrd or config.append:
         raise image.error("a flat image takes no -initrd and no -append; leave them out")
     return LoadedKernel(FLAT, flat.load(memory, image))

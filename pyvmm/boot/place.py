@@ -15,7 +15,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.elf import Elf
+    from pyvmm.boot.elf import Elf, Segment
     from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
@@ -36,6 +36,9 @@ def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int
     :raises ConfigError: *entry*, where the kernel starts, is in none of them, or one of them
         cannot lie where it is meant to
     """
+    for segment in executable.loads:
+        _leave_headers(memory, executable, segment)
+    executable.loads = [each for each in executable.loads if each.mem_size]
     inside = any(each.paddr <= entry < each.paddr + each.mem_size for each in executable.loads)
     if not inside or entry >= layout.BELOW_4G_END:
         raise image.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
@@ -48,6 +51,23 @@ def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int
         memory.fill(segment.paddr + segment.file_size, bss)
     last = executable.loads[-1]
     return last.paddr + last.mem_size
+
+
+def _leave_headers(memory: GuestMemory, executable: Elf, segment: Segment) -> None:
+    # A linker that is not told otherwise maps the file's headers in front of the code, in a
+    # segment of their own or the code's: for a kernel at 1 MiB that is where the ROM is seen.
+    low = min(layout.HIGH_START - segment.paddr, segment.mem_size)
+    if (
+        low > 0
+        and not _is_free(memory, segment.paddr, low)
+        and executable.headers_within(segment, low)
+    ):
+        segment.cut(low)
+
+
+def _is_free(memory: GuestMemory, gpa: int, size: int) -> bool:
+    own = any(gpa < end and start < gpa + size for start, end in OWN)
+    return memory.contains(gpa, size) and not own
 
 
 def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:

@@ -17,9 +17,9 @@ def image(name):
 
 
 def flat(folder, code):
-    """A flat image of machine code: entered at 0000:7c00 in real mode."""
+    """A flat image of machine code, at most 510 bytes: entered at 0000:7c00 in real mode."""
     path = Path(folder) / "flat.bin"
-    path.write_bytes(code)
+    path.write_bytes(images.boot_sector(code))
     return path
 
 
