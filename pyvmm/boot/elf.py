@@ -103,7 +103,7 @@ class Elf:
             raise image.error("ELF without a usable program header table; give a linked kernel")
         self.loads: list[Segment] = []
         self.has_interpreter = False
-        self._headers_end = phoff + phnum * phdr.size
+        self._headers_end: int = phoff + phnum * phdr.size
         self._notes: list[Segment] = []
         for entry in phdr.iter_unpack(image.read(phoff, phnum * phdr.size)):
             if wide:
@@ -131,6 +131,11 @@ class Elf:
             if each.vaddr <= address < each.vaddr + each.mem_size:
                 return address - each.vaddr + each.paddr
         return address
+
+    @property
+    def file_end(self) -> int:
+        """How many bytes of the file a loader has a use for, from its start."""
+        return max(self._headers_end, *(each.end for each in (*self.loads, *self._notes)))
 
     def find_note(self, name: bytes, type_: int | None = None) -> bytes | None:
         """Return the description of the first note of that *name*, with its NUL, and type; any

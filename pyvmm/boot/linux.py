@@ -95,6 +95,14 @@ def load_bzimage(memory: GuestMemory, image: Image, by_host: bool) -> LinuxKerne
     return LinuxKernel(start + ENTRY_64, start, end, header)
 
 
+def prepare(image: Image, header: BzImage) -> None:
+    """Import what it takes to unpack the bzImage *image* once more."""
+    import hashlib  # noqa: F401  (of the cache)
+
+    offset, size = header.payload
+    unpack.prepare(image.read(offset, min(size, 16)))
+
+
 def _unpacked(image: Image, header: BzImage) -> Image | None:
     offset, size = header.payload
     head = image.read(offset, min(size, 16))

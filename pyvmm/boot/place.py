@@ -9,7 +9,6 @@ import os
 
 from pyvmm._util.keyval import check_text
 from pyvmm._util.sizes import format_size
-from pyvmm.boot.image import ImageFile
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import layout
 
@@ -90,30 +89,31 @@ def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
 
 
 def load_initrd(
-    memory: GuestMemory, path: str, kernel_end: int, last: int = layout.BELOW_4G_END - 1
+    memory: GuestMemory,
+    image: Image | None,
+    kernel_end: int,
+    last: int = layout.BELOW_4G_END - 1,
 ) -> tuple[int, int] | None:
     """Load the initrd at the top of RAM below 4 GiB; return where, and its size.
 
-    :param path: its file; empty means none
     :param last: highest address that it may occupy
     :raises ConfigError: the file cannot be read or does not fit
     """
-    if not path:
+    if not image:
         return None
     ram_end = max(
         region.end for region in memory.regions
         if not region.readonly and region.end <= layout.BELOW_4G_END
     )  # fmt: skip
-    with ImageFile(path, "-initrd") as image:
-        start = (min(ram_end, last + 1) - image.size) & -layout.PAGE
-        if start < max(kernel_end, layout.HIGH_START):
-            limit = f" and below {last + 1:#x}" if last + 1 < ram_end else ""
-            raise image.error(
-                f"{format_size(image.size)} do not fit into RAM above the kernel{limit};"
-                f" {'give a smaller one' if limit else 'give more with -m'}"
-            )
-        image.copy(0, image.size, memory, start)
-        return start, image.size
+    start = (min(ram_end, last + 1) - image.size) & -layout.PAGE
+    if start < max(kernel_end, layout.HIGH_START):
+        limit = f" and below {last + 1:#x}" if last + 1 < ram_end else ""
+        raise image.error(
+            f"{format_size(image.size)} do not fit into RAM above the kernel{limit};"
+            f" {'give a smaller one' if limit else 'give more with -m'}"
+        )
+    image.copy(0, image.size, memory, start)
+    return start, image.size
 
 
 def write_cmdline(

@@ -348,7 +348,8 @@ class Options:
                 f"-machine: kernel-type={self._type} is about a kernel; add -kernel FILE"
             )
         if not kernel and (not config.bios or self._append is not None):
-            kernel = builtin.path(builtin.GUEST)
+            # An update's guest has it, and what a reset loads is kept.
+            kernel = builtin.path(builtin.GUEST, required=not config.incoming)
             # Saves it from waiting for CPUs that do not exist.
             self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
         config.kernel = KernelConfig(
