@@ -12,7 +12,7 @@ values of the same names). What a reset loads after an update:
 * what is kept, if the new command line gives the same path, whatever is there by now: the guest
   comes back as it was;
 * the file of the new command line, if that gives another path: so a new kernel is brought in. It
-  is opened and kept right after the update. If it cannot be opened, what is kept stays;
+  is opened and kept right after the update. If it cannot be, or is no kernel, what is kept stays;
 * of an image that kept nothing, what the path has right after the update, or else at the reset.
 
 The command line itself (``-append``) is always the new one's. The ROM is memory of the guest (see
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pyvmm.boot.config import KernelConfig
     from pyvmm.cpr.fdstore import FdStore
 
-_STEP = 16 << 20  # bytes copied at once; signals are handled in between
+_STEP = 1 << 20  # bytes copied at once; signals are handled in between
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
@@ -69,10 +69,14 @@ class BootFiles:
             return ImageFile(file.path, option, fd=file.fd)
         return self._open(path, option)
 
-    def forget_unkept(self) -> None:
-        """After a load that failed: whoever mends a file may put another in its place."""
-        for option in [one for one, file in self._files.items() if file.mark is not None]:
-            os.close(self._files.pop(option).fd)
+    def forget_unkept(self, *options: str) -> None:
+        """After a load that failed: whoever mends a file may put another in its place.
+
+        :param options: what to forget; default: all
+        """
+        for option, file in list(self._files.items()):
+            if file.mark is not None and option in (options or self._files):
+                os.close(self._files.pop(option).fd)
 
     def keep(self, config: KernelConfig) -> list[str]:
         """Keep what was loaded since the last call; return what is wrong with it."""
@@ -106,8 +110,11 @@ class BootFiles:
             kept = None if fd is None else _File(os.fsdecode(paths.get(name, b"")), fd)
             if path and (kept is None or kept.path != path):
                 try:
-                    self._open(path, option).close()
+                    with self._open(path, option) as image:
+                        if option == "-kernel":
+                            loader.prepare(image, config)
                 except ConfigError as error:
+                    self.forget_unkept(option)
                     then = f"what {kept.path} had" if kept else "what is there by then"
                     problems.append(f"{error} (a reset loads {then})")
             if kept is None:
@@ -153,10 +160,12 @@ class BootFiles:
             size = loader.prepare(image, config) if option == "-kernel" else image.size
             fd = os.memfd_create(_name(option), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
+                # Not sendfile(2), which not every file system knows and which is not faster.
+                buffer = memoryview(bytearray(min(size, _STEP)))
                 done = 0
                 while done < size:
-                    count = os.sendfile(fd, file.fd, done, min(size - done, _STEP))
-                    if not count:
+                    count = os.preadv(file.fd, [buffer[: size - done]], done)
+                    if not count or os.pwrite(fd, buffer[:count], done) != count:
                         break
                     done += count
                 if done < size or image.mark() != file.mark:

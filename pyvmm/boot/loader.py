@@ -90,11 +90,12 @@ def load(
 
 
 def prepare(image: Image, config: KernelConfig) -> int:
-    """Make sure that *image*, which was loaded, can be loaded again without the package on disk;
-    return how many of its first bytes that takes. Debug information is behind them.
+    """Make sure that *image* can be loaded without the package on disk; return how many of its
+    first bytes that takes. Debug information is behind them.
 
-    :raises ConfigError: it is no longer what was loaded
+    :raises ConfigError: it is no kernel that can be loaded
     """
+    _recognize(image, config.type)
     if config.type != "flat":
         head = image.head(_HEAD_SIZE)
         if head.startswith(elf.MAGIC):
@@ -128,26 +129,33 @@ class _Boot:
 
 
 def _load_image(boot: _Boot) -> LoadedKernel:
-    image, wanted = boot.image, boot.config.type
+    return _recognize(boot.image, boot.config.type)(boot)
+
+
+def _recognize(image: Image, wanted: str) -> Callable[[_Boot], LoadedKernel]:
+    """Return what loads a boot's kernel *image*.
+
+    :raises ConfigError: nothing does
+    """
     if wanted == "flat":
-        return _load_flat(boot)
+        return _load_flat
     auto = wanted == "auto"
     head = image.head(_HEAD_SIZE)
     executable = elf.Elf(image) if head[:4] == elf.MAGIC[: len(head)] else None
     if executable is None and head.endswith(_SETUP_HEADER_MAGIC) and (auto or wanted == "linux"):
-        return _load_linux(boot, None)
-    pvh_entry = pvh.find_entry(executable) if executable and (auto or wanted == "pvh") else None
-    prefers_pvh = executable is not None and executable.is_64 and pvh_entry is not None
+        return lambda boot: _load_linux(boot, None)
+    entry = pvh.find_entry(executable) if executable and (auto or wanted == "pvh") else None
+    prefers_pvh = executable is not None and executable.is_64 and entry is not None
     if not prefers_pvh and (auto or wanted == "multiboot"):
         header = multiboot.find_header(image)
         if header:
-            return _load_multiboot(boot, header, executable)
-    if executable and pvh_entry is not None:
-        return _load_pvh(boot, executable, pvh_entry)
+            return lambda boot: _load_multiboot(boot, header, executable)
+    if executable and entry is not None:
+        return lambda boot: _load_pvh(boot, executable, entry)
     if executable and (wanted == "linux" or (auto and _is_linux(image, executable))):
-        return _load_linux(boot, executable)
+        return lambda boot: _load_linux(boot, executable)
     if auto and executable is None and _is_boot_sector(head):
-        return _load_flat(boot)
+        return _load_flat
     # The names of what is no kernel are only imported when they are needed.
     from pyvmm.boot import foreign
 

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from faults.tools import BACK, replaced
 from harness import guests, process
 
+FIRMWARE = Path(__file__).parents[2] / "firmware" / "build" / "bios.bin"
 PACKAGE = Path(__file__).parents[2] / "pyvmm"
 
 
@@ -124,23 +126,36 @@ def test_update_whose_package_lacks_the_built_in_guest(vm, tmp_path):
 
 
 def test_relative_paths_over_a_deleted_directory(vm, tmp_path):
+    """No update, reset or way back opens what the options name a second time."""
     (tmp_path / "kernel").write_bytes(guests.image("linux64.elf").read_bytes())
     (tmp_path / "initrd").write_bytes(b"first")
-    (tmp_path / "disk").write_bytes(bytes(4096))
+    (tmp_path / "bios").write_bytes(FIRMWARE.read_bytes())
+    for name in ("disk", "random"):
+        (tmp_path / name).write_bytes(bytes(4096))
     machine = vm(
-        *("-drive", "file=../disk,format=raw", "-chardev", "pty,id=p0,path=pty"),
-        *("-kernel", "../kernel", "-initrd", "../initrd"),
+        *("-object", "memory-backend-file,id=ram0,size=64M,mem-path=../ram,share=on"),
+        *("-object", "rng-random,id=rng0,filename=../random"),
+        *("-device", "virtio-rng-device,rng=rng0", "-drive", "file=../disk,format=raw"),
+        *("-chardev", "pty,id=p0,path=pty", "-chardev", "file,id=f0,path=log"),
+        *("-chardev", "socket,id=s0,path=listener,server=on,wait=off"),
+        *("-netdev", "stream,id=n0,server=on,addr.type=unix,addr.path=net"),
+        *("-device", "virtio-net-device,netdev=n0"),
+        *("-bios", "../bios", "-kernel", "../kernel", "-initrd", "../initrd"),
     )
     guests.expect_verdict(machine, "ELF")
     machine.wait_status("running")
     shutil.rmtree(machine.folder)
-    for name in ("kernel", "initrd", "disk"):
+    for name in ("kernel", "initrd", "bios", "disk", "random", "ram"):
         (tmp_path / name).unlink()
     try:
         for _ in range(2):
             assert machine.hmp("update") == ""
             machine.hmp("system_reset")
             assert initrd(b"first") in guests.expect_verdict(machine, "ELF")
+        fault = shlex.join(replaced(machine, "pyvmm.x86.vcpu_state:write", "raise ValueError"))
+        assert BACK in machine.hmp(f"update {fault}")
+        machine.hmp("system_reset")
+        assert initrd(b"first") in guests.expect_verdict(machine, "ELF")
         assert machine.status == "running"
     finally:
         # For the report of a failure.

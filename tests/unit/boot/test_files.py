@@ -177,7 +177,7 @@ def test_no_memory_for_a_copy(make, config, monkeypatch):
 
     files, store = make()
     boot(files, config)
-    monkeypatch.setattr(os, "sendfile", fail)
+    monkeypatch.setattr(os, "pwrite", fail)
     assert len(files.keep(config)) == 2
     os.unlink(config.kernel)
     assert contents(files, "-kernel") == KERNEL
@@ -226,6 +226,21 @@ def test_other_paths_of_the_new_command(make, config, tmp_path):
     assert problem.endswith(f"(a reset loads what {config.kernel} had)")
     assert contents(files, "-kernel") == KERNEL
     assert [name for name, _ in store.kept()] == ["boot/kernel"]
+
+
+@pytest.mark.parametrize("data", [b"\x1f\x8b" + bytes(600), KERNEL[:200], b"text"])
+def test_new_path_of_no_kernel_leaves_what_is_kept(make, config, tmp_path, data):
+    files, store = make()
+    boot(files, config)
+    files.keep(config)
+    state = files.save_state()
+    (tmp_path / "second").write_bytes(data)
+    files, store = make(next_image(store))
+    (problem,) = files.take_over(KernelConfig(str(tmp_path / "second"), config.initrd), state)
+    assert problem.startswith(f"-kernel {tmp_path}/second: ")
+    assert problem.endswith(f"(a reset loads what {config.kernel} had)")
+    assert contents(files, "-kernel") == KERNEL
+    assert len(store.kept()) == 2
 
 
 def test_path_of_any_bytes(make, tmp_path):
