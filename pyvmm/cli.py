@@ -220,7 +220,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         machine.attempt(unblock_signals, "signals")
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        import_ahead(machine)
+        import_ahead(machine, {name: values[name] for name in values if name.startswith("boot/")})
         entry = publication.entry if publication else entry
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
@@ -284,8 +284,9 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         return []
 
 
-def import_ahead(machine: Machine) -> None:
-    """Not when an update or a reset comes: the package on disk may be another version by then."""
+def import_ahead(machine: Machine, paths: dict[str, bytes]) -> None:
+    """Not when an update or a reset comes: the package on disk may be another version by then,
+    and so may be the kernel; *paths* is what the image before says of those that it kept."""
     try:
         from pyvmm.migration import preflight  # noqa: F401
     except Exception as error:
@@ -293,6 +294,8 @@ def import_ahead(machine: Machine) -> None:
     try:
         from pyvmm.boot import loader  # noqa: F401
         from pyvmm.machine import firmware  # noqa: F401
+
+        machine.keep_boot_files(paths)
     except Exception as error:
         machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
 

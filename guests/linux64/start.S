@@ -26,6 +26,12 @@ as_bzimage:
 as_elf:
     .asciz "ELF"
 
+    .section .note.Linux, "a", @note    /* what shows a loader that an ELF file is Linux */
+    .long 6, 4, 0x100                   /* LINUX_ELFNOTE_BUILD_SALT */
+    .asciz "Linux"
+    .balign 4
+    .long 0
+
     .bss
     .balign 16
     .skip 4096

@@ -6,6 +6,9 @@
 _start:
     jmp begin
 
+    .org 510                        /* what makes it a boot sector, and known as a flat image */
+    .short 0xaa55
+
 /* al to the serial port; spoils ah, dx. */
 putc:
     movb %al, %ah

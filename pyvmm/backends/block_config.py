@@ -91,7 +91,11 @@ class BlockConfig:
     def shape(self) -> str:
         """What has to stay the same over a live update."""
         access = ",read-only" if self.read_only else ""
-        return f"{self.id}={os.path.abspath(self.filename)}{access}"
+        try:
+            path = os.path.abspath(self.filename)
+        except OSError:  # the working directory was deleted; for both images
+            path = self.filename
+        return f"{self.id}={path}{access}"
 
 
 class BlkConfig:

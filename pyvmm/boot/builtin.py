@@ -12,9 +12,10 @@ ROM = "bios.bin"
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def path(name: str) -> str:
+def path(name: str, *, required: bool = True) -> str:
     """Return the path of image *name*: in an installed package, or built beside a checkout.
 
+    :param required: False if it is of use and not necessary: any place will do then
     :raises ConfigError: it has not been built
     """
     checkout = os.path.dirname(_PACKAGE)
@@ -26,4 +27,6 @@ def path(name: str) -> str:
         candidate = os.path.join(folder, name)
         if os.path.isfile(candidate):
             return candidate
+    if not required:
+        return candidate
     raise ConfigError(f"the built-in image {name} has not been built; run: make guests firmware")

@@ -20,6 +20,7 @@ ENTRY_64 = 0x200
 """Where the code behind the setup sectors is entered in long mode."""
 
 _SECTOR = 512
+_PARAGRAPH = 16
 _HEADER_MIN = 0x264  # ends with init_size
 _VERSION_MIN = 0x20C
 _LOADED_HIGH = 1 << 0
@@ -69,14 +70,17 @@ class BzImage:
             raise image.error(f"the setup header of the bzImage ends at {end:#x}; it is damaged")
         self.header = head[bootparams.HEADER : min(end, bootparams.HEADER_END)]
         start = ((head[0x1F1] or 4) + 1) * _SECTOR
-        size = field("I", 0x1F4) * 16
-        self.code = (start, size)
-        # What is beyond is none of the kernel: signatures are appended there.
+        size = field("I", 0x1F4) * _PARAGRAPH
+        # syssize counts paragraphs of 16 bytes, the last of which the file need not fill. What is
+        # beyond is none of the kernel: signatures are appended there.
+        if 0 < start + size - image.size < _PARAGRAPH:
+            size = image.size - start
         if size <= ENTRY_64 or start + size > image.size:
             raise image.error(
                 f"the bzImage should have {start} + {size} bytes, but it has {image.size}; it is"
                 " truncated or damaged"
             )
+        self.code = (start, size)
         offset, length = field("I", 0x248), field("I", 0x24C)
         if offset + length > size:
             raise image.error("the payload of the bzImage lies beyond its end; it is damaged")

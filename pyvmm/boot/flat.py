@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
+SIGNATURE = b"\x55\xaa"
+"""What makes a BIOS take a sector for a boot sector, at :data:`SIGNATURE_AT`."""
+SIGNATURE_AT = 510
 SIZE_MAX = layout.TABLES_START - layout.FLAT_START
 
 
@@ -23,8 +26,8 @@ def load(memory: GuestMemory, image: Image) -> int:
     """
     if image.size > SIZE_MAX:
         raise image.error(
-            "neither a bzImage, nor ELF, nor multiboot, and too large for a flat image"
-            f" ({format_size(SIZE_MAX)}); give one of these"
+            f"{image.size} bytes are too large for a flat real-mode image, which has at most"
+            f" {SIZE_MAX} ({format_size(SIZE_MAX)}); give a kernel, or a disk image with -drive"
         )
     image.copy(0, image.size, memory, layout.FLAT_START)
     return layout.FLAT_START

@@ -102,20 +102,18 @@ class ImageData(Image):
 class ImageFile(Image):
     """A regular file, open for reading. ``size`` in bytes is fixed at open.
 
+    :param fd: the file, if it is open already: it stays the caller's
     :raises ConfigError: it cannot be opened, is not a regular file, is empty or over *limit*
     """
 
-    __slots__ = ("_fd",)
+    __slots__ = ("_fd", "_owned")
 
-    def __init__(self, path: str, option: str, limit: int = IMAGE_MAX) -> None:
+    def __init__(
+        self, path: str, option: str, limit: int = IMAGE_MAX, *, fd: int | None = None
+    ) -> None:
         super().__init__(path, option)
-        try:
-            # Without O_NONBLOCK the open of a FIFO would wait for a writer for ever.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        except ValueError as error:  # a NUL in the path
-            raise self.error(f"{error}; name a readable file") from error
+        self._owned = fd is None
+        self._fd = self._open() if fd is None else fd
         try:
             status = os.fstat(self._fd)
             self.size = status.st_size
@@ -124,14 +122,37 @@ class ImageFile(Image):
             if not self.size:
                 raise self.error("the file is empty; build or copy it again")
             if self.size > limit:
-                raise self.error(f"larger than {format_size(limit)}; name a smaller file")
+                raise self.error(
+                    f"{self.size} bytes, larger than {format_size(limit)}; name a smaller file"
+                )
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        if self._owned:
+            os.close(self._fd)
+
+    def lend(self) -> int:
+        """Return the descriptor, which is the caller's from now on."""
+        self._owned = False
+        return self._fd
+
+    def mark(self) -> tuple[int, int]:
+        """Return what differs once the file was written to: its size, and its time in ns."""
+        status = os.fstat(self._fd)
+        return status.st_size, status.st_mtime_ns
+
+    def _open(self) -> int:
+        try:
+            # Without O_NONBLOCK the open of a FIFO would wait for a writer for ever.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+            return os.open(self.path, flags)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        except ValueError as error:  # a NUL in the path
+            raise self.error(f"{error}; name a readable file") from error
 
     def _read(self, offset: int, size: int) -> bytes:
         data = b""

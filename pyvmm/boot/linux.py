@@ -25,6 +25,9 @@ CMDLINE_SIZE = 2047
 INITRD_ADDR_MAX = 0x7FFF_FFFF
 """What every 64-bit kernel's setup header says of the initial RAM disk."""
 
+_START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
+_ALIGN_MIN = 2 << 20
+
 
 class LinuxKernel:
     """A kernel in guest memory, from ``start`` up to ``end``, to be entered at ``entry``.
@@ -43,6 +46,22 @@ class LinuxKernel:
         self.initrd_addr_max = header.initrd_addr_max if header else INITRD_ADDR_MAX
 
 
+def is_vmlinux(executable: Elf) -> bool:
+    """Return whether a 64-bit *executable* shows that it is Linux.
+
+    It has notes of that name, as all have since Linux 4.20 (include/linux/build-salt.h), or it is
+    linked as Linux is (arch/x86/kernel/vmlinux.lds.S): the lowest part at a multiple of the
+    smallest alignment, 2 MiB, and that much above the last 2 GiB of the virtual addresses; with
+    the physical address of its entry, in that part, in the header.
+    """
+    first = executable.loads[0]
+    return executable.find_note(b"Linux\0") is not None or (
+        first.vaddr == _START_KERNEL_MAP + first.paddr
+        and first.paddr % _ALIGN_MIN == 0
+        and first.paddr <= executable.entry < first.paddr + first.mem_size
+    )
+
+
 def load_vmlinux(
     memory: GuestMemory, image: Image, executable: Elf, header: BzImage | None = None
 ) -> LinuxKernel:
@@ -52,7 +71,7 @@ def load_vmlinux(
     :raises ConfigError: it cannot lie where it is linked for
     """
     if not executable.is_64:
-        raise image.error("32-bit ELF within a 64-bit bzImage; it is damaged")
+        raise image.error("32-bit ELF, and Linux is entered in 64 bits; give a 64-bit kernel")
     entry = executable.physical(executable.entry)
     end = load_segments(memory, image, executable, entry)
     return LinuxKernel(entry, executable.loads[0].paddr, end, header)
@@ -74,6 +93,14 @@ def load_bzimage(memory: GuestMemory, image: Image, by_host: bool) -> LinuxKerne
     check_place(memory, image, start, header.init_size)
     image.copy(*header.code, memory, start)
     return LinuxKernel(start + ENTRY_64, start, end, header)
+
+
+def prepare(image: Image, header: BzImage) -> None:
+    """Import what it takes to unpack the bzImage *image* once more."""
+    import hashlib  # noqa: F401  (of the cache)
+
+    offset, size = header.payload
+    unpack.prepare(image.read(offset, min(size, 16)))
 
 
 def _unpacked(image: Image, header: BzImage) -> Image | None:

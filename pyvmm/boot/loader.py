@@ -1,9 +1,11 @@
 """Puts a kernel into guest memory, whatever kind it is, and says how to enter it.
 
-The kind is told by content: a Linux bzImage, an ELF file with a PVH note, a multiboot header, an
-ELF file of 64 bits without either (Linux's vmlinux), or else a flat real-mode image. Of a kernel
-that can do both, a 32-bit one is entered by multiboot, as other loaders do, and a 64-bit one by
-PVH, since multiboot knows 32-bit ELF only. Main thread, while no vCPU runs: before the start and
+The kind is told by evidence in the file: a bzImage's setup header, an ELF file's PVH note, a
+multiboot header, what an ELF file of 64 bits without either has if it is Linux (``linux.
+is_vmlinux``), a boot sector's signature. What shows none of these is refused by name. With
+``-machine kernel-type`` the operator says what it is. Of a kernel that can do both, a 32-bit one
+is entered by multiboot, as other loaders do, and a 64-bit one by PVH, since multiboot knows 32-bit
+ELF only. Main thread, while no vCPU runs: before the start and
 again at each reset, since the guest has written over its own image by then. After a live update
 nothing is loaded.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot import bootparams, elf, flat, linux, multiboot, pvh
+from pyvmm.boot import bootparams, bzimage, elf, flat, linux, multiboot, pvh
 from pyvmm.boot.image import ImageFile
 from pyvmm.boot.place import check_place, load_initrd, load_segments, write_cmdline
 from pyvmm.errors import ConfigError
@@ -20,7 +22,10 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.boot.config import KernelConfig
+    from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
 # Kinds in the boot record.
@@ -56,15 +61,25 @@ class LoadedKernel:
         return self.kind in (NONE, FLAT)
 
 
-def load(memory: GuestMemory, config: KernelConfig, rsdp: int = 0) -> LoadedKernel:
+def load(
+    memory: GuestMemory,
+    config: KernelConfig,
+    rsdp: int = 0,
+    open_file: Callable[[str, str], ImageFile] = ImageFile,
+) -> LoadedKernel:
     """Load as *config* says, and leave the boot record for the ROM.
 
     :param rsdp: guest-physical address of the ACPI tables' root pointer; 0 if there are none
+    :param open_file: opens a file by path and option, or has it still (``BootFiles.open``)
     :raises ConfigError: a file or the command line cannot be used
     """
     if config.kernel:
-        with ImageFile(config.kernel, "-kernel") as image:
-            kernel = _load_image(memory, image, config, rsdp)
+        with open_file(config.kernel, "-kernel") as image:
+            if config.initrd:
+                with open_file(config.initrd, "-initrd") as initrd:
+                    kernel = _load_image(_Boot(memory, config, rsdp, image, initrd))
+            else:
+                kernel = _load_image(_Boot(memory, config, rsdp, image, None))
     elif config.initrd or config.append:
         raise ConfigError("-initrd and -append need a kernel; add -kernel FILE")
     else:
@@ -74,69 +89,120 @@ def load(memory: GuestMemory, config: KernelConfig, rsdp: int = 0) -> LoadedKern
     return kernel
 
 
-def _load_image(
-    memory: GuestMemory, image: ImageFile, config: KernelConfig, rsdp: int
-) -> LoadedKernel:
+def prepare(image: Image, config: KernelConfig) -> int:
+    """Make sure that *image* can be loaded without the package on disk; return how many of its
+    first bytes that takes. Debug information is behind them.
+
+    :raises ConfigError: it is no kernel that can be loaded
+    """
+    _recognize(image, config.type)
+    if config.type != "flat":
+        head = image.head(_HEAD_SIZE)
+        if head.startswith(elf.MAGIC):
+            return elf.Elf(image).file_end
+        if head.endswith(_SETUP_HEADER_MAGIC):
+            header = bzimage.BzImage(image)
+            if config.unpack == "host":
+                linux.prepare(image, header)
+            return sum(header.code)
+    return image.size
+
+
+class _Boot:
+    """What one boot is made of."""
+
+    __slots__ = ("config", "image", "initrd", "memory", "rsdp")
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        config: KernelConfig,
+        rsdp: int,
+        image: Image,
+        initrd: Image | None,
+    ) -> None:
+        self.memory = memory
+        self.config = config
+        self.rsdp = rsdp
+        self.image = image
+        self.initrd = initrd
+
+
+def _load_image(boot: _Boot) -> LoadedKernel:
+    return _recognize(boot.image, boot.config.type)(boot)
+
+
+def _recognize(image: Image, wanted: str) -> Callable[[_Boot], LoadedKernel]:
+    """Return what loads a boot's kernel *image*.
+
+    :raises ConfigError: nothing does
+    """
+    if wanted == "flat":
+        return _load_flat
+    auto = wanted == "auto"
     head = image.head(_HEAD_SIZE)
     executable = elf.Elf(image) if head[:4] == elf.MAGIC[: len(head)] else None
-    if executable is None and head.endswith(_SETUP_HEADER_MAGIC):
-        return _load_linux(memory, image, config, None, rsdp)
-    pvh_entry = pvh.find_entry(executable) if executable else None
-    prefers_pvh = executable is not None and executable.is_64 and pvh_entry is not None
-    header = None if prefers_pvh else multiboot.find_header(image)
-    if header:
-        return _load_multiboot(memory, image, config, header, executable)
-    if executable and pvh_entry is not None:
-        return _load_pvh(memory, image, config, executable, pvh_entry, rsdp)
-    if executable and executable.is_64:
-        return _load_linux(memory, image, config, executable, rsdp)
-    if executable:
-        raise image.error(
-            "32-bit ELF with neither a PVH note nor a multiboot header; give such a kernel"
-        )
-    if config.initrd or config.append:
-        raise image.error("a flat image takes no -initrd and no -append; leave them out")
-    return LoadedKernel(FLAT, flat.load(memory, image))
+    if executable is None and head.endswith(_SETUP_HEADER_MAGIC) and (auto or wanted == "linux"):
+        return lambda boot: _load_linux(boot, None)
+    entry = pvh.find_entry(executable) if executable and (auto or wanted == "pvh") else None
+    prefers_pvh = executable is not None and executable.is_64 and entry is not None
+    if not prefers_pvh and (auto or wanted == "multiboot"):
+        header = multiboot.find_header(image)
+        if header:
+            return lambda boot: _load_multiboot(boot, header, executable)
+    if executable and entry is not None:
+        return lambda boot: _load_pvh(boot, executable, entry)
+    if executable and (wanted == "linux" or (auto and _is_linux(image, executable))):
+        return lambda boot: _load_linux(boot, executable)
+    if auto and executable is None and _is_boot_sector(head):
+        return _load_flat
+    # The names of what is no kernel are only imported when they are needed.
+    from pyvmm.boot import foreign
+
+    raise foreign.error(image, executable, wanted)
 
 
-def _load_linux(
-    memory: GuestMemory,
-    image: ImageFile,
-    config: KernelConfig,
-    executable: elf.Elf | None,
-    rsdp: int,
-) -> LoadedKernel:
+def _is_linux(image: Image, executable: elf.Elf) -> bool:
+    return executable.is_64 and linux.is_vmlinux(executable) and not multiboot.is_version_2(image)
+
+
+def _is_boot_sector(head: bytes) -> bool:
+    # An EFI program may have the signature, too, and a truncated bzImage has it.
+    signature = head[flat.SIGNATURE_AT : flat.SIGNATURE_AT + 2]
+    cut = head[_HEAD_SIZE - 4 :] in (b"H", b"Hd", b"Hdr")
+    return signature == flat.SIGNATURE and not cut and not head.startswith(b"MZ")
+
+
+def _load_flat(boot: _Boot) -> LoadedKernel:
+    if boot.config.initrd or boot.config.append:
+        raise boot.image.error("a flat image takes no -initrd and no -append; leave them out")
+    return LoadedKernel(FLAT, flat.load(boot.memory, boot.image))
+
+
+def _load_linux(boot: _Boot, executable: elf.Elf | None) -> LoadedKernel:
+    memory, config = boot.memory, boot.config
     if executable:
-        kernel = linux.load_vmlinux(memory, image, executable)
+        kernel = linux.load_vmlinux(memory, boot.image, executable)
     else:
-        kernel = linux.load_bzimage(memory, image, config.unpack == "host")
-    initrd = load_initrd(memory, config.initrd, kernel.end, kernel.initrd_addr_max)
+        kernel = linux.load_bzimage(memory, boot.image, config.unpack == "host")
+    initrd = load_initrd(memory, boot.initrd, kernel.end, kernel.initrd_addr_max)
     cmdline = write_cmdline(memory, config.append, limit=kernel.cmdline_size)
-    info = bootparams.write(memory, kernel.header, kernel.start, cmdline, initrd, rsdp)
+    info = bootparams.write(memory, kernel.header, kernel.start, cmdline, initrd, boot.rsdp)
     return LoadedKernel(LINUX64, kernel.entry, info, cr3=bootparams.write_page_tables(memory))
 
 
-def _load_pvh(
-    memory: GuestMemory,
-    image: ImageFile,
-    config: KernelConfig,
-    executable: elf.Elf,
-    entry: int,
-    rsdp: int,
-) -> LoadedKernel:
-    end = load_segments(memory, image, executable, entry)
-    initrd = load_initrd(memory, config.initrd, end)
-    cmdline = write_cmdline(memory, config.append)
-    return LoadedKernel(PVH, entry, pvh.write_start_info(memory, cmdline, initrd, rsdp))
+def _load_pvh(boot: _Boot, executable: elf.Elf, entry: int) -> LoadedKernel:
+    memory = boot.memory
+    end = load_segments(memory, boot.image, executable, entry)
+    initrd = load_initrd(memory, boot.initrd, end)
+    cmdline = write_cmdline(memory, boot.config.append)
+    return LoadedKernel(PVH, entry, pvh.write_start_info(memory, cmdline, initrd, boot.rsdp))
 
 
 def _load_multiboot(
-    memory: GuestMemory,
-    image: ImageFile,
-    config: KernelConfig,
-    header: multiboot.Header,
-    executable: elf.Elf | None,
+    boot: _Boot, header: multiboot.Header, executable: elf.Elf | None
 ) -> LoadedKernel:
+    memory, image = boot.memory, boot.image
     if header.raw:
         offset, start, size, mem_size, entry = header.raw
         check_place(memory, image, start, mem_size)
@@ -148,8 +214,8 @@ def _load_multiboot(
         end = load_segments(memory, image, executable, entry)
     else:
         raise image.error("multiboot without load addresses, and not ELF; link it as ELF")
-    initrd = load_initrd(memory, config.initrd, end)
+    initrd = load_initrd(memory, boot.initrd, end)
     # The first word names the kernel, as with other loaders.
-    cmdline = write_cmdline(memory, config.append, b"kernel ")
+    cmdline = write_cmdline(memory, boot.config.append, b"kernel ")
     info = multiboot.write_info(memory, cmdline, initrd)
     return LoadedKernel(MULTIBOOT, entry, info, multiboot.BOOT_MAGIC)

@@ -26,6 +26,9 @@ MMAP_ENTRY = struct.Struct("<IQQI")
 _MAGIC = 0x1BADB002
 _SEARCH = 8192
 _HEADER = struct.Struct("<III")
+_MAGIC_2 = 0xE852_50D6
+_SEARCH_2 = 32768
+_HEADER_2 = struct.Struct("<IIII")
 _ADDRESSES = struct.Struct("<IIIII")
 _PAGE_ALIGN, _MEMORY_INFO, _ADDRESS_FIELDS = 1 << 0, 1 << 1, 1 << 16
 _INFO_MEMORY, _INFO_CMDLINE, _INFO_MODULES, _INFO_MMAP, _INFO_LOADER = (
@@ -79,6 +82,21 @@ def find_header(image: Image) -> Header | None:
     if (bss_end and bss_end < load + size) or not load <= entry < load + mem_size:
         raise image.error("the addresses in the multiboot header contradict; fix them")
     return Header((offset, load, size, mem_size, entry))
+
+
+def is_version_2(image: Image) -> bool:
+    """Return whether the first 32 KiB have a header of multiboot 2, which is not loaded here
+    (specification 2.0, 3.1.1)."""
+    head = image.head(_SEARCH_2)
+    magic = _MAGIC_2.to_bytes(4, "little")
+    at = head.find(magic)
+    while at >= 0:
+        fields = head[at : at + _HEADER_2.size]
+        whole = at % 8 == 0 and len(fields) == _HEADER_2.size
+        if whole and sum(_HEADER_2.unpack(fields)) & 0xFFFF_FFFF == 0:
+            return True
+        at = head.find(magic, at + 1)
+    return False
 
 
 def write_info(

@@ -9,13 +9,12 @@ import os
 
 from pyvmm._util.keyval import check_text
 from pyvmm._util.sizes import format_size
-from pyvmm.boot.image import ImageFile
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.elf import Elf
+    from pyvmm.boot.elf import Elf, Segment
     from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
@@ -36,6 +35,9 @@ def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int
     :raises ConfigError: *entry*, where the kernel starts, is in none of them, or one of them
         cannot lie where it is meant to
     """
+    for segment in executable.loads:
+        _leave_headers(memory, executable, segment)
+    executable.loads = [each for each in executable.loads if each.mem_size]
     inside = any(each.paddr <= entry < each.paddr + each.mem_size for each in executable.loads)
     if not inside or entry >= layout.BELOW_4G_END:
         raise image.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
@@ -48,6 +50,23 @@ def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int
         memory.fill(segment.paddr + segment.file_size, bss)
     last = executable.loads[-1]
     return last.paddr + last.mem_size
+
+
+def _leave_headers(memory: GuestMemory, executable: Elf, segment: Segment) -> None:
+    # A linker that is not told otherwise maps the file's headers in front of the code, in a
+    # segment of their own or the code's: for a kernel at 1 MiB that is where the ROM is seen.
+    low = min(layout.HIGH_START - segment.paddr, segment.mem_size)
+    if (
+        low > 0
+        and not _is_free(memory, segment.paddr, low)
+        and executable.headers_within(segment, low)
+    ):
+        segment.cut(low)
+
+
+def _is_free(memory: GuestMemory, gpa: int, size: int) -> bool:
+    own = any(gpa < end and start < gpa + size for start, end in OWN)
+    return memory.contains(gpa, size) and not own
 
 
 def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
@@ -70,30 +89,31 @@ def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
 
 
 def load_initrd(
-    memory: GuestMemory, path: str, kernel_end: int, last: int = layout.BELOW_4G_END - 1
+    memory: GuestMemory,
+    image: Image | None,
+    kernel_end: int,
+    last: int = layout.BELOW_4G_END - 1,
 ) -> tuple[int, int] | None:
     """Load the initrd at the top of RAM below 4 GiB; return where, and its size.
 
-    :param path: its file; empty means none
     :param last: highest address that it may occupy
     :raises ConfigError: the file cannot be read or does not fit
     """
-    if not path:
+    if not image:
         return None
     ram_end = max(
         region.end for region in memory.regions
         if not region.readonly and region.end <= layout.BELOW_4G_END
     )  # fmt: skip
-    with ImageFile(path, "-initrd") as image:
-        start = (min(ram_end, last + 1) - image.size) & -layout.PAGE
-        if start < max(kernel_end, layout.HIGH_START):
-            limit = f" and below {last + 1:#x}" if last + 1 < ram_end else ""
-            raise image.error(
-                f"{format_size(image.size)} do not fit into RAM above the kernel{limit};"
-                f" {'give a smaller one' if limit else 'give more with -m'}"
-            )
-        image.copy(0, image.size, memory, start)
-        return start, image.size
+    start = (min(ram_end, last + 1) - image.size) & -layout.PAGE
+    if start < max(kernel_end, layout.HIGH_START):
+        limit = f" and below {last + 1:#x}" if last + 1 < ram_end else ""
+        raise image.error(
+            f"{format_size(image.size)} do not fit into RAM above the kernel{limit};"
+            f" {'give a smaller one' if limit else 'give more with -m'}"
+        )
+    image.copy(0, image.size, memory, start)
+    return start, image.size
 
 
 def write_cmdline(

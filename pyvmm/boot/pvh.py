@@ -28,10 +28,9 @@ _NOTE_PHYS32_ENTRY = 18
 
 def find_entry(kernel: elf.Elf) -> int | None:
     """Return the physical address where a PVH kernel starts, or None if it is none."""
-    for name, type_, desc in kernel.notes():
-        if name == b"Xen\0" and type_ == _NOTE_PHYS32_ENTRY and len(desc) in (4, 8):
-            return int.from_bytes(desc, "little")
-    return None
+    desc = kernel.find_note(b"Xen\0", _NOTE_PHYS32_ENTRY)
+    # Of 4 or 8 bytes, whatever the file's class.
+    return None if desc is None or len(desc) not in (4, 8) else int.from_bytes(desc, "little")
 
 
 def write_start_info(

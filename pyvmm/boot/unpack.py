@@ -27,6 +27,13 @@ def is_known(payload: bytes) -> bool:
     return any(payload.startswith(magic) for magic in _FORMATS)
 
 
+def prepare(payload: bytes) -> None:
+    """Import what unpacking *payload* takes: later the library may be another, or none."""
+    for magic, (name, _) in _FORMATS.items():
+        if payload.startswith(magic):
+            __import__(_LIBRARIES[name])
+
+
 def unpack(image: Image, payload: bytes) -> bytes:
     """Return the kernel that *payload*, of a known format, holds.
 
@@ -110,4 +117,13 @@ _FORMATS: dict[bytes, tuple[str, Callable[[bytes, int], bytes]]] = {
     b"\xfd7zXZ\0": ("xz", _lzma),
     b"\x02\x21\x4c\x18": ("lz4", _lz4),
     b"\x28\xb5\x2f\xfd": ("zstd", _zstd),
+}
+
+_LIBRARIES = {
+    "gzip": "zlib",
+    "bzip2": "bz2",
+    "lzma": "lzma",
+    "xz": "lzma",
+    "lz4": "lz4.block",
+    "zstd": "zstandard",
 }

@@ -63,7 +63,7 @@ class PtyChardev(FdChardev):
             self._terminal = self._find_name()
             os.set_blocking(self._master, False)
             if path:
-                self._link(option)
+                self._link(option, inherited is not None)
         except BaseException:
             # What was inherited stays open: the old image needs it for its return.
             if inherited is not None:
@@ -98,7 +98,10 @@ class PtyChardev(FdChardev):
             self._timer.cancel()
         if self._master >= 0:
             if self._has_link and _read_link(self._path) == self._terminal:
-                os.unlink(self._path)
+                try:
+                    os.unlink(self._path)
+                except OSError:
+                    pass  # its folder can no longer be written
             self.fds.forget(self._name)
             os.close(self._master)
             self._master = -1
@@ -133,8 +136,9 @@ class PtyChardev(FdChardev):
             ) from None
         return f"/dev/pts/{int.from_bytes(number, sys.byteorder)}"
 
-    def _link(self, option: str) -> None:
-        """Make the link, unless it is there already, by the image before us."""
+    def _link(self, option: str, inherited: bool) -> None:
+        """Make the link, unless it is there already, by the image before us. If that was removed
+        and cannot be made again (its folder is gone, too), an update goes on without."""
         present = _read_link(self._path)
         if present != self._terminal:
             try:
@@ -142,6 +146,8 @@ class PtyChardev(FdChardev):
                     os.unlink(self._path)  # of a process that died
                 os.symlink(self._terminal, self._path)
             except OSError as error:
+                if inherited:
+                    return
                 raise ConfigError(
                     f"{option}: cannot make the link path={self._path!r}: {error.strerror};"
                     " give a path where no file is yet"

@@ -30,21 +30,21 @@ class IoThread:
         self.loop = EventLoop()
         self._on_crash = on_crash
         self._started = False
+        self._ready = Event()
         self._ended = Event()
 
     def start(self) -> None:
-        """Begin to serve the loop, or begin again after a crash; harmless if it runs. The thread is
-        in its loop when this returns: what a thread allocates to begin with, it has.
+        """Begin to serve the loop, or begin again after a crash; harmless if it runs. The thread
+        runs when this returns: what a thread allocates to begin with, it has.
 
         :raises HostError: the host has no room for a further thread
         """
         if not self._started or self._ended.is_set():
             self._ended.clear()
-            ready = Event()
-            self.loop.call_soon(ready.set)
+            self._ready.clear()
             spawn(self._run, self._handle_crash)
             self._started = True
-            if not ready.wait(START_TIMEOUT_S):
+            if not self._ready.wait(START_TIMEOUT_S):
                 self._ended.set()
                 raise HostError(f"thread {self.name} does not begin; free memory on the host")
 
@@ -59,6 +59,7 @@ class IoThread:
 
     def _run(self) -> None:
         name_thread(self.name)
+        self._ready.set()
         self.loop.run()
         self._ended.set()
 

@@ -23,12 +23,15 @@ GUEST_PANICKED = "guest-panicked"
 INTERNAL_ERROR = "internal-error"
 IO_ERROR = "io-error"
 
-_STOPPED = {RUNNING, FINISH_MIGRATE, PAUSED, PRELAUNCH}
+# What may come upon a guest that stands already: it asked for its end before it was stopped, or
+# a thread that works for it died, or it cannot be loaded again.
+_ENDS = {SHUTDOWN, GUEST_PANICKED, INTERNAL_ERROR}
+_STOPPED = {RUNNING, FINISH_MIGRATE, PAUSED, PRELAUNCH, *_ENDS}
 
 # From each state, the states that may follow. Whatever stops a guest may be followed by a
 # reset (prelaunch), by cont (running), or by an update, which keeps the state it found.
 TRANSITIONS: dict[str, set[str]] = {
-    PRELAUNCH: {RUNNING, PAUSED, FINISH_MIGRATE, INMIGRATE},
+    PRELAUNCH: {RUNNING, PAUSED, FINISH_MIGRATE, INMIGRATE, *_ENDS},
     INMIGRATE: {
         RUNNING,
         PAUSED,
@@ -40,7 +43,7 @@ TRANSITIONS: dict[str, set[str]] = {
         POSTMIGRATE,
     },
     RUNNING: {PAUSED, FINISH_MIGRATE, SHUTDOWN, GUEST_PANICKED, INTERNAL_ERROR, IO_ERROR},
-    PAUSED: {RUNNING, FINISH_MIGRATE, PRELAUNCH, SHUTDOWN, POSTMIGRATE},
+    PAUSED: {RUNNING, FINISH_MIGRATE, PRELAUNCH, POSTMIGRATE, *_ENDS},
     FINISH_MIGRATE: {
         RUNNING,
         PAUSED,
@@ -51,9 +54,9 @@ TRANSITIONS: dict[str, set[str]] = {
         INTERNAL_ERROR,
         IO_ERROR,
     },
-    POSTMIGRATE: {RUNNING, PAUSED, FINISH_MIGRATE, PRELAUNCH},
-    SHUTDOWN: {PAUSED, PRELAUNCH, FINISH_MIGRATE},
-    GUEST_PANICKED: _STOPPED,
+    POSTMIGRATE: {RUNNING, PAUSED, FINISH_MIGRATE, PRELAUNCH, *_ENDS},
+    SHUTDOWN: {PAUSED, PRELAUNCH, FINISH_MIGRATE, INTERNAL_ERROR},
+    GUEST_PANICKED: _STOPPED - {GUEST_PANICKED},
     INTERNAL_ERROR: {PAUSED, PRELAUNCH, FINISH_MIGRATE},
     IO_ERROR: _STOPPED,
 }
@@ -86,6 +89,10 @@ class RunState:
         self.state = new
         for observer in self._observers:
             observer(old, new)
+
+    def allows(self, new: str) -> bool:
+        """Whether ``new`` may follow the present state."""
+        return new in TRANSITIONS[self.state]
 
     @property
     def running(self) -> bool:

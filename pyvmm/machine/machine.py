@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from pyvmm.backends.block import BlockFile
     from pyvmm.backends.net.factory import NetdevSet
+    from pyvmm.boot.files import BootFiles
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
@@ -47,6 +48,8 @@ RESET_RETRY_S = 0.5
 
 # How soon a device is started again that the host did not let start.
 START_RETRY_S = 0.1
+# In these the run state is the update's.
+_MOVING = (runstate.INMIGRATE, runstate.FINISH_MIGRATE)
 
 PANICKED = 1  # bit of the pvpanic port
 
@@ -74,6 +77,8 @@ class Machine(CpuEvents):
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.netdevs: NetdevSet | None = None
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
+        # What a reset loads; none in an updated machine until its guest runs.
+        self.boot_files: BootFiles | None = None
         self.cpus: list[Cpu] = []
         self.exit_code = 0
         # The number of a signal that is about to end the VMM.
@@ -106,16 +111,24 @@ class Machine(CpuEvents):
         if self.runstate.state == runstate.INMIGRATE:
             self.autostart = False
         elif self.runstate.running:
-            self.pause(runstate.PAUSED)
+            self.pause_cpus()
+            self._set_stopped(runstate.PAUSED)
 
     def reset(self, reason: str = "host-qmp-system-reset") -> None:
         """Reset the machine; it runs on if it was running, stays paused if it was not. A host
         that still works for the guest as it was is waited for: this returns before.
 
-        :raises PyvmmError: if the kernel cannot be loaded again; the guest is paused then
+        :raises InternalError: a vCPU does not leave the guest, which goes on
+        :raises Exception: the guest cannot be started anew; that was acted on as an internal error
         """
+        error = self._reset(reason)
+        if error is not None:
+            raise error
+
+    def _reset(self, reason: str) -> Exception | None:
+        """Do that; return why the guest cannot be started anew, once it was acted on."""
         if self.runstate.state == runstate.INMIGRATE:
-            return
+            return None
         running = self.runstate.running
         if running:
             self._stop_cpus()
@@ -123,18 +136,20 @@ class Machine(CpuEvents):
                 self._drain(RESET_PATIENCE_S)
             except HostError as error:
                 self._reset_later(reason, error)
-                return
-        elif self.runstate.needs_reset():
-            self.runstate.set(runstate.PRELAUNCH)
+                return None
         try:
             self.power_on()
-        except PyvmmError:
-            if running:
-                self.pause(runstate.INTERNAL_ERROR)
-            raise
+        except Exception as error:
+            # Half of the old guest is left: whatever it was in before, it is not to go on.
+            self._internal_error(f"reset: {_shown(error)}")
+            return error
+        if self.runstate.needs_reset():
+            self.runstate.set(runstate.PRELAUNCH)
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
+        self.keep_boot_files({})
+        return None
 
     def _reset_later(self, reason: str, error: HostError) -> None:
         if not self._told_of_reset:
@@ -212,11 +227,30 @@ class Machine(CpuEvents):
         if failures:
             raise failures[0]
 
-    def pause(self, state: str) -> None:
-        """Stop the vCPUs and go from running to ``state``."""
-        self.pause_cpus()
+    def halt(self, state: str) -> None:
+        """Go to ``state`` since the guest cannot go on, or is not to: whatever its devices are at,
+        and also if it stands already. All that stops it but an operator or an update calls this."""
+        if self.runstate.running:
+            try:
+                self._stop_cpus()
+            except InternalError as error:
+                self.warn(str(error))
+                return
+            for device in self.devices:
+                try:
+                    device.drain()
+                except Exception as error:
+                    # A guest that has ended does not go on for it.
+                    self.warn(_shown(error))
+        elif self.runstate.state in _MOVING or not self.runstate.allows(state):
+            return
+        self._set_stopped(state)
+
+    def _set_stopped(self, state: str) -> None:
+        running = self.runstate.running
         self.runstate.set(state)
-        self.emit("STOP", None)
+        if running:
+            self.emit("STOP", None)
 
     def resume(self, state: str) -> None:
         """Go to ``state`` and let the vCPUs run."""
@@ -233,7 +267,7 @@ class Machine(CpuEvents):
         self._stop_cpus()
         try:
             self._drain()
-        except HostError:
+        except Exception:
             self.resume_cpus()
             raise
 
@@ -283,9 +317,36 @@ class Machine(CpuEvents):
         """
         # An update does without them: memory has it all already.
         from pyvmm.boot import loader
+        from pyvmm.boot.files import BootFiles
         from pyvmm.machine import firmware
 
-        loader.load(self.memory, self.config.kernel, firmware.write_tables(self))
+        files = self.boot_files = self.boot_files or BootFiles(self.fds)
+        rsdp = firmware.write_tables(self)
+        try:
+            loader.load(self.memory, self.config.kernel, rsdp, files.open)
+        except BaseException:
+            files.forget_unkept()
+            raise
+
+    def keep_boot_files(self, paths: dict[str, bytes]) -> None:
+        """See to it that a reset finds what the guest was booted from. Not before the guest runs,
+        whose start and whose updates are not delayed for it.
+
+        :param paths: what :meth:`save_boot_files` returned in the image before
+        """
+        from pyvmm.boot.files import BootFiles
+
+        if self.boot_files is None:
+            self.boot_files = BootFiles(self.fds)
+            problems = self.boot_files.take_over(self.config.kernel, paths)
+        else:
+            problems = self.boot_files.keep(self.config.kernel)
+        for problem in problems:
+            self.warn(problem)
+
+    def save_boot_files(self) -> dict[str, bytes]:
+        """What the next image has to know of what is kept for a reset, as CPR values."""
+        return self.boot_files.save_state() if self.boot_files else {}
 
     # ---- state -----------------------------------------------------------------------------
 
@@ -393,53 +454,36 @@ class Machine(CpuEvents):
             self._guest_shutdown(reason)
             return
         try:
-            self.reset(reason)
-        except PyvmmError as error:
+            self._reset(reason)
+        except InternalError as error:
             self.warn(str(error))
 
     def _guest_shutdown(self, reason: str) -> None:
-        if self.config.actions["shutdown"] == "poweroff":
-            self.quit(0, reason)
-            return
-        self.emit("SHUTDOWN", {"guest": True, "reason": reason})
-        self._halt(runstate.SHUTDOWN)
+        if self.config.actions["shutdown"] == "pause":
+            self.emit("SHUTDOWN", {"guest": True, "reason": reason})
+        self._act("shutdown", runstate.SHUTDOWN, reason)
 
     def _guest_panic(self) -> None:
         action = self.config.actions["panic"]
         shown = {"none": "run", "pause": "pause"}.get(action, "poweroff")
         self.emit("GUEST_PANICKED", {"action": shown})
+        self._act("panic", runstate.GUEST_PANICKED, "guest-panic")
+
+    def _internal_error(self, error: str) -> None:
+        self.warn(error)
+        self._act("internal-error", runstate.INTERNAL_ERROR, "host-error")
+
+    def _act(self, event: str, state: str, reason: str) -> None:
+        """Do what ``-action`` says of *event*, which makes an end of the guest: let it go on, end
+        the VMM, or leave the guest in *state*."""
+        action = self.config.actions[event]
         if action == "none":
             if self.runstate.running:
                 self.resume_cpus()
         elif action == "pause":
-            self._halt(runstate.GUEST_PANICKED)
+            self.halt(state)
         else:
-            self.quit(EXIT_FAILURE if action == "exit-failure" else 0, "guest-panic")
-
-    def _internal_error(self, error: str) -> None:
-        self.warn(error)
-        if self.config.actions["internal-error"] == "exit-failure":
-            self.quit(EXIT_FAILURE, "host-error")
-        else:
-            self._halt(runstate.INTERNAL_ERROR)
-
-    def _halt(self, state: str) -> None:
-        # The operator may have paused the guest in between: its vCPUs are out already.
-        if not self.runstate.running:
-            return
-        try:
-            self._stop_cpus()
-        except InternalError as error:
-            self.warn(str(error))
-            return
-        for device in self.devices:
-            try:
-                device.drain()
-            except HostError as error:
-                # A guest that has ended does not go on for it.
-                self.warn(str(error))
-        self.runstate.set(state)
-        self.emit("STOP", None)
+            self.quit(EXIT_FAILURE if action == "exit-failure" else 0, reason)
 
     def attempt(self, step: Callable[[], object], what: str) -> None:
         """Do what the guest shall not end for: a failure is a warning.
@@ -479,6 +523,8 @@ class Machine(CpuEvents):
         self.chardevs.close()
         for drive in self.drives.values():
             drive.close()
+        if self.boot_files is not None:
+            self.boot_files.close()
         if hasattr(self, "platform"):
             self.platform.close()
         if hasattr(self, "system"):
@@ -498,3 +544,7 @@ class Machine(CpuEvents):
                     Section(device.name, instance, device.vmstate, device.save, device.load)
                 )
         return sections
+
+
+def _shown(error: Exception) -> str:
+    return str(error) if isinstance(error, PyvmmError) else repr(error)

@@ -17,7 +17,7 @@ from pyvmm._util.keyval import (
 )
 from pyvmm._util.sizes import parse_size
 from pyvmm.boot import builtin
-from pyvmm.boot.config import UNPACKERS, KernelConfig
+from pyvmm.boot.config import TYPES, UNPACKERS, KernelConfig
 from pyvmm.chardev.config import (
     ChardevConfig,
     check_chardevs,
@@ -47,7 +47,8 @@ MAX_CPUS = 255
 BLK = "virtio-blk-device"
 
 MACHINE_PROPERTIES = (
-    "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack"
+    "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack",
+    "kernel-type",
 )  # fmt: skip
 
 #: Drivers of ``-device`` and their properties.
@@ -74,7 +75,7 @@ class Options:
         self.config.argv = list(argv)
         self._kernel = self._initrd = ""
         self._append: str | None = None
-        self._unpack = UNPACKERS[0]
+        self._unpack, self._type = UNPACKERS[0], TYPES[0]
         self._given: set[str] = set()
         self._block: BlockOptions | None = None
 
@@ -179,6 +180,10 @@ class Options:
         if unpack not in UNPACKERS:
             raise ConfigError(f"{option}: kernel-unpack={shorten(unpack)}: give host or guest")
         self._unpack = unpack
+        self._type = keys.get("kernel-type", self._type)
+        if self._type not in TYPES:
+            mend = did_you_mean(self._type, TYPES) or f"give one of {', '.join(TYPES)}"
+            raise ConfigError(f"{option}: kernel-type={shorten(self._type)}: {mend}")
         self.config.acpi = parse_bool(keys.get("acpi", "on"), option, "acpi")
 
     def _accel(self, value: str, option: str) -> None:
@@ -338,11 +343,18 @@ class Options:
         if not config.serials:
             config.serials.append(None)
         kernel = self._kernel
+        if not kernel and self._type != TYPES[0]:
+            raise ConfigError(
+                f"-machine: kernel-type={self._type} is about a kernel; add -kernel FILE"
+            )
         if not kernel and (not config.bios or self._append is not None):
-            kernel = builtin.path(builtin.GUEST)
+            # An update's guest has it, and what a reset loads is kept.
+            kernel = builtin.path(builtin.GUEST, required=not config.incoming)
             # Saves it from waiting for CPUs that do not exist.
             self._append = f"{self._append or ''} pyvmm.cpus={config.smp}".lstrip()
-        config.kernel = KernelConfig(kernel, self._initrd, self._append or "", self._unpack)
+        config.kernel = KernelConfig(
+            kernel, self._initrd, self._append or "", self._unpack, self._type
+        )
         self._check_memory()
         self._complete_block()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
@@ -432,10 +444,12 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "or rng-random,id=ID[,filename=PATH], for -device virtio-rng-device,rng=ID",
                Options._object),
     "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]"
-                "[,aux-ram-share=on][,kernel-unpack=host|guest]",
+                "[,aux-ram-share=on][,kernel-unpack=host|guest]"
+                f"[,kernel-type={'|'.join(TYPES)}]",
                 "machine type and its properties; without ACPI there is still an MP table;\n"
                 "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"
-                "it, or the kernel itself, with KASLR",
+                "it, or the kernel itself, with KASLR; kernel-type says of what kind -kernel is\n"
+                "if it does not show that: flat for a real-mode image that is no boot sector",
                 Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
     "cpu": ("host|max[,+FEATURE][,-FEATURE][,FEATURE=on|off...]",

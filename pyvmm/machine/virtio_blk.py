@@ -7,7 +7,6 @@ import errno
 from pyvmm.backends.block_config import BLK_PROPERTIES as PROPERTIES
 from pyvmm.backends.block_config import BlkConfig
 from pyvmm.core import runstate
-from pyvmm.errors import PyvmmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,10 +39,7 @@ def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> Vir
         _emit(machine, file, operation, error, action)
         # Unless it stands, or has gone on meanwhile, and with it the request.
         if device.retries and machine.runstate.running:
-            try:
-                machine.pause(runstate.IO_ERROR)
-            except PyvmmError as problem:
-                machine.warn(str(problem))
+            machine.halt(runstate.IO_ERROR)
 
     device = VirtioBlk(loop, file, config, report)
     return device

@@ -18,11 +18,11 @@ def guest_memory(size: int = 16 << 20) -> GuestMemory:
 
 
 def note(name: bytes, type_: int, desc: bytes, pad: int = 4) -> bytes:
-    """Return one ELF note, name and description padded."""
+    """Return one ELF note, name (behind its header of 12 bytes) and description padded."""
     return b"".join(
         (
             struct.pack("<III", len(name), len(desc), type_),
-            name + bytes(-len(name) % pad),
+            name + bytes(-(12 + len(name)) % pad),
             desc + bytes(-len(desc) % pad),
         )
     )
@@ -45,6 +45,7 @@ def elf(
     *,
     wide: bool = True,
     notes: bytes = b"",
+    notes_align: int = 4,
     load_at: int = 0x10_0000,
     mem_size: int | None = None,
     vaddr: int | None = None,
@@ -54,6 +55,7 @@ def elf(
 ) -> bytes:
     """Return an executable that loads *code*, and *notes* if given.
 
+    :param notes_align: the notes' p_align
     :param segments: more program headers: type, offset, vaddr, paddr, file size, memory size
     :param ehdr: fields of the ELF header to falsify, by their names in elf.h; ``ei_class`` and
         ``ei_data`` too
@@ -68,13 +70,14 @@ def elf(
         table[1] = (4, code_at + len(code), *table[1][2:])
     phdrs = b""
     for type_, offset, virtual, physical, file_size, memory_size in (*table, *segments):
+        align = notes_align if type_ == 4 else 4
         if wide:
             phdrs += struct.pack(
-                "<IIQQQQQQ", type_, 7, offset, virtual, physical, file_size, memory_size, 4
+                "<IIQQQQQQ", type_, 7, offset, virtual, physical, file_size, memory_size, align
             )
         else:
             phdrs += struct.pack(
-                "<8I", type_, offset, virtual, physical, file_size, memory_size, 7, 4
+                "<8I", type_, offset, virtual, physical, file_size, memory_size, 7, align
             )
     fields = {
         "ei_class": 2 if wide else 1, "ei_data": 1, "e_type": 2, "e_machine": 62 if wide else 3,
@@ -90,6 +93,12 @@ def elf(
         ident + struct.pack("<HHIQQQIHHHHHH" if wide else "<HHIIIIIHHHHHH", *values)
         + phdrs + code + notes
     )  # fmt: skip
+
+
+def boot_sector(code: bytes) -> bytes:
+    """Return *code*, at most 510 bytes, as a flat image with a boot sector's signature."""
+    assert len(code) <= 510
+    return code.ljust(510, b"\0") + b"\x55\xaa"
 
 
 def pack(data: bytes, method: str) -> bytes:

@@ -21,7 +21,7 @@ CONTINUE = 1
 _NOTICE = struct.Struct("QIIiIQ6Q")
 _ANSWER = struct.Struct("QqiI")
 
-EXECVE, EXECVEAT, SIGACTION, SETITIMER, IOCTL = 59, 322, 13, 38, 16
+EXECVE, EXECVEAT, SIGACTION, BRK = 59, 322, 13, 12
 SIGALRM, ITIMER_REAL = 14, 0
 NAMES = {
     0: "read", 1: "write", 2: "open", 3: "close", 4: "stat", 5: "fstat", 6: "lstat", 7: "poll",
@@ -139,8 +139,12 @@ class Supervisor:
             fcntl.ioctl(fd, RECEIVE, notice)
             id, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
             error = self._decide(Call(thread, number, arguments), number)
-            answer = _ANSWER.pack(id, 0, -error, 0 if error else CONTINUE)
-            fcntl.ioctl(fd, SEND, answer)
+            value = 0
+            if error and number == BRK:
+                # This one has no error: the break stays where it is.
+                error, value = 0, _program_break(thread)
+            flags = 0 if error or value else CONTINUE
+            fcntl.ioctl(fd, SEND, _ANSWER.pack(id, value, -error, flags))
         except OSError as problem:
             if problem.errno not in (errno.ENOENT, errno.EINTR):  # it has died
                 raise
@@ -173,6 +177,12 @@ class Supervisor:
         if thread not in self._threads and os.path.exists(f"/proc/{pid}/task/{thread}"):
             self._threads.add(thread)
         return thread in self._threads
+
+
+def _program_break(pid):
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    heap = next(line for line in lines if line.endswith("[heap]"))
+    return int(heap.partition("-")[2].partition(" ")[0], 16)
 
 
 def _readable(source, stop_fd):

@@ -46,6 +46,19 @@ def refuse(*options, text="", exit_code=2, **arguments):
         (["-machine", "pc"], "-machine: 'pc' is no machine"),
         (["-machine", "frob=on"], "-machine"),
         (
+            ["-machine", "kernel-type=flta"],
+            "-machine: kernel-type='flta': did you mean flat?",
+        ),
+        (
+            ["-machine", "kernel-type=9"],
+            "-machine: kernel-type='9': give one of auto, linux, pvh, multiboot, flat",
+        ),
+        (
+            ["-machine", "kernel-type=flat"],
+            "-machine: kernel-type=flat is about a kernel; add -kernel FILE",
+        ),
+        (["-kernel", "/etc/passwd"], "-kernel /etc/passwd: a text file, not a kernel"),
+        (
             ["-machine", "kernel-unpack=nobody"],
             "-machine: kernel-unpack='nobody': give host or guest",
         ),

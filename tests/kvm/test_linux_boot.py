@@ -3,10 +3,11 @@
 ``guests/linux64`` checks registers, segments and boot parameters itself and ends with a verdict.
 """
 
+import os
 import re
 
 import pytest
-from harness import guests
+from harness import guests, process
 
 M = 1 << 20
 INITRD = bytes(range(256)) * 33
@@ -20,13 +21,6 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "pyvmm"
 
 
-def hash31(data):
-    value = 0
-    for byte in data:
-        value = (value * 31 + byte) & 0xFFFF_FFFF
-    return value
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_bzimage_unpacked_by_the_host(vm, tmp_path, method, cache):
     initrd = tmp_path / "initrd"
@@ -36,7 +30,7 @@ def test_bzimage_unpacked_by_the_host(vm, tmp_path, method, cache):
     )
     text = guests.expect_verdict(machine, "ELF")
     assert "cmdline console=ttyS0 a=b\r\n" in text
-    assert f"initrd {64 * M - 0x3000:#x} {len(INITRD):#x} {hash31(INITRD):#x}\r\n" in text
+    assert f"initrd {64 * M - 0x3000:#x} {len(INITRD):#x} {guests.hash31(INITRD):#x}\r\n" in text
     ranges = re.findall(r"e820 (\S+) (\S+) 0x1\r\n", text)
     assert [start for start, _ in ranges] == ["0x0", "0x100000"]
     assert ranges[1][1] == hex(63 * M)
@@ -69,16 +63,48 @@ def test_memory_above_4g(vm, tmp_path):
     assert "e820 0x100000000 0xc0000000 0x1\r\n" in guests.expect_verdict(machine, "ELF")
 
 
-def test_reset_loads_the_file_that_is_there_now(vm, tmp_path):
-    """The kernel that is gone leaves the guest paused; a good one lets it start again."""
+def test_reset_loads_what_was_loaded(vm, tmp_path):
+    """Not what the files are by then; each time, and with a copy that nobody can change."""
     image = guests.bzimage(tmp_path, "gzip")
-    machine = vm("-kernel", image, append="first")
+    initrd = tmp_path / "initrd"
+    initrd.write_bytes(b"x" * 5000)
+    machine = vm("-kernel", image, "-initrd", initrd, append="first")
     guests.expect_verdict(machine, "ELF")
-    data = image.read_bytes()
-    image.write_bytes(data[:-16])
-    assert "truncated" in machine.hmp("system_reset")
-    assert machine.status.startswith("paused")
-    image.write_bytes(data)
+    machine.wait_status("running")
+    image.write_bytes(b"no kernel")
+    initrd.write_bytes(b"y")
+    for _ in range(2):
+        assert machine.hmp("system_reset") == ""
+        text = guests.expect_verdict(machine, "ELF")
+        assert f" 0x1388 {guests.hash31(b'x' * 5000):#x}\r\n" in text
+    copies = [
+        fd
+        for fd, target in process.descriptors(machine.pid).items()
+        if target.startswith("/memfd:boot/")
+    ]
+    assert len(copies) == 2
+    for fd in copies:
+        path = f"/proc/{machine.pid}/fd/{fd}"
+        with open(path, "r+b", buffering=0) as file, pytest.raises(PermissionError):
+            file.write(b"x")
+    assert machine.stderr() == ""
+
+
+def test_only_what_is_needed_is_kept(vm, tmp_path):
+    """Debug information of a vmlinux has ten times its size."""
+    image = tmp_path / "vmlinux"
+    code = guests.image("linux64.elf").read_bytes()
+    image.write_bytes(code)
+    os.truncate(image, 100 << 20)
+    machine = vm("-kernel", image)
+    guests.expect_verdict(machine, "ELF")
+    machine.wait_status("running")
+    (size,) = (
+        os.stat(f"/proc/{machine.pid}/fd/{fd}").st_size
+        for fd, target in process.descriptors(machine.pid).items()
+        if target.startswith("/memfd:boot/")
+    )
+    assert size <= len(code)
+    image.unlink()
     machine.hmp("system_reset")
-    machine.hmp("cont")
     guests.expect_verdict(machine, "ELF")

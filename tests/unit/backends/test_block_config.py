@@ -220,6 +220,15 @@ def test_shape_names_the_image(tmp_path, monkeypatch):
     )
 
 
+def test_shape_without_a_working_directory(tmp_path, monkeypatch):
+    """It was deleted since the start: that is no obstacle to an update."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert drive("file=a.img,id=d").shape() == "d=a.img"
+
+
 words = st.sampled_from(
     (
         *("driver", "raw", "file", "=", ",", "file.", "filename", "node-name", "n", "{", '"', ":"),

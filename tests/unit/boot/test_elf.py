@@ -60,13 +60,17 @@ BIG = (1 << 64) - 1
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ei_class": 0}, "32 or 64 bits"),
-        ({"ei_class": 3}, "32 or 64 bits"),
-        ({"ei_data": 2}, "little-endian"),
-        ({"e_machine": 183}, "ELF for machine 183, not x86; give an x86 kernel"),
+        ({"ei_class": 0}, "neither 32 nor 64 bits"),
+        ({"ei_class": 3}, "neither 32 nor 64 bits"),
+        ({"ei_data": 0}, "neither 32 nor 64 bits"),
+        ({"ei_data": 2, "e_machine": 0x1600}, "ELF for s390, big-endian; give an x86 kernel"),
+        ({"e_machine": 183}, "ELF for 64-bit Arm, not x86; give an x86 kernel"),
         ({"e_machine": 3}, "ELF for machine 3"),
-        ({"e_type": 1}, "ELF of type 1, not an executable"),
-        ({"e_type": 3}, "ELF of type 3, not an executable"),
+        ({"e_machine": 999}, "ELF for machine 999, not x86"),
+        ({"e_type": 1}, r"an object file \(ELF\) that is not linked, not an executable"),
+        ({"e_type": 3}, "a shared object or a position-independent program"),
+        ({"e_type": 4}, "a core dump"),
+        ({"e_type": 9}, "ELF of type 9, not an executable"),
         ({"e_phoff": 0}, "without a usable program header table"),
         ({"e_phoff": 1 << 20}, "truncated"),
         ({"e_phoff": BIG}, "truncated"),
@@ -108,6 +112,30 @@ def test_note_is_found_among_others():
     notes = note(b"GNU\0", 18, b"\1\2\3\4") + note(b"Xen\0", 6, b"linux\0") + pvh_note(0x123456)
     assert parse(elf(notes=notes))[1] == 0x123456
     assert parse(elf(notes=note(b"Xen\0", 18, struct.pack("<I", 7 * M))))[1] == 7 * M
+
+
+@pytest.mark.parametrize("pad", [4, 8])
+@pytest.mark.parametrize("align", [0, 1, 4, 8])
+@pytest.mark.parametrize("name", [b"GNU\0", b"Linux\0", b""])
+@pytest.mark.parametrize("size", [4, 16, 20])
+def test_note_is_found_however_the_notes_are_padded(pad, align, name, size):
+    """A linker that joins notes of 4 and of 8 into one segment says 8 of all of them."""
+    others = note(name, 3, bytes(range(size)), pad)
+    others += bytes(-len(others) % pad)
+    notes = others + note(b"Xen\0", 18, struct.pack("<Q", 5 * M), pad)
+    assert parse(elf(notes=notes, notes_align=align))[1] == 5 * M
+    assert parse(elf(notes=pvh_note(5 * M) + others, notes_align=align))[1] == 5 * M
+
+
+@pytest.mark.parametrize(
+    ("name", "type", "desc"),
+    [(b"Linux\0", None, b"x"), (b"Linux\0", 8, None), (b"Xen\0", None, None)],
+)
+def test_notes_by_name(tmp_path, name, type, desc):
+    notes = note(b"GNU\0", 3, b"Xen\0Linux\0\0\0") + note(b"Linux\0", 9, b"x")
+    (tmp_path / "kernel").write_bytes(elf(notes=notes))
+    with ImageFile(str(tmp_path / "kernel"), "-kernel") as image:
+        assert Elf(image).find_note(name, type) == desc
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pyvmm.boot.config import KernelConfig
 from pyvmm.boot.loader import FLAT, LINUX64, MULTIBOOT, NONE, PVH, load
 from pyvmm.boot.place import OWN
 from pyvmm.errors import ConfigError
-from pyvmm.testing.images import elf, guest_memory, multiboot_header, pvh_note
+from pyvmm.testing.images import boot_sector, elf, guest_memory, multiboot_header, pvh_note
 from pyvmm.x86 import layout
 
 M = 1 << 20
@@ -157,9 +157,23 @@ def test_truncated_elf_is_not_flat(memory, kernel, data):
         load(memory, KernelConfig(kernel(data)))
 
 
-@pytest.mark.parametrize("data", [b"\xf4", CODE, b"\x55" * (0x98000 - 0x7C00)])
-def test_flat(memory, kernel, data):
-    found = load(memory, KernelConfig(kernel(data)))
+FLAT_MAX = 0x98000 - 0x7C00
+
+
+@pytest.mark.parametrize(
+    ("data", "type"),
+    [
+        (boot_sector(b"\xf4"), "auto"),
+        (boot_sector(CODE).ljust(FLAT_MAX, b"\xcc"), "auto"),
+        (b"\xf4", "flat"),
+        (CODE, "flat"),
+        (b"\x55" * FLAT_MAX, "flat"),
+        (elf(notes=pvh_note(M)), "flat"),
+        (b"\x1f\x8b", "flat"),
+    ],
+)
+def test_flat(memory, kernel, data, type):
+    found = load(memory, KernelConfig(kernel(data), type=type))
     assert (found.kind, found.entry, found.eax, found.info) == (FLAT, 0x7C00, 0, 0)
     assert found.is_real_mode
     assert memory.read(0x7C00, len(data)) == data
@@ -168,14 +182,17 @@ def test_flat(memory, kernel, data):
 
 
 def test_flat_too_large(memory, kernel):
-    with pytest.raises(ConfigError, match=r"too large for a flat image \(577K\)"):
-        load(memory, KernelConfig(kernel(bytes(0x98000 - 0x7C00 + 1))))
+    data = boot_sector(b"").ljust(FLAT_MAX + 1, b"\xcc")
+    for type in ("auto", "flat"):
+        with pytest.raises(ConfigError, match=r"590849 bytes .*flat.*at most 590848 \(577K\)"):
+            load(memory, KernelConfig(kernel(data), type=type))
 
 
 def test_flat_takes_no_initrd_and_no_command_line(memory, kernel):
+    data = boot_sector(CODE)
     for config in (
-        KernelConfig(kernel(CODE), append="x"),
-        KernelConfig(kernel(CODE), kernel(CODE)),
+        KernelConfig(kernel(data), append="x"),
+        KernelConfig(kernel(data), kernel(CODE, "initrd")),
     ):
         with pytest.raises(ConfigError, match=r"flat image takes no -initrd and no -append"):
             load(memory, config)
@@ -203,12 +220,12 @@ def test_loading_again_restores_the_image(memory, kernel):
 @pytest.mark.parametrize(
     ("segment", "message"),
     [
-        ((1, 0, 0, 0x4FF, 2, 2), "covers the boot structures at 0x500"),
-        ((1, 0, 0, 0x0, 1, 0xA0000), "covers the boot structures at 0x500"),
-        ((1, 0, 0, 0x6FFF, 1, 1), "covers the boot structures at 0x6000"),
-        ((1, 0, 0, 0x20FFF, 1, 1), "covers the boot structures at 0x20000"),
-        ((1, 0, 0, 0x9FFFF, 1, 2), "are not all RAM; link the kernel elsewhere"),
-        ((1, 0, 0, 0xF0000, 1, 2), "are not all RAM"),
+        ((1, 1, 0, 0x4FF, 2, 2), "covers the boot structures at 0x500"),
+        ((1, 1, 0, 0x0, 1, 0xA0000), "covers the boot structures at 0x500"),
+        ((1, 1, 0, 0x6FFF, 1, 1), "covers the boot structures at 0x6000"),
+        ((1, 1, 0, 0x20FFF, 1, 1), "covers the boot structures at 0x20000"),
+        ((1, 1, 0, 0x9FFFF, 1, 2), "are not all RAM; link the kernel elsewhere"),
+        ((1, 1, 0, 0xF0000, 1, 2), "are not all RAM"),
         ((1, 0, 0, 16 * M - 1, 1, 2), "are not all RAM; give at least -m 17M"),
         ((1, 0, 0, 16 * M, 1, M), "are not all RAM; give at least -m 17M"),
         (

@@ -190,6 +190,20 @@ def test_lives_through_an_exec(images, people, recorder, tmp_path, capfd):
     assert not link.is_symlink()
 
 
+def test_link_that_cannot_be_made_again_costs_no_update(images, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    image = images()
+    chardev = image.make(PtyChardev, path=str(folder / "link"))
+    name = chardev.filename
+    (folder / "link").unlink()
+    folder.rmdir()
+    image = images(image.exec())
+    chardev = image.make(PtyChardev, path=str(folder / "link"))
+    assert chardev.filename == name
+    chardev.close()
+
+
 def test_nobody_there_at_an_exec(images, people, recorder):
     old = images()
     old.make(PtyChardev)

@@ -6,7 +6,7 @@ from pyvmm.core import runstate
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.cpr.fdstore import FdStore
 from pyvmm.devices.base import Device
-from pyvmm.errors import HostError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
 
@@ -51,6 +51,101 @@ def test_disk_that_hangs_keeps_a_guest_running_that_an_operator_stops(machine):
         machine.stop()
     assert machine.runstate.running
     assert not any(device.resting for device in machine.devices)
+
+
+@pytest.mark.parametrize(
+    ("state", "after"),
+    [
+        (runstate.RUNNING, runstate.INTERNAL_ERROR),
+        (runstate.PAUSED, runstate.INTERNAL_ERROR),
+        (runstate.PRELAUNCH, runstate.INTERNAL_ERROR),
+        (runstate.IO_ERROR, runstate.INTERNAL_ERROR),
+        (runstate.GUEST_PANICKED, runstate.INTERNAL_ERROR),
+        (runstate.SHUTDOWN, runstate.INTERNAL_ERROR),
+        (runstate.INMIGRATE, runstate.INMIGRATE),
+        (runstate.FINISH_MIGRATE, runstate.FINISH_MIGRATE),
+    ],
+)
+def test_thread_that_dies_in_any_state(machine, state, after):
+    """What stands is not to be continued as if nothing had been; in an update the update says."""
+    events = []
+    machine.subscribe(lambda name, _data: events.append(name))
+    machine.runstate.state = state
+    machine.devices = []
+    machine.on_thread_error("thread virtio-0 failed")
+    machine.loop.run_once()
+    assert machine.runstate.state == after
+    assert events == (["STOP"] if state == runstate.RUNNING else [])
+
+
+@pytest.mark.parametrize("state", [runstate.RUNNING, runstate.PAUSED])
+@pytest.mark.parametrize(
+    ("event", "action", "after", "exit_code"),
+    [
+        ("shutdown", "poweroff", None, 0),
+        ("shutdown", "pause", runstate.SHUTDOWN, None),
+        ("panic", "shutdown", None, 0),
+        ("panic", "exit-failure", None, 1),
+        ("panic", "pause", runstate.GUEST_PANICKED, None),
+        ("panic", "none", None, None),
+        ("internal-error", "exit-failure", None, 1),
+        ("internal-error", "pause", runstate.INTERNAL_ERROR, None),
+    ],
+)
+def test_each_event_has_its_action(machine, state, event, action, after, exit_code):
+    """Also if the guest was paused before the main loop came to it."""
+    machine.devices = []
+    machine.config.actions[event] = action
+    if event == "shutdown":
+        machine.request_power_off()
+    elif event == "panic":
+        machine.report_panic(1)
+    else:
+        machine.on_cpu_error(0, "emulation failed")
+    machine.runstate.state = state
+    machine.loop.run_once()
+    assert machine.runstate.state == after or after is None
+    assert machine.loop.stopping == (exit_code is not None)
+    assert machine.exit_code == (exit_code or 0)
+
+
+@pytest.mark.parametrize("error", [ConfigError("-kernel x: gone"), OSError(5, "I/O"), ValueError()])
+@pytest.mark.parametrize("state", [runstate.RUNNING, runstate.PAUSED, runstate.SHUTDOWN])
+@pytest.mark.parametrize("action", ["pause", "exit-failure"])
+@pytest.mark.parametrize("by_guest", [False, True])
+def test_reset_that_fails(machine, monkeypatch, capfd, error, state, action, by_guest):
+    def fail():
+        raise error
+
+    machine.devices = []
+    machine.runstate.state = state
+    machine.config.actions["internal-error"] = action
+    monkeypatch.setattr(machine, "power_on", fail)
+    if by_guest:
+        machine.request_reset()
+        machine.loop.run_once()
+    else:
+        with pytest.raises(type(error)):
+            machine.reset()
+    assert capfd.readouterr().err.count("pyvmm: reset: ") == 1
+    if action == "pause":
+        assert machine.runstate.state == runstate.INTERNAL_ERROR
+        assert not machine.loop.stopping
+    else:
+        assert machine.exit_code == 1
+        assert machine.loop.stopping
+
+
+def test_stop_that_fails_by_a_bug_lets_the_guest_go_on(machine, monkeypatch):
+    def fail(_timeout_s=None):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(machine.devices[1], "drain", fail)
+    machine.devices[0].hangs = False
+    with pytest.raises(ValueError, match="a bug"):
+        machine.stop()
+    assert machine.runstate.running
+    assert not machine.devices[0].resting
 
 
 def test_device_that_cannot_take_input_keeps_no_other_from_it(machine):

@@ -1,0 +1,184 @@
+"""The files that a guest is booted from, and what is kept of them for its next boot.
+
+A guest that resets itself loads its kernel again, perhaps after months, when the file has been
+removed, replaced, cut or written over. So no path is opened twice: a file that was loaded stays
+open, and once the guest runs, which is not delayed for it, what is needed of it is copied into a
+sealed memfd. Its size and time tell whether that is what was loaded; if not, or without memory for
+a copy, the file itself is kept, which survives its removal, and the operator is told.
+
+Updates hand on what is kept (descriptors ``boot/kernel`` and ``boot/initrd``, their paths as CPR
+values of the same names). What a reset loads after an update:
+
+* what is kept, if the new command line gives the same path, whatever is there by now: the guest
+  comes back as it was;
+* the file of the new command line, if that gives another path: so a new kernel is brought in. It
+  is opened and kept right after the update. If it cannot be, or is no kernel, what is kept stays;
+* of an image that kept nothing, what the path has right after the update, or else at the reset.
+
+The command line itself (``-append``) is always the new one's. The ROM is memory of the guest (see
+``boot.rom``) and needs none of this. Main thread only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from pyvmm.boot import loader
+from pyvmm.boot.image import ImageFile
+from pyvmm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.boot.config import KernelConfig
+    from pyvmm.cpr.fdstore import FdStore
+
+_STEP = 1 << 20  # bytes copied at once; signals are handled in between
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+
+
+class _File:
+    """An open file; ``mark`` is the state that it was loaded in, None once it is kept."""
+
+    __slots__ = ("fd", "mark", "path")
+
+    def __init__(self, path: str, fd: int, mark: tuple[int, int] | None = None) -> None:
+        self.path = path
+        self.fd = fd
+        self.mark = mark
+
+
+class BootFiles:
+    """What ``-kernel`` and ``-initrd`` name, by option.
+
+    :param fds: where what is kept is preserved for the next image
+    """
+
+    def __init__(self, fds: FdStore) -> None:
+        self._fds = fds
+        self._files: dict[str, _File] = {}
+
+    def open(self, path: str, option: str) -> ImageFile:
+        """Return what is kept for *option*; if that is nothing, the file *path*, which stays open
+        until :meth:`keep`. The caller closes what it is given.
+
+        :raises ConfigError: the file cannot be opened
+        """
+        file = self._files.get(option)
+        if file is not None:
+            return ImageFile(file.path, option, fd=file.fd)
+        return self._open(path, option)
+
+    def forget_unkept(self, *options: str) -> None:
+        """After a load that failed: whoever mends a file may put another in its place.
+
+        :param options: what to forget; default: all
+        """
+        for option, file in list(self._files.items()):
+            if file.mark is not None and option in (options or self._files):
+                os.close(self._files.pop(option).fd)
+
+    def keep(self, config: KernelConfig) -> list[str]:
+        """Keep what was loaded since the last call; return what is wrong with it."""
+        problems = []
+        for option, file in self._files.items():
+            if file.mark is None:
+                continue
+            try:
+                problem = self._copy(option, file, config)
+            except OSError as error:
+                problem = error.strerror or str(error)
+            except ConfigError as error:
+                problem = str(error)
+            if problem:
+                what = "" if problem.startswith(option) else f"{option} {file.path}: "
+                problems.append(f"{what}{problem} (a reset loads what the file has then)")
+            file.mark = None
+            self._fds.keep(_name(option), file.fd)
+        return problems
+
+    def take_over(self, config: KernelConfig, paths: dict[str, bytes]) -> list[str]:
+        """In an image that loaded nothing itself: go on with what the one before kept, or else
+        keep what the paths have now; return what is wrong with it.
+
+        :param paths: what :meth:`save_state` returned there
+        """
+        problems = []
+        for option, path in (("-kernel", config.kernel), ("-initrd", config.initrd)):
+            name = _name(option)
+            fd = self._fds.take(name)
+            kept = None if fd is None else _File(os.fsdecode(paths.get(name, b"")), fd)
+            if path and (kept is None or kept.path != path):
+                try:
+                    with self._open(path, option) as image:
+                        if option == "-kernel":
+                            loader.prepare(image, config)
+                except ConfigError as error:
+                    self.forget_unkept(option)
+                    then = f"what {kept.path} had" if kept else "what is there by then"
+                    problems.append(f"{error} (a reset loads {then})")
+            if kept is None:
+                continue
+            if path and option not in self._files:
+                self._files[option] = kept
+                self._fds.keep(name, kept.fd)
+            else:
+                self._fds.drop(kept.fd)
+        problems += self.keep(config)
+        if "-kernel" in self._files:
+            try:
+                with self.open(config.kernel, "-kernel") as image:
+                    loader.prepare(image, config)
+            except ConfigError as error:
+                problems.append(str(error))
+        return problems
+
+    def save_state(self) -> dict[str, bytes]:
+        """The paths of what is kept, as CPR values."""
+        return {
+            _name(option): os.fsencode(file.path)
+            for option, file in self._files.items()
+            if file.mark is None
+        }
+
+    def close(self) -> None:
+        """Give everything back."""
+        for option, file in self._files.items():
+            self._fds.forget(_name(option))
+            os.close(file.fd)
+        self._files.clear()
+
+    def _open(self, path: str, option: str) -> ImageFile:
+        image = ImageFile(path, option)
+        mark = image.mark()
+        self._files[option] = _File(path, image.lend(), mark)
+        return image
+
+    def _copy(self, option: str, file: _File, config: KernelConfig) -> str:
+        """Put a copy in the place of the file; return why that cannot be, empty if it is done."""
+        with ImageFile(file.path, option, fd=file.fd) as image:
+            size = loader.prepare(image, config) if option == "-kernel" else image.size
+            fd = os.memfd_create(_name(option), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                # Not sendfile(2), which not every file system knows and which is not faster.
+                buffer = memoryview(bytearray(min(size, _STEP)))
+                done = 0
+                while done < size:
+                    count = os.preadv(file.fd, [buffer[: size - done]], done)
+                    if not count or os.pwrite(fd, buffer[:count], done) != count:
+                        break
+                    done += count
+                if done < size or image.mark() != file.mark:
+                    os.close(fd)
+                    return "it changed as soon as the guest was started"
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            except OSError:
+                os.close(fd)
+                raise
+        os.close(file.fd)
+        file.fd = fd
+        return ""
+
+
+def _name(option: str) -> str:
+    return f"boot/{option[1:]}"
