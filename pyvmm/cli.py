@@ -101,6 +101,9 @@ def run(argv: list[str], started: int) -> int:
             return preflight.answer(argv)
         carried = cpr_state.inherit()
         if carried is None:
+            from pyvmm.cpr import probe
+
+            probe.check_environment()
             return serve(argv, started)
         return take_over(argv, carried, started)
     except PyvmmError as error:
@@ -150,6 +153,10 @@ def serve(
 
         print(help.describe(*request.args), end="")
         return 0
+    if carried is None and config.incoming not in ("", "defer"):
+        from pyvmm.migration import target
+
+        target.parse(config.incoming).check()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
     fds = FdStore(carried.fds if carried else None)

@@ -218,7 +218,8 @@ class Migration:
             self._update(argv, path, target)
 
         try:
-            self._probe = preflight.Probe(self.machine.loop, path, argv, probed)
+            kept = self.machine.fds.kept().values()
+            self._probe = preflight.Probe(self.machine.loop, path, argv, kept, probed)
         except MigrationError:
             target.discard(self.machine.fds)
             raise

@@ -90,6 +90,16 @@ class FileUri:
         except OSError as error:
             raise MigrationError(f"Could not write '{self.path}': {error.strerror}") from None
 
+    def check(self) -> None:
+        """See that there is a file to be read.
+
+        :raises MigrationError: with QEMU's text
+        """
+        try:
+            os.close(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            raise MigrationError(f"Could not open '{self.path}': {error.strerror}") from None
+
     def read(self) -> bytes:
         """The whole state.
 
