@@ -135,6 +135,10 @@ def run(argv: list[str], started: int) -> int:
             from pyvmm.migration import rollback
 
             rollback.adopt(carried)
+        else:
+            from pyvmm.cpr import probe
+
+            probe.check_environment()
         return serve(argv, started, carried)
     except BaseException as error:
         # Until the guest runs any error leads back to the image before: this does not return.
@@ -185,6 +189,10 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
 
         print(help.describe(*request.args), end="")
         return 0
+    if carried is None and config.incoming not in ("", "defer"):
+        from pyvmm.migration import target
+
+        target.parse(config.incoming).check()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
     fds = FdStore(carried.fds if carried else None)

@@ -72,17 +72,24 @@ def rdtsc() -> int:
     return int(lib.pyvmm_rdtsc())
 
 
+# The list that a holder reads, for as long as there may be one.
+_held: Any = None
+
+
 def hold_memory(keep_fds: list[int], release_fd: int) -> int:
     """Start a task that keeps this address space and ``keep_fds`` alive over an execve.
 
-    It ends when ``release_fd``, the read end of a pipe, reaches end of file. The caller (or
-    the image that replaces it) reaps it with ``os.waitpid(pid, os.__WALL)`` semantics.
+    One such task at a time; its descriptors may be any number. It ends when ``release_fd``, the
+    read end of a pipe, reaches end of file. The caller (or the image that replaces it) reaps it
+    with ``os.waitpid(pid, os.__WALL)`` semantics.
 
     :returns: its process id
     :raises HostError: if the host does not allow it
     """
+    global _held
     fds = sorted({*keep_fds, release_fd})
-    result: int = lib.pyvmm_hold_memory(fds, len(fds), release_fd)
+    _held = ffi.new("int[]", fds)
+    result: int = lib.pyvmm_hold_memory(_held, len(fds), release_fd)
     if result < 0:
         raise HostError(f"clone for the memory holder: {os.strerror(-result)}")
     return result

@@ -299,4 +299,4 @@ int pyvmm_install_kick(int signum);
 int pyvmm_name_thread(const char *name);
 void pyvmm_barrier(void);
 uint64_t pyvmm_rdtsc(void);
-int pyvmm_hold_memory(const int *keep_fds, int count, int release_fd);
+int pyvmm_hold_memory(const int *keep_fds, size_t count, int release_fd);

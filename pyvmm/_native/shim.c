@@ -170,8 +170,9 @@ static uint64_t pyvmm_rdtsc(void)
  *
  * The task shares this process's memory but not its descriptors or signal handlers. It may
  * use neither errno nor any lock of libc, so it makes raw system calls only, and it runs
- * with all signals blocked. It ends when release_fd (the read end of a pipe) reaches end of
- * file: when the new image closes the other end, or when nobody is left to do so. */
+ * with all signals blocked. What it reads (the list of descriptors, its stack) nobody frees. It
+ * ends when release_fd (the read end of a pipe) reaches end of file: when the new image closes
+ * the other end, or when nobody is left to do so. */
 
 static long raw_syscall(long number, long a, long b, long c)
 {
@@ -185,8 +186,9 @@ static long raw_syscall(long number, long a, long b, long c)
 }
 
 struct holder {
-	int release_fd, count;
-	int keep[64]; /* ascending */
+	int release_fd;
+	size_t count;
+	const int *keep; /* ascending */
 };
 
 static struct holder holder;
@@ -199,7 +201,7 @@ static int hold(void *argument)
 	char byte;
 
 	/* A descriptor left open here would delay a peer's end of file. */
-	for (int i = 0; i < self->count; i++) {
+	for (size_t i = 0; i < self->count; i++) {
 		if ((unsigned int)self->keep[i] > from)
 			raw_syscall(SYS_close_range, from, self->keep[i] - 1, 0);
 		from = self->keep[i] + 1;
@@ -212,16 +214,15 @@ static int hold(void *argument)
 }
 
 /* Start the holder: its process id, or the negative error number. keep_fds, in ascending
- * order, stay open in it and must contain release_fd. One holder at a time. The child is
- * reaped with __WALL; it sends no signal when it ends. */
-static int pyvmm_hold_memory(const int *keep_fds, int count, int release_fd)
+ * order, stay open in it and must contain release_fd; the task reads the list at any time
+ * until it ends. One holder at a time. The child is reaped with __WALL; it sends no signal
+ * when it ends. */
+static int pyvmm_hold_memory(const int *keep_fds, size_t count, int release_fd)
 {
 	sigset_t all, old;
 	int pid, error;
 
-	if (count < 0 || count > (int)(sizeof(holder.keep) / sizeof(holder.keep[0])))
-		return -EINVAL;
-	memcpy(holder.keep, keep_fds, count * sizeof(int));
+	holder.keep = keep_fds;
 	holder.count = count;
 	holder.release_fd = release_fd;
 	sigfillset(&all);

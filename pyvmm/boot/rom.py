@@ -43,6 +43,6 @@ def add(memory: GuestMemory, backend: RamBackend, ram: RamBackend) -> None:
     """
     found = ranges(backend.size)
     for gpa, size, offset in found:
-        memory.add(MemoryRegion(backend.id, gpa, size, backend, offset, readonly=True))
+        memory.add(MemoryRegion(backend.name, gpa, size, backend, offset, readonly=True))
     start, size = layout.OPTION_ROMS, found[0][0] - layout.OPTION_ROMS
     memory.add(MemoryRegion("option ROMs", start, size, ram, start, readonly=True))

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from pyvmm.machine.config import DeviceConfig, MachineConfig
     from pyvmm.vmstate.fields import Description
 
+# Memory is handed over under the bare id of its object, as in QEMU; all else but these has a
+# prefix with a slash, which no id has.
 KVM_FD = "kvm"
 ROM_BLOCK = "pc.bios"
 RAM_BLOCK = "pc.ram"
@@ -117,6 +119,15 @@ def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
     return found
 
 
+def block_name(config: MachineConfig, id: str) -> str:
+    """What the memory of the object ``id`` is called in states and in what an exec hands over:
+    the id, unless that is a name of the machine's own."""
+    own = [KVM_FD, ROM_BLOCK]
+    if not config.memory_backend:
+        own.append(RAM_BLOCK)
+    return f"ram/{id}" if id in own else id
+
+
 def open_system(fds: FdStore) -> System:
     """/dev/kvm: the inherited descriptor, or a fresh one."""
     inherited = fds.take(KVM_FD)
@@ -135,12 +146,13 @@ def add_memory(machine: Machine) -> GuestMemory:
     memory = GuestMemory()
     ram = None
     for object_config in config.objects:
-        backend = _add_backend(machine, object_config)
+        name = block_name(config, object_config.id)
+        backend = _add_backend(machine, object_config, name)
         if object_config.id == config.memory_backend:
             ram = backend
     if ram is None:
         kind = "memory-backend-memfd" if config.anon_alloc == "memfd" else "memory-backend-ram"
-        ram = _add_backend(machine, RamConfig(kind, RAM_BLOCK, config.memory_size))
+        ram = _add_backend(machine, RamConfig(kind, RAM_BLOCK, config.memory_size), RAM_BLOCK)
     memory.add_ram(ram, layout.ram_ranges(ram.size))
     rom.add(memory, _add_rom(machine), ram)
     return memory
@@ -231,19 +243,21 @@ def _add_rom(machine: Machine) -> RamBackend:
     else:
         size = os.fstat(inherited).st_size
     config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
-    backend = _add_backend(machine, config, inherited)
+    backend = _add_backend(machine, config, ROM_BLOCK, inherited)
     if inherited is None:
         backend.view[:] = image
     return backend
 
 
-def _add_backend(machine: Machine, config: RamConfig, inherited: int | None = None) -> RamBackend:
-    fd = machine.fds.take(config.id) if inherited is None else inherited
+def _add_backend(
+    machine: Machine, config: RamConfig, name: str, inherited: int | None = None
+) -> RamBackend:
+    fd = machine.fds.take(name) if inherited is None else inherited
     if fd is None and machine.fds.is_incoming:
         # A fresh block would be empty, and the guest's memory lost.
         raise MigrationError(f"The memory of {config.id} was not handed over by the image before")
-    backend = RamBackend(config, fd)
+    backend = RamBackend(config, fd, name)
     machine.backends.append(backend)
     if backend.fd is not None and backend.is_shared:
-        machine.fds.keep(config.id, backend.fd)
+        machine.fds.keep(name, backend.fd)
     return backend

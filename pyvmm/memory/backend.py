@@ -29,14 +29,17 @@ _SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 class RamBackend:
     """One block of host memory, mapped.
 
+    ``name`` is what it is called in states and in what an exec hands over: the object's id, unless
+    the machine itself has something of that name.
+
     ``view`` is the mapping (a writable buffer; KVM gets its address through the buffer protocol);
     ``fd`` the descriptor to preserve over a live update, None for private anonymous memory;
     ``is_shared`` whether the pages are the descriptor's, so that they outlive this process.
     """
 
-    __slots__ = ("_created", "config", "fd", "view")
+    __slots__ = ("_created", "config", "fd", "name", "view")
 
-    def __init__(self, config: RamConfig, fd: int | None = None) -> None:
+    def __init__(self, config: RamConfig, fd: int | None = None, name: str = "") -> None:
         """Allocate, or with *fd* adopt a descriptor that the process before left.
 
         An adopted descriptor is never resized: its pages are the guest. :meth:`close` closes it;
@@ -46,6 +49,7 @@ class RamBackend:
         :raises HostError: no memory, or an adopted descriptor is not this RAM
         """
         self.config = config
+        self.name = name or config.id
         self.fd: int | None = None
         self._created = ""
         try:
@@ -72,7 +76,7 @@ class RamBackend:
 
     @property
     def id(self) -> str:
-        """The object's id, which is its name in CPR state."""
+        """The object's id."""
         return self.config.id
 
     @property

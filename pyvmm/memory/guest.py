@@ -106,7 +106,7 @@ class GuestMemory:
     def add_ram(self, backend: RamBackend, ranges: Sequence[tuple[int, int, int]]) -> None:
         """Add one backend as RAM, in parts ``(gpa, size, offset)`` (see ``x86.layout``)."""
         for gpa, size, offset in ranges:
-            self.add(MemoryRegion(backend.id, gpa, size, backend, offset))
+            self.add(MemoryRegion(backend.name, gpa, size, backend, offset))
 
     def read(self, gpa: int, size: int) -> bytes:
         """Return *size* bytes; the caller caps a size that the guest chose.

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 HOLDER_FD = "cpr/holder"
 ADDED = "chardev-added/"  # begins the names of chardevs that no command line has
 CLIENT_FDS = "client-fd/"  # begins the names of what monitors' clients handed over
+NOTE = "note"  # what made the update slower than it should be, as a CPR value
 REAP_INTERVAL_S = 0.05
 _WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
 
@@ -65,6 +66,7 @@ class Migration:
         self.parameters = params.parameters()
         self.capabilities = params.capabilities()
         self.progress = Progress()
+        self.progress.note = carried.pop(NOTE, b"").decode("utf-8", "replace")
         self.passengers: dict[str, Passenger] = {}
         #: Events (name, data, time in ns) from before there were monitors to tell of them.
         self.missed: list[tuple[str, dict[str, Any] | None, int]] = []
@@ -214,7 +216,8 @@ class Migration:
             self._update(argv, path, target)
 
         try:
-            self._probe = preflight.Probe(self.machine.loop, path, argv, probed)
+            kept = self.machine.fds.kept().values()
+            self._probe = preflight.Probe(self.machine.loop, path, argv, kept, probed)
         except MigrationError:
             target.discard(self.machine.fds)
             raise
@@ -309,9 +312,11 @@ class Migration:
         vm_fds = [machine.platform.vm.fd, *(cpu.vcpu.fd for cpu in machine.cpus)]
         try:
             pid = _native.hold_memory(vm_fds, read_fd)
-        except PyvmmError:
-            # The host allows no further process. The update takes longer, that is all.
+        except PyvmmError as error:
+            # The host allows no further process. The update takes longer, that is all; the
+            # new image says so, once the guest runs.
             pid = 0
+            self.progress.note = f"the old memory was taken apart in the pause ({error})"
         os.close(read_fd)
         if pid:
             machine.fds.keep(HOLDER_FD, write_fd, pid)
@@ -333,6 +338,7 @@ class Migration:
             "capabilities": " ".join(
                 name for name in self.capabilities.names() if self.capabilities.get(name)
             ).encode(),
+            **({NOTE: self.progress.note.encode()} if self.progress.note else {}),
             "holders": b"".join(pid.to_bytes(4) for pid in self._ended),
             **{f"chardev/{id}": value for id, value in chardevs.items()},
             **{f"netdev/{id}": value for id, value in netdevs.items()},
@@ -443,6 +449,8 @@ class Migration:
         if self.untold is not None:
             self.machine.warn(f"update failed: {self.untold}")
             self.untold = None
+        elif self.progress.note:
+            self.machine.warn(f"update: {self.progress.note}")
 
     def _release_memory(self) -> None:
         while self._way_back_fds:

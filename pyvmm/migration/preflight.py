@@ -3,26 +3,34 @@
 The probe is the very command that will be executed, told by its environment to describe the
 machine that it would build, and to end. It goes through the interpreter, the package and the
 options as the update will, so a program that is missing, broken or of another shape is found
-out at no pause. Old image: :class:`Probe`. New image: :func:`answer`.
+out at no pause. So is a wrapper that does not become pyvmm (the guest would be in a child, and
+the VM's process the wrapper) or does not hand on what an update needs (``cpr.probe``).
+Old image: :class:`Probe`. New image: :func:`answer`.
 """
 
 from __future__ import annotations
 
+import _socket
 import errno
 import json
 import os
+import struct
+import time
 
 from pyvmm import __version__
 from pyvmm.core.eventloop import READABLE
+from pyvmm.cpr import probe
 from pyvmm.cpr import state as cpr_state
+from pyvmm.cpr.probe import ANSWER_FD
 from pyvmm.errors import MigrationError, PyvmmError
 from pyvmm.machine import builder, options
 from pyvmm.machine.config import MACHINE_TYPE
+from pyvmm.migration import descendants
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
@@ -31,11 +39,12 @@ if TYPE_CHECKING:
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
-ENVIRONMENT = "PYVMM_CPR_PROBE"  # cli looks for it, without importing this module
-ANSWER_FD = 3
 DEADLINE_S = 20.0
+GRACE_S = 2.0  # what was killed ends sooner, unless it cannot be
 MAX_ANSWER = 1 << 20
 SPARE_FDS = 16
+_CHUNK = 1 << 16
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 def describe(config: MachineConfig) -> dict[str, Any]:
@@ -61,8 +70,14 @@ def describe(config: MachineConfig) -> dict[str, Any]:
 def answer(argv: list[str]) -> int:
     """In the probe: describe the machine of ``argv`` on :data:`ANSWER_FD`; the exit code."""
     try:
+        task = probe.Task.told()
+        if task is not None:
+            probe.check_answer_fd()
+            task.check()
         result = describe(options.parse(argv))
     except PyvmmError as error:
+        if task is not None and not probe.can_answer():
+            raise
         result = {"error": str(error)}
     except options.HelpRequested:
         result = {"error": "the command only prints help"}
@@ -152,8 +167,11 @@ def check_descriptors() -> None:
 
 
 class Probe:
-    """One run of a command as a probe; main loop thread.
+    """One run of a command as a probe; main loop thread. Whatever it started in its process
+    group ends with it; if it gave no good answer, also what has left the group.
 
+    :param kept: descriptors that an update will hand over; the probe gets others under their
+        numbers
     :param done: called once, with the answer or with what went wrong
     :raises MigrationError: if the command cannot be executed
     """
@@ -163,48 +181,64 @@ class Probe:
         loop: EventLoop,
         program: str,
         argv: list[str],
+        kept: Iterable[int],
         done: Callable[[dict[str, Any] | MigrationError], None],
     ) -> None:
         self._loop = loop
-        self._done = done
+        self._done: Callable[[dict[str, Any] | MigrationError], None] | None = done
         self._name = argv[0]
-        self._fds: list[int] = []
+        self._answer = b""
+        # What came of it, once that is known before the probe's end.
+        self._problem: MigrationError | None = None
+        self._error_fd = -1
+        self._socket: _socket.socket | None = None
         try:
-            for name in ("answer", "stderr"):
-                self._fds.append(os.memfd_create(f"probe-{name}", os.MFD_CLOEXEC))
-            self._answer_fd, self._error_fd = self._fds
-            self._pid = self._spawn(program, argv)
+            self._error_fd = os.memfd_create("probe-stderr", os.MFD_CLOEXEC)
+            os.write(self._error_fd, probe.MARK)
+            # The kernel tells who writes, in our own process ids, whatever they are over there.
+            self._socket, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+            self._socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
+            self._socket.setblocking(False)
+            self._task = _task(sorted(kept))
+            self._mark = f" {self._task.name}\0".encode()
+            try:
+                self._pid = self._spawn(program, argv, theirs.fileno())
+            finally:
+                theirs.close()
         except OSError as error:
             self._close()
             raise MigrationError(_explain_spawn(program, error)) from None
         try:
             self._pid_fd = os.pidfd_open(self._pid)
         except OSError as error:
-            self.cancel()
+            self._kill()
             os.waitpid(self._pid, 0)
             self._close()
             raise MigrationError(f"The preflight cannot be made: {error.strerror}") from None
         self._timer = loop.call_later(DEADLINE_S, self._handle_deadline)
-        self._late = False
         loop.add(self._pid_fd, READABLE, self._handle_exit)
+        loop.add(self._socket.fileno(), READABLE, self._handle_answer)
 
     def cancel(self) -> None:
         """End the probe; ``done`` is called with an error soon."""
-        os.kill(self._pid, _signal.SIGKILL)
+        self._give_up(MigrationError("The preflight was cancelled"))
 
-    def _spawn(self, program: str, argv: list[str]) -> int:
+    def _spawn(self, program: str, argv: list[str], answer_fd: int) -> int:
         # Nothing of ours is inherited: every other descriptor closes on exec.
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
+            stand_ins = (self._task.state_fd, *self._task.kept)
             return os.posix_spawn(
                 program,
                 argv,
-                os.environ | {ENVIRONMENT: str(ANSWER_FD)},
+                os.environ | self._task.environment(),
                 file_actions=[
+                    # They first: none of the others has one of their numbers here.
+                    *((os.POSIX_SPAWN_DUP2, self._error_fd, fd) for fd in stand_ins),
                     (os.POSIX_SPAWN_DUP2, null, 0),
                     (os.POSIX_SPAWN_DUP2, null, 1),
                     (os.POSIX_SPAWN_DUP2, self._error_fd, 2),
-                    (os.POSIX_SPAWN_DUP2, self._answer_fd, ANSWER_FD),
+                    (os.POSIX_SPAWN_DUP2, answer_fd, ANSWER_FD),
                 ],
                 # A Ctrl-C on the terminal is not for the probe.
                 setpgroup=0,
@@ -213,34 +247,97 @@ class Probe:
             os.close(null)
 
     def _handle_deadline(self) -> None:
-        self._late = True
-        self.cancel()
-
-    def _handle_exit(self, _revents: int) -> None:
-        self._timer.cancel()
-        self._loop.remove(self._pid_fd)
-        os.close(self._pid_fd)
-        _, status = os.waitpid(self._pid, 0)
-        result = self._read(os.waitstatus_to_exitcode(status))
-        self._close()
-        self._done(result)
-
-    def _read(self, exit_code: int) -> dict[str, Any] | MigrationError:
-        if self._late:
-            return MigrationError(
+        self._give_up(
+            MigrationError(
                 f"{self._name} did not answer the preflight in {DEADLINE_S:.0f} s; "
                 "is it a pyvmm run command?"
             )
+        )
+
+    def _give_up(self, problem: MigrationError) -> None:
+        """End the probe; ``problem`` is what came of it."""
+        if self._done is None or self._problem is not None:
+            return
+        self._problem = problem
+        self._timer.cancel()
+        self._timer = self._loop.call_later(GRACE_S, self._handle_immortal)
+        self._kill()
+
+    def _handle_immortal(self) -> None:
+        # It is another user's by now, or waits for a device. Its end will be seen.
+        self._finish(MigrationError(f"{self._problem} (process {self._pid} cannot be ended)"))
+
+    def _handle_answer(self, _revents: int) -> None:
+        self._receive()
+
+    def _receive(self) -> bool:
+        """Take a piece of the answer; whether there may be more."""
+        if self._socket is None:
+            return False
         try:
-            result = json.loads(os.pread(self._answer_fd, MAX_ANSWER, 0))
+            data, control, _flags, _peer = self._socket.recvmsg(
+                _CHUNK, _socket.CMSG_SPACE(_CREDENTIALS.size), _socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return False
+        self._answer += data
+        if not data or len(self._answer) > MAX_ANSWER:
+            # All have closed it, or somebody writes without end.
+            self._loop.remove(self._socket.fileno())
+            return False
+        for _level, kind, value in control:
+            if kind == _socket.SCM_CREDENTIALS:
+                pid = _CREDENTIALS.unpack(value)[0]
+                if pid != self._pid:
+                    self._give_up(self._explain_child(pid))
+        return True
+
+    def _handle_exit(self, _revents: int) -> None:
+        while self._receive():
+            pass
+        self._timer.cancel()
+        self._loop.remove(self._pid_fd)
+        os.close(self._pid_fd)
+        # As long as it was not waited for, its process group is no other's.
+        status = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
+        assert status is not None
+        if self._done is None:
+            self._kill()
+            os.waitpid(self._pid, 0)
+            return
+        code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        result = self._problem or self._read(code)
+        if isinstance(result, MigrationError):
+            self._kill()
+        else:
+            self._kill_group()
+        os.waitpid(self._pid, 0)
+        self._finish(result)
+
+    def _finish(self, result: dict[str, Any] | MigrationError) -> None:
+        done, self._done = self._done, None
+        self._close()
+        if done is not None:
+            done(result)
+
+    def _read(self, exit_code: int) -> dict[str, Any] | MigrationError:
+        try:
+            result = json.loads(self._answer)
         except (ValueError, RecursionError):
             result = None
-        if exit_code == 0 and isinstance(result, dict):
-            return result
-        return MigrationError(f"{self._name}: {self._problem(exit_code)}")
+        if isinstance(result, dict) and (exit_code == 0 or "error" in result):
+            pid = descendants.holder(self._mark, self._error_fd, self._task.kept)
+            if pid is None:
+                return result
+            return MigrationError(
+                f"{self._name} leaves a process ({pid}) that would inherit the guest's memory; "
+                "start that without the descriptors, or elsewhere"
+            )
+        return MigrationError(f"{self._name}: {self._explain_exit(exit_code)}")
 
-    def _problem(self, exit_code: int) -> str:
-        text = os.pread(self._error_fd, MAX_ANSWER, 0).decode("utf-8", "replace").strip()
+    def _explain_exit(self, exit_code: int) -> str:
+        raw = os.pread(self._error_fd, MAX_ANSWER, len(probe.MARK))
+        text = raw.decode("utf-8", "replace").strip()
         if text:
             # The last line of a traceback, or of whatever the program printed.
             return text.splitlines()[-1][:500]
@@ -251,9 +348,45 @@ class Probe:
             "is it a pyvmm run command?"
         )
 
+    def _explain_child(self, pid: int) -> MigrationError:
+        child = f" ({pid})" if pid else ""
+        return MigrationError(
+            f"{self._name} does not become pyvmm: another process{child} answers, and the guest "
+            "would be there; put exec before pyvmm, or leave out what starts it"
+        )
+
+    def _kill(self) -> None:
+        self._kill_group()
+        descendants.kill(self._mark)
+
+    def _kill_group(self) -> None:
+        try:
+            os.killpg(self._pid, _signal.SIGKILL)
+        except OSError:
+            pass  # all of it is another user's
+
     def _close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
+        if self._socket is not None:
+            self._loop.remove(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+        if self._error_fd >= 0:
+            os.close(self._error_fd)
+            self._error_fd = -1
+
+
+def _task(kept: list[int]) -> probe.Task:
+    try:
+        count = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        count = len(kept) + SPARE_FDS
+    # A number beyond the limit is handed over, but cannot be given to anything new.
+    limit = os.sysconf("SC_OPEN_MAX")
+    kept = [fd for fd in kept if fd < limit]
+    state_fd = next(fd for fd in range(ANSWER_FD + 1, limit) if fd not in kept)
+    # What is open and not handed over the new image opens again.
+    fresh = count - len(kept) + SPARE_FDS
+    return probe.Task(kept, state_fd, fresh, f"{os.getpid()}.{time.monotonic_ns()}")
 
 
 def _explain_spawn(program: str, error: OSError) -> str:

@@ -34,12 +34,14 @@ class Progress:
     :ivar status: QEMU's MigrationStatus
     :ivar error: why it failed
     :ivar where: the function of a new image that could not take over
+    :ivar note: what made a successful one slower than it should be
     """
 
     def __init__(self) -> None:
         self.status: str | None = None
         self.error: str | None = None
         self.where = ""
+        self.note = ""
         self._marks = dict.fromkeys(STEPS, 0)
 
     @property
@@ -55,6 +57,7 @@ class Progress:
         """A new migration: forget the last one."""
         self.error = None
         self.where = ""
+        self.note = ""
         self._marks = dict.fromkeys(STEPS, 0)
         self.mark("preflight")
 
@@ -93,6 +96,8 @@ class Progress:
             result["setup-time"] = round((marks["stop"] - marks["preflight"]) / 1e6)
             result["downtime"] = round((marks["running"] - marks["stop"]) / 1e6)
             result["phases"] = {step: round(ms, 3) for step, ms in self.steps_ms().items()}
+            if self.note:
+                result["note"] = self.note
         if self.error is not None:
             result |= self.failure()
         return result

@@ -86,7 +86,7 @@ def describe(machine: Machine, loaded: stream.Loaded) -> bytes:
 
 def blocks(machine: Machine) -> stream.Blocks:
     """Name and size of each RAM block."""
-    return [(backend.id, backend.size) for backend in machine.backends]
+    return [(backend.name, backend.size) for backend in machine.backends]
 
 
 def _descriptions(machine: Machine) -> dict[tuple[str, int], Description]:

@@ -25,6 +25,14 @@ class FileTarget:
         self._uri = uri
         self._fd = -1
 
+    def check(self) -> None:
+        """In a process that no update made: see that there is a state to load, before anything
+        is opened.
+
+        :raises MigrationError: if there is none
+        """
+        self._uri.check()
+
     def prepare(self) -> None:
         """Open for writing, while the guest runs.
 
@@ -89,6 +97,13 @@ class MemoryTarget:
     def __init__(self) -> None:
         self._fd = -1
 
+    def check(self) -> None:
+        """In a process that no update made: there is no state to load.
+
+        :raises MigrationError: always
+        """
+        raise _nothing_handed_over()
+
     def prepare(self) -> None:
         """Nothing can go wrong yet."""
 
@@ -113,9 +128,7 @@ class MemoryTarget:
         """
         fd = fds.take(STATE_FD)
         if fd is None:
-            raise MigrationError(
-                "-incoming memfd: is what an update adds; no state was handed over"
-            )
+            raise _nothing_handed_over()
         self._fd = fd
         return _read_memory(fd)
 
@@ -146,3 +159,7 @@ def parse(uri: str) -> Target:
 
 def _read_memory(fd: int) -> bytes:
     return os.pread(fd, min(os.fstat(fd).st_size, MAX_SIZE), 0)
+
+
+def _nothing_handed_over() -> MigrationError:
+    return MigrationError("-incoming memfd: is what an update adds; no state was handed over")

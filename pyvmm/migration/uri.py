@@ -1,8 +1,10 @@
 """Where a state goes to and comes from: ``file:PATH[,offset=N]``.
 
 A file is written aside and renamed when it is whole, so that under its name there is always
-the last good state or the new one. It is not synced: the next image reads what this one has
-written, and after a crash of the host there is no guest to go on with.
+the last good state or the new one; it keeps its mode and owner, and a symbolic link to it stays.
+One that cannot be replaced so (it has other names, an ACL or an owner that it would lose, or its
+folder is not ours to write to) is written in place. It is not synced: the next image reads what
+this one has written, and after a crash of the host there is no guest to go on with.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class FileUri:
     :raises MigrationError: with QEMU's texts, if ``uri`` is of another kind
     """
 
-    __slots__ = ("_aside", "_seen", "offset", "path", "text")
+    __slots__ = ("_aside", "_like", "_seen", "offset", "path", "text")
 
     def __init__(self, uri: str) -> None:
         self.text = uri
@@ -42,6 +44,8 @@ class FileUri:
             raise MigrationError(f"file URI: a path cannot contain NUL: {self.path!r}")
         # The name to be given to the file once it is whole; none if it is written in place.
         self._aside = ""
+        # The file that it then replaces.
+        self._like: os.stat_result | None = None
         # Device, inode and size of the file that was read.
         self._seen = (0, 0, -1)
 
@@ -64,9 +68,11 @@ class FileUri:
         try:
             self._aside = self._find_aside()
             if self._aside:
-                return _open_folder(os.path.dirname(self._aside))
-            # Without O_NONBLOCK opening a FIFO would wait for a reader.
-            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                folder_fd = self._open_folder(os.path.dirname(self._aside))
+                if folder_fd is not None:
+                    return folder_fd
+                self._aside = ""
+            fd = self._open()
             try:
                 os.lseek(fd, self.offset, os.SEEK_SET)
             except OSError:
@@ -89,6 +95,16 @@ class FileUri:
                 self._write_in_place(fd, data)
         except OSError as error:
             raise MigrationError(f"Could not write '{self.path}': {error.strerror}") from None
+
+    def check(self) -> None:
+        """See that there is a file to be read.
+
+        :raises MigrationError: with QEMU's text
+        """
+        try:
+            os.close(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            raise MigrationError(f"Could not open '{self.path}': {error.strerror}") from None
 
     def read(self) -> bytes:
         """The whole state.
@@ -120,7 +136,7 @@ class FileUri:
         What is added is of use to tools only, so nothing is said if it cannot be.
         """
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = self._open()
         except OSError:
             return False
         try:
@@ -135,34 +151,94 @@ class FileUri:
         finally:
             os.close(fd)
 
+    def _open(self) -> int:
+        # Without O_NONBLOCK opening a FIFO would wait for a reader.
+        return os.open(self.path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
     def _find_aside(self) -> str:
         # Behind symbolic links, so that they stay.
         path = os.path.realpath(self.path)
+        self._like = None
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
             return path
-        if self.offset or not stat.S_ISREG(status.st_mode):
+        if self.offset or not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             return ""
+        # A folder of ours lets us replace what we may not write to.
+        if not os.access(self.path, os.W_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        self._like = status
         # The links under /proc/self/fd may lead to a file that has no name.
         same = os.path.exists(path) and os.path.samestat(status, os.stat(path))
         return path if same else ""
 
-    def _write_aside(self, folder_fd: int, data: bytes) -> None:
-        name = os.path.basename(self._aside)
-        temporary = f".pyvmm-{os.urandom(8).hex()}"
+    def _open_folder(self, path: str) -> int | None:
+        """The folder to write in; None if the file there has to be written in place."""
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if os.access(path, os.W_OK | os.X_OK, effective_ids=True):
+                if self._like is None or self._can_replace(fd, self._like):
+                    return fd
+            elif self._like is None:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        return None
+
+    def _can_replace(self, folder_fd: int, like: os.stat_result) -> bool:
+        try:
+            os.getxattr(self.path, "system.posix_acl_access")
+            return False
+        except OSError:
+            pass
+        if (like.st_uid, like.st_gid) == (os.geteuid(), os.getegid()):
+            return True
+        try:
+            fd, name = self._create(folder_fd)
+        except OSError:
+            return False
+        os.close(fd)
+        os.unlink(name, dir_fd=folder_fd)
+        return True
+
+    def _create(self, folder_fd: int) -> tuple[int, str]:
+        """Make a file beside the one to be replaced, with its owner and mode."""
+        name = f".pyvmm-{os.urandom(8).hex()}"
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         # An O_PATH descriptor keeps the folder, whatever it is renamed to meanwhile.
-        fd = os.open(temporary, flags, 0o600, dir_fd=folder_fd)
+        fd = os.open(name, flags, 0o600, dir_fd=folder_fd)
+        try:
+            if self._like is not None:
+                os.fchown(fd, self._like.st_uid, self._like.st_gid)
+                os.fchmod(fd, stat.S_IMODE(self._like.st_mode))
+        except BaseException:
+            os.close(fd)
+            os.unlink(name, dir_fd=folder_fd)
+            raise
+        return fd, name
+
+    def _write_aside(self, folder_fd: int, data: bytes) -> None:
+        name = os.path.basename(self._aside)
+        fd, temporary = self._create(folder_fd)
         try:
             try:
                 _pwrite(fd, data, self.offset)
             finally:
                 os.close(fd)
             os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
-        except BaseException:
+        except BaseException as error:
             os.unlink(temporary, dir_fd=folder_fd)
-            raise
+            if not (isinstance(error, OSError) and error.errno == errno.EBUSY):
+                raise
+            # A mount, as containers have them of single files.
+            fd = self._open()
+            try:
+                self._write_in_place(fd, data)
+            finally:
+                os.close(fd)
 
     def _write_in_place(self, fd: int, data: bytes) -> None:
         try:
@@ -172,14 +248,6 @@ class FileUri:
             _cut(fd, self.offset)
             raise
         _cut(fd, self.offset + len(data))
-
-
-def _open_folder(path: str) -> int:
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
-        os.close(fd)
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    return fd
 
 
 def _cut(fd: int, size: int) -> None:

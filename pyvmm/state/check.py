@@ -69,7 +69,7 @@ def _count_reasons(state: Counter[str], machine: Counter[str]) -> list[str]:
 
 def _block_reasons(blocks: stream.Blocks, config: MachineConfig) -> list[str]:
     # The order counts, too. Of the ROM only the name is known: its size comes with it.
-    own = [(block.id, block.size) for block in config.objects]
+    own = [(builder.block_name(config, block.id), block.size) for block in config.objects]
     if not config.memory_backend:
         own.append((builder.RAM_BLOCK, config.memory_size))
     own.append((builder.ROM_BLOCK, 0))

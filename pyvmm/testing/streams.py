@@ -63,7 +63,7 @@ def make(
     :param described: whether the JSON description is there
     :param own: other sections than the machine's
     """
-    blocks = [(block.id, block.size) for block in config.objects]
+    blocks = [(builder.block_name(config, block.id), block.size) for block in config.objects]
     if not config.memory_backend:
         blocks.append((builder.RAM_BLOCK, config.memory_size))
     blocks.append((builder.ROM_BLOCK, ROM_SIZE))

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ from faults.tools import (
     faulty,
     options,
     replaced,
+    strangers,
     update,
 )
 from harness import wait_until
@@ -50,7 +52,7 @@ def elf(size):
         ("#!/bin/sh\nkill -6 $$\n", 0o755, "killed by signal 6 in the preflight"),
         ("#!/bin/sh\nexit 3\n", 0o755, "exit code 3 without answering the preflight"),
         ("#!/bin/sh\necho '[1]' >&3\n", 0o755, "without answering the preflight"),
-        ("#!/bin/sh\nyes >&3 & pid=$!; sleep 0.1; kill $pid\n", 0o755, "without answering"),
+        ("#!/bin/sh\nyes >&3 & pid=$!; sleep 0.1; kill $pid\n", 0o755, "another process"),
         ("#!/bin/sh\necho oops >&2; echo worse >&2; exit 1\n", 0o755, "program: worse"),
     ],
     ids=lambda value: re.sub(r"\W+", "-", str(value))[:30],
@@ -217,6 +219,82 @@ def test_cancel_of_a_probe_that_hangs(ticker):
     wait_until(lambda: "cancelled" in machine.hmp("info migrate"), "the end of the update")
     assert machine.children() == []
     check_alive(machine)
+
+
+# In its process group, and in a session of its own; then the probe hangs.
+BROOD = "sleep 600 & setsid sleep 600 & setsid setsid sleep 600 & exec sleep 600"
+
+
+@pytest.mark.parametrize("way", ["cancel", "quit"])
+def test_cancel_ends_what_the_probe_started(ticker, way):
+    machine = ticker()
+    assert machine.hmp(f"update -d sh -c '{BROOD}'") == ""
+    wait_until(lambda: len(asleep(machine)) == 4, "all that the probe starts")
+    if way == "quit":
+        machine.hmp_send("quit")
+        assert machine.wait_exit() == 0
+    else:
+        machine.hmp("migrate_cancel")
+        wait_until(lambda: "cancelled" in machine.hmp("info migrate"), "the end of the update")
+        assert machine.children() == []
+    wait_until(lambda: not strangers(machine), "the end of all that the probe started")
+    if way == "cancel":
+        check_alive(machine)
+
+
+def asleep(machine):
+    return [pid for pid, words in strangers(machine) if words == b"sleep\x00600\x00"]
+
+
+def test_deadline_ends_what_the_probe_started(ticker):
+    fault = (
+        "import os, pyvmm.migration.preflight as p\n"
+        "p.DEADLINE_S = 1 if os.path.exists('impatient') else 20.0"
+    )
+    machine = ticker(*QMP, program=faulty("pyvmm.migration.preflight:Probe.__init__", fault))
+    (machine.folder / "impatient").touch()
+    assert "did not answer the preflight" in update(machine, ["sh", "-c", BROOD])
+    wait_until(lambda: not strangers(machine), "the end of all that the probe started")
+    (machine.folder / "impatient").unlink()
+    check_alive(machine)
+
+
+def test_probe_that_cannot_be_ended(ticker):
+    """Another user's, or one that waits for a device: the update is given up without it."""
+    fault = (
+        "import os, pyvmm.migration.preflight as p\n"
+        "tame = os.path.exists('tame'); p.DEADLINE_S = p.GRACE_S = 20.0 if tame else 0.2\n"
+        "if not tame: p.os.killpg, p.descendants.kill = (lambda *_: None), (lambda *_: None)"
+    )
+    machine = ticker(*QMP, program=faulty("pyvmm.migration.preflight:Probe.__init__", fault))
+    reply = update(machine, ["sh", "-c", "exec sleep 600"])
+    (pid,) = re.findall(r"\(process (\d+) cannot be ended\)", reply)
+    assert machine.children() == [int(pid)]
+    os.kill(int(pid), signal.SIGKILL)
+    wait_until(lambda: not machine.children(), "the end of the probe")
+    (machine.folder / "tame").touch()
+    check_alive(machine)
+
+
+def test_what_a_good_probe_left_in_its_group_is_ended(ticker):
+    # The update itself starts it once more.
+    machine = ticker()
+    script = """
+import os, sys
+read_fd, write_fd = os.pipe()
+if not os.fork():
+    os.closerange(3, 1024)
+    os.execlp("sleep", "sleep", "600")
+os.close(write_fd)
+os.read(read_fd, 1)
+os.close(read_fd)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+    command = [sys.executable, "-c", f"exec({script!r})", *machine.argv]
+    assert update(machine, command) == ""
+    (pid,) = asleep(machine)
+    os.kill(int(pid), signal.SIGKILL)
+    check_ticking(machine)
 
 
 def test_update_right_behind_a_cancel(ticker):

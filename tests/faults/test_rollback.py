@@ -412,6 +412,13 @@ def test_without_a_holder_for_the_old_memory(ticker):
     footprint = machine.footprint()
     check_alive(machine)
     assert machine.footprint() == footprint
+    note = "the old memory was taken apart in the pause (Resource temporarily unavailable)"
+    assert f"Note: \t\t\t{note}\n" in machine.hmp("info migrate")
+    assert machine.stderr().count(f"update: {note}") == 1
+    assert update(machine, [pyvmm_command(), "run", *options(machine)]) == ""
+    assert note in machine.hmp("info migrate")
+    assert update(machine) == ""
+    assert "Note" not in machine.hmp("info migrate")
 
 
 def test_package_replaced_under_a_running_vmm(vm, tmp_path):

@@ -1,6 +1,7 @@
 """What the fault tests share: faulty commands, a guest that counts, and what must hold after."""
 
 import json
+import os
 import re
 import shlex
 import socket
@@ -87,6 +88,18 @@ def check_lost(machine, exit_code):
     children = machine.children()
     assert machine.wait_exit() == exit_code
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+def strangers(machine):
+    """Processes that work in the machine's folder and are not the machine."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if entry.name != str(machine.pid) and os.readlink(entry / "cwd") == str(machine.folder):
+                found.append((entry.name, (entry / "cmdline").read_bytes()))
+        except OSError:
+            pass
+    return found
 
 
 def send_update(machine, command=None):

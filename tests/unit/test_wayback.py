@@ -18,8 +18,9 @@ def closed(monkeypatch):
     monkeypatch.setattr(wayback.sys, "excepthook", wayback.sys.excepthook)
     monkeypatch.setattr(wayback.atexit, "register", lambda function: None)
     monkeypatch.setattr(wayback._signal, "signal", lambda number, handler: None)
+    yield
     for name in (wayback.RECORD, wayback.STATE, wayback.FAILURE):
-        monkeypatch.delenv(name, raising=False)
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def query_mtree(context: Context) -> dict[str, Any]:
             "size": region.size,
             "name": region.name,
             "type": "rom" if region.readonly else "ram",
-            "backend": region.backend.id,
+            "backend": region.backend.name,
             "offset": region.offset,
         }
         for region in machine.memory.regions
@@ -115,7 +115,7 @@ def query_mtree(context: Context) -> dict[str, Any]:
             "regions": sorted(memory, key=lambda region: int(region["start"])),
         },
     ]
-    backends = [{"name": backend.id, "size": backend.size} for backend in machine.backends]
+    backends = [{"name": backend.name, "size": backend.size} for backend in machine.backends]
     return {"address-spaces": spaces, "memory-regions": backends}
 
 
@@ -138,7 +138,7 @@ def query_ramblock(context: Context) -> list[dict[str, Any]]:
     for backend in context.machine.backends:
         found.append(
             {
-                "name": backend.id,
+                "name": backend.name,
                 "page-size": os.sysconf("SC_PAGE_SIZE"),
                 "offset": offset,
                 "size": backend.size,

@@ -148,6 +148,7 @@ _INFO: Shape = {
     "*phases": {f"*{step}": "number" for step in STEPS},
     "*error-desc": "str",
     "*error-where": "str",
+    "*note": "str",
     "*blocked-reasons": ["str"],
 }
 

@@ -80,6 +80,8 @@ def _tree(context: Context) -> Node:
         label: Node("chardev", {"filename": chardev.filename})
         for label, chardev in machine.chardevs.items()
     }
+    # The machine's own memory is no object, and gives way to one of its name.
+    renamed = {backend.id for backend in machine.backends if backend.name != backend.id}
     memory = {
         backend.id: Node(
             backend.config.kind,
@@ -92,6 +94,7 @@ def _tree(context: Context) -> Node:
             },
         )
         for backend in machine.backends
+        if backend.name != backend.id or backend.id not in renamed
     }
     board = Node(
         f"{MACHINE_TYPE}-machine",

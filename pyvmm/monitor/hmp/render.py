@@ -168,6 +168,8 @@ def migrate(data: Data) -> str:
         lines.append(f"Status: \t\t{data['status']}{error}")
     if data.get("error-where"):
         lines.append(f"Failed in: \t\t{data['error-where']}")
+    if data.get("note"):
+        lines.append(f"Note: \t\t\t{data['note']}")
     times = [
         f"{label}={data[name]}"
         for label, name in (

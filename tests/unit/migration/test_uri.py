@@ -1,7 +1,10 @@
 import errno
 import os
 import resource
+import shutil
 import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,7 @@ from pyvmm.errors import MigrationError
 from pyvmm.migration.uri import FileUri
 
 DATA = bytes(range(256)) * 20
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root changes owners")
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +89,111 @@ def test_symbolic_link_stays(tmp_path, exists):
     write(uri(link))
     assert link.is_symlink()
     assert target.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o400])
+@pytest.mark.parametrize("linked", [False, True])
+def test_file_keeps_its_mode(tmp_path, mode, linked):
+    if mode == 0o400 and os.geteuid():
+        pytest.skip("only root writes to it")
+    target, link = tmp_path / "vm.state", tmp_path / "link"
+    target.touch()
+    target.chmod(mode)
+    link.symlink_to("vm.state")
+    write(uri(link if linked else target))
+    assert link.is_symlink()
+    assert stat.S_IMODE(target.stat().st_mode) == mode
+    assert target.read_bytes() == DATA
+
+
+@needs_root
+def test_file_keeps_its_owner(tmp_path):
+    target = tmp_path / "vm.state"
+    target.write_bytes(b"old")
+    target.chmod(0o640)
+    os.chown(target, 12345, 54321)
+    with target.open("rb") as reader:
+        write(uri(target))
+        assert reader.read() == b"old"  # written aside all the same
+    status = target.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 54321, 0o640)
+    assert os.listdir(tmp_path) == ["vm.state"]
+
+
+def test_all_names_of_a_file_stay_one(tmp_path):
+    target, other = tmp_path / "vm.state", tmp_path / "other"
+    target.write_bytes(b"old" * 10_000)
+    other.hardlink_to(target)
+    write(uri(target))
+    assert other.read_bytes() == DATA == target.read_bytes()
+    assert target.samefile(other)
+
+
+def test_file_that_is_a_mount_is_written_in_place(tmp_path, monkeypatch):
+    target = tmp_path / "vm.state"
+    target.write_bytes(b"old" * 10_000)
+
+    def rename(*_, **__):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(os, "rename", rename)
+    write(uri(target))
+    assert target.read_bytes() == DATA
+    assert os.listdir(tmp_path) == ["vm.state"]
+
+
+@pytest.fixture
+def nobody():
+    """A folder of root's that anybody may look into, and we are nobody."""
+    folder = Path(tempfile.mkdtemp(prefix="pyvmm-test-"))
+    folder.chmod(0o755)
+    (folder / "vm.state").write_bytes(b"old" * 10_000)
+    groups = os.getgroups()
+    yield folder
+    os.seteuid(0)
+    os.setegid(0)
+    os.setgroups(groups)
+    shutil.rmtree(folder)
+
+
+def become_nobody():
+    os.setgroups([])
+    os.setegid(65534)
+    os.seteuid(65534)
+
+
+@needs_root
+def test_file_that_is_not_ours_to_write(nobody):
+    nobody.chmod(0o777)
+    become_nobody()
+    # Replacing it would be allowed to us.
+    with pytest.raises(MigrationError, match=r"Could not create .*: Permission denied"):
+        uri(nobody / "vm.state").open_write()
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o1777])
+def test_file_of_another_that_we_may_write(nobody, mode):
+    target = nobody / "vm.state"
+    target.chmod(0o666)
+    nobody.chmod(mode)
+    become_nobody()
+    write(uri(target))
+    status = target.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (0, 0, 0o666)
+    assert target.read_bytes() == DATA
+    assert os.listdir(nobody) == ["vm.state"]
+
+
+@needs_root
+def test_folder_in_which_we_may_only_write_the_file(nobody):
+    target = nobody / "vm.state"
+    os.chown(target, 65534, 65534)
+    become_nobody()
+    write(uri(target))
+    assert target.read_bytes() == DATA
+    with pytest.raises(MigrationError, match=r"Could not create .*: Permission denied"):
+        uri(nobody / "another").open_write()
 
 
 def test_file_without_a_name_is_written_in_place():

@@ -297,7 +297,7 @@ def fake_machine():
     sections = [section(*key, found) for key, found in OWN.items() if key[0] != "globalstate"]
     machine.sections_to_load = machine.sections_to_save = lambda: sections
     machine.backends = [
-        type("Backend", (), {"id": name, "size": size})() for name, size in read(DATA).blocks
+        type("Backend", (), {"name": name, "size": size})() for name, size in read(DATA).blocks
     ]
     return machine
 
