@@ -9,13 +9,14 @@ and leave the rest to the main loop.
 from __future__ import annotations
 
 import sys
+import time
 
 from pyvmm._native import lib
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
 from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
-from pyvmm.machine.cpu import Cpu, CpuEvents
+from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
 TYPE_CHECKING = False
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 
-# How long the loop stands still for a host that is busy with the guest's requests when a reset
-# comes, and how soon it looks again.
+# How long the loop stands still for a host that is busy with the guest's requests: when the
+# operator stops the guest, who then finds nothing under way or an error, and when the guest
+# stops by itself or is reset; and how soon a reset looks again.
+STOP_PATIENCE_S = 2.0
 RESET_PATIENCE_S = 0.2
 RESET_RETRY_S = 0.5
 
@@ -80,8 +83,8 @@ class Machine(CpuEvents):
         self.autostart = not config.start_paused
         self._listeners: list[Listener] = []
         self._requests: list[Callable[[], None]] = []
-        # Whether the vCPUs stand until a reset can be made, and the operator knows.
-        self._reset_waits = self._told_of_reset = False
+        # Whether the vCPUs stand until the guest can be reset or ended, and the operator knows.
+        self._host_awaited = self._told_of_wait = False
 
     # ---- what operators and programs ask for ----------------------------------------------
 
@@ -100,11 +103,15 @@ class Machine(CpuEvents):
         self.resume(runstate.RUNNING)
 
     def stop(self) -> None:
-        """Pause the guest."""
+        """Pause the guest: nothing of it is under way any more.
+
+        :raises PyvmmError: a vCPU or a disk does not get to that; the guest runs on
+        """
         if self.runstate.state == runstate.INMIGRATE:
             self.autostart = False
         elif self.runstate.running:
-            self.pause(runstate.PAUSED)
+            self.pause_cpus()
+            self._enter(runstate.PAUSED)
 
     def reset(self, reason: str = "host-qmp-system-reset") -> None:
         """Reset the machine; it runs on if it was running, stays paused if it was not. A host
@@ -115,14 +122,18 @@ class Machine(CpuEvents):
         if self.runstate.state == runstate.INMIGRATE:
             return
         running = self.runstate.running
-        if running:
-            self._stop_cpus()
-            try:
-                self._drain(RESET_PATIENCE_S)
-            except HostError as error:
-                self._reset_later(reason, error)
-                return
-        elif self.runstate.needs_reset():
+        try:
+            if running:
+                self._stop_cpus()
+            # Of a guest that stopped by itself something may be under way, too.
+            self._drain(RESET_PATIENCE_S)
+        except HostError as error:
+            self._reset_later(reason, error)
+            return
+        except InternalError:
+            self.resume_cpus()
+            raise
+        if self.runstate.needs_reset():
             self.runstate.set(runstate.PRELAUNCH)
         try:
             self.power_on()
@@ -135,14 +146,24 @@ class Machine(CpuEvents):
             self.resume_cpus()
 
     def _reset_later(self, reason: str, error: HostError) -> None:
-        if not self._told_of_reset:
-            self.warn(f"reset: {error}; it waits for them")
-        self._told_of_reset = self._reset_waits = True
+        def reset() -> None:
+            try:
+                self.reset(reason)
+            except PyvmmError as error:
+                self.warn(str(error))
+
+        self._await_host("reset", error, reset)
+
+    def _await_host(self, what: str, error: HostError, function: Callable[[], None]) -> None:
+        """Call ``function`` again soon; the guest that was does not go on until then."""
+        if not self._told_of_wait:
+            self.warn(f"{what}: {error}; it waits for them")
+        self._told_of_wait = self._host_awaited = True
 
         def again() -> None:
-            self._reset_waits = False
-            self._guest_reset(reason)
-            self._told_of_reset = self._reset_waits
+            self._host_awaited = False
+            function()
+            self._told_of_wait = self._host_awaited
 
         # As a request, which an update does not forget.
         self._requests.append(again)
@@ -198,8 +219,26 @@ class Machine(CpuEvents):
             raise failures[0]
 
     def pause(self, state: str) -> None:
-        """Stop the vCPUs and go from running to ``state``."""
-        self.pause_cpus()
+        """Stop the vCPUs and go from running to ``state``. What a host that hangs has under way
+        keeps no guest running that has to stop: it comes to its end some day.
+
+        :raises PyvmmError: a vCPU does not come; the guest runs on
+        """
+        try:
+            self._stop_cpus()
+        except PyvmmError:
+            self.resume_cpus()
+            raise
+        self._enter_busy(state)
+
+    def _enter_busy(self, state: str) -> None:
+        try:
+            self._drain(RESET_PATIENCE_S)
+        except HostError as error:
+            self.warn(str(error))
+        self._enter(state)
+
+    def _enter(self, state: str) -> None:
         self.runstate.set(state)
         self.emit("STOP", None)
 
@@ -209,34 +248,49 @@ class Machine(CpuEvents):
         self.resume_cpus()
         self.emit("RESUME", None)
 
-    def pause_cpus(self) -> None:
+    def pause_cpus(self, drain_s: float = STOP_PATIENCE_S) -> None:
         """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
 
+        :param drain_s: how long to wait for what the host has under way
         :raises InternalError: a vCPU does not come (a file that it writes to hangs); all run on
         :raises HostError: a device cannot finish its work; all goes on
         """
-        self._stop_cpus()
         try:
-            self._drain()
-        except HostError:
+            self._stop_cpus(STOP_PATIENCE_S)
+            self._drain(drain_s)
+        except PyvmmError:
             self.resume_cpus()
             raise
 
-    def _drain(self, timeout_s: float | None = None) -> None:
+    def _drain(self, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        failure = None
         for device in self.devices:
-            device.drain(timeout_s)
+            try:
+                device.drain(max(end - time.monotonic(), 0))
+            except HostError as error:
+                failure = failure or error  # the others have to stand all the same
+        if failure is not None:
+            raise failure
 
-    def _stop_cpus(self) -> None:
+    def _stop_cpus(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """:raises HostError: a vCPU waits for a disk
+        :raises InternalError: one does not come for another reason
+        """
+        end = time.monotonic() + timeout_s
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
-            if not cpu.wait_stopped():
-                self.resume_cpus()
-                raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
+            while not cpu.wait_stopped(min(max(end - time.monotonic(), 0), RESET_PATIENCE_S)):
+                for device in self.devices:
+                    if device.holds_cpu and (problem := device.busy()):
+                        raise HostError(problem)
+                if time.monotonic() >= end:
+                    raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
 
     def resume_cpus(self) -> None:
         """Let all vCPUs enter the guest, and the devices work."""
-        if self._reset_waits:
+        if self._host_awaited:
             return  # the guest that was is not to go on
         for device in self.devices:
             device.start()
@@ -403,17 +457,13 @@ class Machine(CpuEvents):
             return
         try:
             self._stop_cpus()
+        except HostError as error:
+            self._await_host(state, error, lambda: self._halt(state))
         except InternalError as error:
+            self.resume_cpus()
             self.warn(str(error))
-            return
-        for device in self.devices:
-            try:
-                device.drain()
-            except HostError as error:
-                # A guest that has ended does not go on for it.
-                self.warn(str(error))
-        self.runstate.set(state)
-        self.emit("STOP", None)
+        else:
+            self._enter_busy(state)
 
     def warn(self, text: str) -> None:
         """Tell the operator on standard error."""
