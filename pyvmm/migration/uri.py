@@ -15,6 +15,10 @@ from pyvmm._util.sizes import parse_size
 from pyvmm.errors import ConfigError, MigrationError
 from pyvmm.vmstate.stream import MAX_SIZE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 CHUNK = 1 << 20
 
 
@@ -76,15 +80,16 @@ class FileUri:
         except OSError as error:
             raise MigrationError(f"Could not create '{self.path}': {error.strerror}") from None
 
-    def write(self, fd: int, data: bytes) -> None:
+    def write(self, fd: int, data: bytes, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Write the state at the offset, with nothing behind it; whole, or not at all unless
         it is written in place. The caller closes ``fd``, which :meth:`open_write` returned.
 
+        :param is_wanted: asked before the file gets its name: it is removed if not
         :raises MigrationError: naming the file, e.g. when the disk is full
         """
         try:
             if self._aside:
-                self._write_aside(fd, data)
+                self._write_aside(fd, data, is_wanted)
             else:
                 self._write_in_place(fd, data)
         except OSError as error:
@@ -148,7 +153,7 @@ class FileUri:
         same = os.path.exists(path) and os.path.samestat(status, os.stat(path))
         return path if same else ""
 
-    def _write_aside(self, folder_fd: int, data: bytes) -> None:
+    def _write_aside(self, folder_fd: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         name = os.path.basename(self._aside)
         temporary = f".pyvmm-{os.urandom(8).hex()}"
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
@@ -159,6 +164,8 @@ class FileUri:
                 _pwrite(fd, data, self.offset)
             finally:
                 os.close(fd)
+            if not is_wanted():
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         except BaseException:
             os.unlink(temporary, dir_fd=folder_fd)

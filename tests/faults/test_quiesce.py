@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from faults.tools import QMP, Qmp, faulty, update
+from faults.tools import QMP, Qmp, check_alive, faulty, update
 from harness import DEADLINE_S, wait_until
 
 COUNTER = 0x200000
@@ -269,3 +269,35 @@ def test_a_panic_meanwhile(shell):
         recover(machine)
         assert machine.hmp_reply() == ""
         assert qmp.execute("query-status")["status"] == "guest-panicked"
+
+
+def test_a_chardev_whose_file_hangs_holds_up_its_vcpu_and_no_more(vm):
+    """It is in the middle of an access, and could not stop."""
+    machine = vm(
+        *QMP,
+        *("-debugcon", "file:log"),
+        append="ticker period=20 console=both",
+        program=faulty("pyvmm.chardev.file:FileChardev._write_fd", HANG, ":", SHORT),
+    )
+    machine.expect("tick 2\r\n")
+    hang(machine)
+    wait_for(machine, "entered")
+    with Qmp(machine.folder / "qmp.sock") as qmp:
+        reply = update(machine)
+        assert "vCPU 0 does not leave KVM_RUN. The guest was not stopped" in reply
+        assert qmp.execute("query-status")["status"] == "running"
+        assert "STOP" not in qmp.events
+    recover(machine)
+    check_alive(machine)
+
+
+def test_a_disk_that_does_not_take_the_state_gives_the_guest_back(ticker):
+    machine = ticker(program=faulty("pyvmm.migration.uri:_pwrite", HANG))
+    machine.set_update()
+    hang(machine)
+    reply = machine.hmp("migrate file:vm.state")
+    assert "Could not write 'vm.state': its disk did not take the state within 2 s" in reply
+    assert machine.status == "running"
+    recover(machine)
+    check_alive(machine)
+    assert not (machine.folder / "vm.state").exists()
