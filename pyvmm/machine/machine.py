@@ -48,6 +48,8 @@ EXIT_FAILURE = 1
 STOP_PATIENCE_S = 2.0
 RESET_PATIENCE_S = 0.2
 RESET_RETRY_S = 0.5
+# What each vCPU adds to such a time: its thread has to get the host's processor once.
+CPU_PATIENCE_S = 0.05
 
 PANICKED = 1  # bit of the pvpanic port
 
@@ -258,6 +260,11 @@ class Machine(CpuEvents):
         try:
             self._stop_cpus(STOP_PATIENCE_S)
             self._drain(drain_s)
+        except HostError as error:
+            self.resume_cpus()
+            raise HostError(
+                f"{error}; the guest runs on: try again when the host is done"
+            ) from None
         except PyvmmError:
             self.resume_cpus()
             raise
@@ -277,7 +284,7 @@ class Machine(CpuEvents):
         """:raises HostError: a vCPU waits for a disk
         :raises InternalError: one does not come for another reason
         """
-        end = time.monotonic() + timeout_s
+        end = time.monotonic() + timeout_s + CPU_PATIENCE_S * len(self.cpus)
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
