@@ -15,9 +15,10 @@ Start-up, in the order in which it happens:
 7. ``core.eventloop.EventLoop.run`` serves until the end.
 
 A live update, in the old image: ``Migration.start`` refuses or runs the new command as a
-probe (``migration.preflight``); ``Migration._update`` is the recipe from the running guest to
-the execve. In the new image: ``Migration._load`` from the state to the running guest;
-``wayback`` (prepared by ``migration.rollback``) is the way back if that cannot be.
+probe (``migration.preflight``); the host's disks come to rest (``migration.quiesce``);
+``Migration._update`` is the recipe from the running guest to the execve. In the new image:
+``Migration._load`` from the state to the running guest; ``wayback`` (prepared by
+``migration.rollback``) is the way back if that cannot be.
 
 Layers; imports go down only, which a test enforces:
 

@@ -61,7 +61,7 @@ def update(machine, qmp, state):
     info = qmp.execute("query-migrate")
     if reply or info["status"] != "completed":
         raise SoakError(f"{reply} {info}")
-    return sum(ms for step, ms in info["phases"].items() if step != "preflight")
+    return sum(ms for step, ms in info["phases"].items() if step not in ("preflight", "quiesce"))
 
 
 def soak(machine, updates, show=lambda _row: None):

@@ -2,6 +2,7 @@
  * that pass have, several requests under way, and reads it back; the pass before is checked before it is
  * overwritten. Then a flush. Read-only disks are checked for pass 0. Arguments: disk=N the nth disk,
  * depth=N requests under way, kb=N of each, mb=N of the disk, zero: write-zeroes and discard, too.
+ * count: the other CPUs count meanwhile, as the program counter does.
  * bench=read or write: none of this, but as many requests as can be in ms=N, anywhere or (seq) in order. */
 #include "virtio.h"
 
@@ -177,6 +178,39 @@ static void bench(u32 type)
     print("blk bench %lu requests of %u in %lu ms\n", done, size, took / (tsc_hz / 1000));
 }
 
+/* Pass after pass, on CPU 0. */
+static void work(bool readonly)
+{
+    /* keep: the disk holds pass N, from a run before. */
+    u64 pass = opt_num("keep", 0);
+    if (!readonly && !opt("keep"))
+        all(OUT, pass);
+    for (;;) {
+        all(IN, pass);
+        print("blk pass %lu ok\n", pass);
+        if (last_round(pass))
+            return;
+        if (readonly)
+            continue;
+        pass++;
+        all(OUT, pass);
+        if (zeroes)
+            zero_blocks(pass);
+        if (request(FLUSH, 0, 0, 0))
+            fail("flush: status %u", single.status);
+    }
+}
+
+static void pass_or_count(u32 cpu)
+{
+    volatile u64 *value = (volatile u64 *)COUNTER_PAGE;
+    if (!cpu)
+        work(dev.features & F_RO);
+    else
+        for (;;)
+            ++*value;
+}
+
 void virtio_blk(void)
 {
     static char id[21];
@@ -203,22 +237,8 @@ void virtio_blk(void)
         return;
     }
     refused(capacity);
-    /* keep: the disk holds pass N, from a run before. */
-    u64 pass = opt_num("keep", 0);
-    if (!readonly && !opt("keep"))
-        all(OUT, pass);
-    for (;;) {
-        all(IN, pass);
-        print("blk pass %lu ok\n", pass);
-        if (last_round(pass))
-            return;
-        if (readonly)
-            continue;
-        pass++;
-        all(OUT, pass);
-        if (zeroes)
-            zero_blocks(pass);
-        if (request(FLUSH, 0, 0, 0))
-            fail("flush: status %u", single.status);
-    }
+    if (opt("count"))
+        smp_run(pass_or_count);
+    else
+        work(readonly);
 }

@@ -83,9 +83,8 @@ class BlockFile:
         else:
             self.fd = inherited
         try:
-            if inherited is not None:
-                self._check_adopted()
-            self._set_up(fresh=inherited is None)
+            was_direct = inherited is not None and self._check_adopted()
+            self._set_up(fresh=inherited is None, probed=was_direct)
         except BaseException:
             if inherited is None:
                 os.close(self.fd)
@@ -205,7 +204,7 @@ class BlockFile:
 
     # ---- opening ---------------------------------------------------------------------------
 
-    def _set_up(self, *, fresh: bool) -> None:
+    def _set_up(self, *, fresh: bool, probed: bool) -> None:
         config = self.config
         status = os.fstat(self.fd)
         self.is_device = stat.S_ISBLK(status.st_mode)
@@ -222,10 +221,17 @@ class BlockFile:
         fs_type = lib.pyvmm_fs_type(self.fd)
         self.is_memory = fs_type == _TMPFS and not self.is_device and not config.direct
         self._can_try = not config.direct and self._probe_nowait()
-        self.alignment = self._probe_alignment() if config.direct else SECTOR
+        # Not again in an update: it reads from the disk, and the guest stands meanwhile. The
+        # block size that the guest has, which is part of the state, has been judged by it.
+        self.alignment = (
+            self._probe_alignment() if config.direct and (self.is_device or not probed) else SECTOR
+        )
 
-    def _check_adopted(self) -> None:
-        """Refuse what is not this image; set O_DIRECT as the options say now."""
+    def _check_adopted(self) -> bool:
+        """Refuse what is not this image; set O_DIRECT as the options say now.
+
+        :returns: whether it had that before
+        """
         mode = os.O_RDONLY if self.read_only else os.O_RDWR
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
         if flags & os.O_ACCMODE != mode:
@@ -235,6 +241,7 @@ class BlockFile:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, wanted)
         except OSError as error:
             raise _error(self.config, _mend(error, self.config)) from error
+        return bool(flags & os.O_DIRECT)
 
     def _lock(self, *, inherited: bool) -> None:
         config = self.config

@@ -4,6 +4,26 @@ A device module has, in this order: a header (which specification, what is left 
 evil guest can try), named register constants, the description of its state, the class. Guest
 accesses enter by ``on_read``/``on_write`` on a vCPU thread with the device's lock held;
 everything named ``handle_…`` comes from the main loop and takes the lock itself.
+
+The life of a device; all on the main loop thread:
+
+=============  =======  =======================================================================
+call           vCPUs    when
+=============  =======  =======================================================================
+``reset``      stand    power-on, and each reset of the machine
+``load``       stand    in a new image, in place of the first ``reset``
+``start``      stand    they are about to run, at first or after ``drain``
+``resume``     either   once in each process, when the state is complete: take input
+``quiesce``    run      an update is about to stop them: begin no work. ``busy`` tells when all
+                        that was under way has ended; ``unquiesce`` is the undoing
+``drain``      stand    they have stopped: begin no work, and wait for the end of what is
+                        under way
+``save``       stand    after ``drain``
+``close``      stand    the end
+=============  =======  =======================================================================
+
+``quiesce`` and ``drain`` do not replace each other: a machine that is stopped and goes on, or
+is reset, while it is quiesced, stays so until ``unquiesce``.
 """
 
 from __future__ import annotations
@@ -30,6 +50,13 @@ class Device(BusDevice):
     #: What ``-device ...,id=`` called it.
     id = ""
 
+    #: Whether its requests take as long as the host's storage does. Those of all others end
+    #: at once, or wait where a state can take them along.
+    waits_for_host = False
+
+    #: Whether a vCPU waits in one of its registers for requests under way, and cannot stop.
+    holds_cpu = False
+
     def __init__(self) -> None:
         self.lock = Lock()
 
@@ -48,6 +75,18 @@ class Device(BusDevice):
         """Take over a record that ``vmstate`` has read and checked."""
         for name, value in state.__dict__.items():
             setattr(self, name, value)
+
+    def quiesce(self) -> None:
+        """While the guest runs: begin no work for it from now on, until :meth:`unquiesce`. What
+        it asks for meanwhile is done then. Does not wait for what is under way. Idempotent."""
+
+    def busy(self) -> str:
+        """What is under way, and whose fault that is, for the operator; empty once there is
+        nothing. Does not wait."""
+        return ""
+
+    def unquiesce(self) -> None:
+        """Work again, if the guest runs. Idempotent."""
 
     def drain(self, timeout_s: float | None = None) -> None:
         """The vCPUs have stopped: finish what is under way, begin nothing, until

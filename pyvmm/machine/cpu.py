@@ -100,10 +100,21 @@ class Cpu:
         self._stop = True
         self._kick()
 
-    def wait_stopped(self) -> bool:
+    def wait_stopped(self, timeout_s: float = STOP_TIMEOUT_S) -> bool:
         """Wait until the thread is at its waiting place; False if it does not come. A vCPU
         without a thread is there."""
-        return not self._ident or self._stopped.wait(STOP_TIMEOUT_S)
+        return not self._ident or self._stopped.wait(timeout_s)
+
+    def post(self, work: Callable[[], None]) -> bool:
+        """Have ``work()`` called on the vCPU's thread, between two KVM_RUNs, as soon as it comes
+        by. Does not wait. Any thread.
+
+        :returns: whether there is such a thread
+        """
+        self._work.append(work)
+        self._kick()
+        self._go.set()
+        return bool(self._ident)
 
     def resume(self) -> None:
         """Let a stopped vCPU run."""
@@ -134,9 +145,7 @@ class Cpu:
             done.set()
 
         with self._call_lock:
-            self._work.append(work)
-            self._kick()
-            self._go.set()
+            self.post(work)
             if not done.wait(STOP_TIMEOUT_S):
                 raise InternalError(f"vCPU {self.index} does not leave KVM_RUN")
         if failure:

@@ -8,13 +8,15 @@ and leave the rest to the main loop.
 
 from __future__ import annotations
 
+import time
+
 from pyvmm._native import lib
 from pyvmm._util import log
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
 from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
-from pyvmm.machine.cpu import Cpu, CpuEvents
+from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
 TYPE_CHECKING = False
@@ -41,10 +43,14 @@ if TYPE_CHECKING:
 
 EXIT_FAILURE = 1
 
-# How long the loop stands still for a host that is busy with the guest's requests when a reset
-# comes, and how soon it looks again.
+# How long the loop stands still for a host that is busy with the guest's requests: when the
+# operator stops the guest, who then finds nothing under way or an error, and when the guest
+# stops by itself or is reset; and how soon a reset looks again.
+STOP_PATIENCE_S = 2.0
 RESET_PATIENCE_S = 0.2
 RESET_RETRY_S = 0.5
+# What each vCPU adds to such a time: its thread has to get the host's processor once.
+CPU_PATIENCE_S = 0.05
 
 # How soon a device is started again that the host did not let start.
 START_RETRY_S = 0.1
@@ -87,8 +93,8 @@ class Machine(CpuEvents):
         self.autostart = not config.start_paused
         self._listeners: list[Listener] = []
         self._requests: list[Callable[[], None]] = []
-        # Whether the vCPUs stand until a reset can be made, and the operator knows.
-        self._reset_waits = self._told_of_reset = False
+        # Whether the vCPUs stand until the guest can be reset or ended, and the operator knows.
+        self._host_awaited = self._told_of_wait = False
 
     # ---- what operators and programs ask for ----------------------------------------------
 
@@ -107,7 +113,10 @@ class Machine(CpuEvents):
         self.resume(runstate.RUNNING)
 
     def stop(self) -> None:
-        """Pause the guest."""
+        """Pause the guest: nothing of it is under way any more.
+
+        :raises PyvmmError: a vCPU or a disk does not get to that; the guest runs on
+        """
         if self.runstate.state == runstate.INMIGRATE:
             self.autostart = False
         elif self.runstate.running:
@@ -130,13 +139,18 @@ class Machine(CpuEvents):
         if self.runstate.state == runstate.INMIGRATE:
             return None
         running = self.runstate.running
-        if running:
-            self._stop_cpus()
-            try:
-                self._drain(RESET_PATIENCE_S)
-            except HostError as error:
-                self._reset_later(reason, error)
-                return None
+        try:
+            if running:
+                self._stop_cpus()
+            # Of a guest that stopped by itself something may be under way, too.
+            self._drain(RESET_PATIENCE_S)
+        except HostError as error:
+            self._reset_later(reason, error)
+            return None
+        except Exception:
+            if running:
+                self.resume_cpus()
+            raise
         try:
             self.power_on()
         except Exception as error:
@@ -152,14 +166,25 @@ class Machine(CpuEvents):
         return None
 
     def _reset_later(self, reason: str, error: HostError) -> None:
-        if not self._told_of_reset:
-            self.warn(f"reset: {error}; it waits for them")
-        self._told_of_reset = self._reset_waits = True
+        self._await_host("reset", error, lambda: self._reset_alone(reason))
+
+    def _reset_alone(self, reason: str) -> None:
+        # Nobody is there to be told by an exception.
+        try:
+            self._reset(reason)
+        except InternalError as error:
+            self.warn(str(error))
+
+    def _await_host(self, what: str, error: HostError, function: Callable[[], None]) -> None:
+        """Call ``function`` again soon; the guest that was does not go on until then."""
+        if not self._told_of_wait:
+            self.warn(f"{what}: {error}; it waits for them")
+        self._told_of_wait = self._host_awaited = True
 
         def again() -> None:
-            self._reset_waits = False
-            self._guest_reset(reason)
-            self._told_of_reset = self._reset_waits
+            self._host_awaited = False
+            function()
+            self._told_of_wait = self._host_awaited
 
         # As a request, which an update does not forget.
         self._requests.append(again)
@@ -229,19 +254,24 @@ class Machine(CpuEvents):
 
     def halt(self, state: str) -> None:
         """Go to ``state`` since the guest cannot go on, or is not to: whatever its devices are at,
-        and also if it stands already. All that stops it but an operator or an update calls this."""
+        and also if it stands already. All that stops it but an operator or an update calls this.
+        A vCPU that waits for a disk is waited for: this returns before."""
         if self.runstate.running:
             try:
                 self._stop_cpus()
+            except HostError as error:
+                self._await_host(state, error, lambda: self.halt(state))
+                return
             except InternalError as error:
+                self.resume_cpus()
                 self.warn(str(error))
                 return
-            for device in self.devices:
-                try:
-                    device.drain()
-                except Exception as error:
-                    # A guest that has ended does not go on for it.
-                    self.warn(_shown(error))
+            try:
+                self._drain(RESET_PATIENCE_S)
+            except Exception as error:
+                # What a host that hangs has under way comes to its end some day. A guest that
+                # has to stop does not go on for it.
+                self.warn(_shown(error))
         elif self.runstate.state in _MOVING or not self.runstate.allows(state):
             return
         self._set_stopped(state)
@@ -258,34 +288,54 @@ class Machine(CpuEvents):
         self.resume_cpus()
         self.emit("RESUME", None)
 
-    def pause_cpus(self) -> None:
+    def pause_cpus(self, drain_s: float = STOP_PATIENCE_S) -> None:
         """Get all vCPUs out of the guest, with no access half done, and the devices at rest.
 
+        :param drain_s: how long to wait for what the host has under way
         :raises InternalError: a vCPU does not come (a file that it writes to hangs); all run on
         :raises HostError: a device cannot finish its work; all goes on
         """
-        self._stop_cpus()
         try:
-            self._drain()
+            self._stop_cpus(STOP_PATIENCE_S)
+            self._drain(drain_s)
+        except HostError as error:
+            self.resume_cpus()
+            raise HostError(
+                f"{error}; the guest runs on: try again when the host is done"
+            ) from None
         except Exception:
             self.resume_cpus()
             raise
 
-    def _drain(self, timeout_s: float | None = None) -> None:
+    def _drain(self, timeout_s: float) -> None:
+        end = time.monotonic() + timeout_s
+        failure: Exception | None = None
         for device in self.devices:
-            device.drain(timeout_s)
+            try:
+                device.drain(max(end - time.monotonic(), 0))
+            except Exception as error:
+                failure = failure or error  # the others have to stand all the same
+        if failure is not None:
+            raise failure
 
-    def _stop_cpus(self) -> None:
+    def _stop_cpus(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """:raises HostError: a vCPU waits for a disk
+        :raises InternalError: one does not come for another reason
+        """
+        end = time.monotonic() + timeout_s + CPU_PATIENCE_S * len(self.cpus)
         for cpu in self.cpus:
             cpu.request_stop()
         for cpu in self.cpus:
-            if not cpu.wait_stopped():
-                self.resume_cpus()
-                raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
+            while not cpu.wait_stopped(min(max(end - time.monotonic(), 0), RESET_PATIENCE_S)):
+                for device in self.devices:
+                    if device.holds_cpu and (problem := device.busy()):
+                        raise HostError(problem)
+                if time.monotonic() >= end:
+                    raise InternalError(f"vCPU {cpu.index} does not leave KVM_RUN")
 
     def resume_cpus(self) -> None:
         """Let all vCPUs enter the guest, and the devices work."""
-        if self._reset_waits:
+        if self._host_awaited:
             return  # the guest that was is not to go on
         for device in self.devices:
             self._start_device(device)
@@ -453,10 +503,7 @@ class Machine(CpuEvents):
         if self.config.actions["reboot"] == "shutdown":
             self._guest_shutdown(reason)
             return
-        try:
-            self._reset(reason)
-        except InternalError as error:
-            self.warn(str(error))
+        self._reset_alone(reason)
 
     def _guest_shutdown(self, reason: str) -> None:
         if self.config.actions["shutdown"] == "pause":

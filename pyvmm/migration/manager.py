@@ -2,9 +2,9 @@
 
 cpr-exec, the plain order: the vCPUs stop, the state is written, execve replaces the program,
 and the new image, with the same process id, memory and connections, loads the state and goes
-on. Before the stop the new command is tried out (``preflight``); until execve has succeeded
-every failure is undone; after it an image that cannot take over executes the old one
-(``rollback``).
+on. Before the stop the new command is tried out (``preflight``), and the disks come to rest
+(``quiesce``); until execve has succeeded every failure is undone; after it an image that cannot
+take over executes the old one (``rollback``).
 
 Everything here runs on the main loop thread. All that the steps between stop and exec, and
 their undoing, call is imported with this module: the package on disk may be another version
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.preflight import Probe
+    from pyvmm.migration.quiesce import Quiesce
 
     class Passenger(Protocol):
         """What has host-side state to carry over an exec beside the chardevs: a monitor."""
@@ -50,6 +51,9 @@ ADDED = "chardev-added/"  # begins the names of chardevs that no command line ha
 CLIENT_FDS = "client-fd/"  # begins the names of what monitors' clients handed over
 NOTE = "note"  # what made the update slower than it should be, as a CPR value
 REAP_INTERVAL_S = 0.05
+# All has come to rest before the vCPUs stop. This is for a thread that looks at its queue, and
+# for what a driver can still begin (a flush), which must not be waited for in the pause.
+DRAIN_S = 0.1
 _WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
 
 
@@ -79,6 +83,8 @@ class Migration:
         machine.subscribe(self._record)
         self._done: Done | None = None
         self._probe: Probe | None = None
+        self._quiesce: Quiesce | None = None
+        self.progress.quiesced_at = carried.pop("quiesced", b"")
         # Whether an -incoming defer still waits for its URI.
         self._deferred = machine.config.incoming == "defer"
         self._holders = machine.fds.take_all(HOLDER_FD)
@@ -168,11 +174,15 @@ class Migration:
             self._set_status("cancelling")
             if self._probe is not None:
                 self._probe.cancel()
+            elif self._quiesce is not None:
+                self._quiesce.cancel()
 
     def close(self) -> None:
         """The VM ends: a probe that still runs has nobody to answer."""
         if self._probe is not None:
             self._probe.cancel()
+        if self._quiesce is not None:
+            self._quiesce.close()
 
     def _refuse_if_busy(self) -> None:
         if self.progress.active:
@@ -184,7 +194,7 @@ class Migration:
         for reason in self.blockers():
             raise MigrationError(reason)
         try:
-            from pyvmm.migration import preflight
+            from pyvmm.migration import preflight, quiesce
         except (ImportError, OSError) as error:
             problem = getattr(error, "strerror", None) or error
             raise MigrationError(f"The preflight cannot be made: {problem}") from None
@@ -199,21 +209,34 @@ class Migration:
         def probed(result: dict[str, Any] | MigrationError) -> None:
             self._probe = None
             try:
-                if self.progress.status == "cancelling":
-                    target.discard(self.machine.fds)
-                    self._set_status("cancelled")
-                    self._tell(None)
-                    return
                 if isinstance(result, MigrationError):
                     raise result
                 preflight.compare(own, result, target)
                 preflight.check_descriptors()
             except Exception as error:
                 # Another program's answer may be of any form, and the guest runs.
-                target.discard(self.machine.fds)
-                self._fail(_explain(error))
+                end(error)
                 return
-            self._update(argv, path, target)
+            if self.progress.status == "cancelling":
+                end(None)
+                return
+            self.progress.mark("quiesce")
+            self._quiesce = quiesce.Quiesce(self.machine, quiesced)
+
+        def quiesced(error: MigrationError | None) -> None:
+            if error is None:
+                self._update(argv, path, target)
+            else:
+                self._quiesce = None
+                end(error)
+
+        def end(error: Exception | None) -> None:
+            target.discard(self.machine.fds)
+            if error is None or self.progress.status == "cancelling":
+                self._set_status("cancelled")
+                self._tell(None)
+            else:
+                self._fail(_explain(error))
 
         try:
             kept = self.machine.fds.kept().values()
@@ -229,6 +252,8 @@ class Migration:
         machine, progress, fds = self.machine, self.progress, self.machine.fds
         before = machine.runstate.state
         undo: list[Callable[[], None]] = []
+        if self._quiesce is not None:
+            undo.append(self._quiesce.undo)
         try:
             # Terminals are made ready while the guest still runs.
             for passenger in self.passengers.values():
@@ -283,10 +308,10 @@ class Migration:
     def _stop_guest(self, before: str) -> None:
         # What the guest asked for in its last moments (a reset, its end) is acted on first.
         machine = self.machine
-        machine.pause_cpus()
+        machine.pause_cpus(DRAIN_S)
         while machine.has_requests and not machine.loop.stopping:
             machine.serve_requests()
-            machine.pause_cpus()
+            machine.pause_cpus(DRAIN_S)
         if machine.runstate.state != before or machine.loop.stopping:
             raise MigrationError(f"The guest ended in the meantime ({machine.runstate.state})")
         machine.runstate.set(runstate.FINISH_MIGRATE)
@@ -335,6 +360,7 @@ class Migration:
         monitors = {id: passenger.save_state() for id, passenger in self.passengers.items()}
         return {
             "progress": self.progress.pack(),
+            "quiesced": self.progress.quiesced_at,
             "capabilities": " ".join(
                 name for name in self.capabilities.names() if self.capabilities.get(name)
             ).encode(),
@@ -451,6 +477,8 @@ class Migration:
             self.untold = None
         elif self.progress.note:
             self.machine.warn(f"update: {self.progress.note}")
+        # Off the pause, and before the package on disk becomes that of the next version.
+        from pyvmm.migration import quiesce  # noqa: F401
 
     def _release_memory(self) -> None:
         while self._way_back_fds:

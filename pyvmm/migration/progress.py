@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: The steps in order; each begins with its mark and ends where the next begins. In the old
-#: image: trying the new command out, stopping the vCPUs, saving, and from execve to the new
-#: image's first line; there: making the machine, reading and giving it its state, starting
-#: the vCPUs. The last one only ends the one before.
-STEPS = ("preflight", "stop", "save", "exec", "start", "load", "resume", "running")
+#: image: trying the new command out, waiting for the devices, stopping the vCPUs (here the
+#: pause begins), saving, and from execve to the new image's first line; there: making the
+#: machine, reading and giving it its state, starting the vCPUs. The last one only ends the one
+#: before.
+STEPS = ("preflight", "quiesce", "stop", "save", "exec", "start", "load", "resume", "running")
+#: Of these, what images from before there was quiesce know: they take nothing else.
+_PACKED = tuple(step for step in STEPS if step != "quiesce")
 
 #: QEMU's MigrationStatus, as far as an update gets into them.
 STATUSES = (
@@ -25,7 +28,7 @@ STATUSES = (
     "device",
 )
 
-_PACK = struct.Struct(f">{len(STEPS)}Q")
+_PACK = struct.Struct(f">{len(_PACKED)}Q")
 
 
 class Progress:
@@ -62,23 +65,28 @@ class Progress:
         self.mark("preflight")
 
     def pack(self) -> bytes:
-        """The marks for the next image."""
-        return _PACK.pack(*self._marks.values())
+        """The marks for the next image, but that of quiesce: :attr:`quiesced_at`."""
+        return _PACK.pack(*(self._marks[step] for step in _PACKED))
 
     def unpack(self, packed: bytes) -> None:
         """Add the marks of the image before; anything but marks is ignored."""
         if len(packed) == _PACK.size:
-            for step, mark in zip(STEPS, _PACK.unpack(packed), strict=True):
+            for step, mark in zip(_PACKED, _PACK.unpack(packed), strict=True):
                 self._marks[step] = self._marks[step] or mark
+
+    @property
+    def quiesced_at(self) -> bytes:
+        """The mark of quiesce, for the next image; it is set from the image before's."""
+        return self._marks["quiesce"].to_bytes(8)
+
+    @quiesced_at.setter
+    def quiesced_at(self, packed: bytes) -> None:
+        self._marks["quiesce"] = int.from_bytes(packed[:8])
 
     def steps_ms(self) -> dict[str, float]:
         """Length of each step that ended, in ms."""
-        marks = self._marks
-        found = {}
-        for step, following in pairwise(STEPS):
-            if marks[step] and marks[following]:
-                found[step] = (marks[following] - marks[step]) / 1e6
-        return found
+        marks = {step: mark for step, mark in self._marks.items() if mark}
+        return {step: (marks[following] - marks[step]) / 1e6 for step, following in pairwise(marks)}
 
     def failure(self) -> dict[str, Any]:
         """What failed, and where if that was in the new image."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from pyvmm.errors import MigrationError
+from pyvmm.core.threads import Event, report_crash, spawn
+from pyvmm.errors import HostError, MigrationError
 from pyvmm.migration.uri import FileUri
 from pyvmm.vmstate.stream import MAX_SIZE
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from pyvmm.cpr.fdstore import FdStore
 
 STATE_FD = "cpr/vmstate"
+# How long the guest stands for a disk that the state is written to. It takes the page cache less
+# than a millisecond, and a disk that is out of breath some more.
+PATIENCE_S = 2.0
 
 
 class FileTarget:
@@ -41,15 +45,36 @@ class FileTarget:
         self._fd = self._uri.open_write()
 
     def write(self, data: bytes, fds: FdStore) -> None:
-        """Write the state; whole or not at all.
+        """Write the state; whole or not at all. By a thread, which is left alone with it if the
+        disk hangs: the guest stands meanwhile.
 
-        :raises MigrationError: e.g. when the disk is full
+        :raises MigrationError: e.g. when the disk is full, or does not answer
         """
         fd, self._fd = self._fd, -1
+        ended, is_wanted = Event(), True
+        failures: list[MigrationError] = []
+
+        def write() -> None:
+            try:
+                self._uri.write(fd, data, lambda: is_wanted)
+            except MigrationError as error:
+                failures.append(error)
+            finally:
+                os.close(fd)
+                ended.set()
+
         try:
-            self._uri.write(fd, data)
-        finally:
-            os.close(fd)
+            spawn(write, report_crash)
+        except HostError:
+            write()  # the host allows no more threads
+        if not ended.wait(PATIENCE_S):
+            is_wanted = False
+            raise MigrationError(
+                f"Could not write '{self._uri.path}': its disk did not take the state within"
+                f" {PATIENCE_S:.0f} s; wait for the host, or name another file"
+            )
+        if failures:
+            raise failures[0]
 
     def discard(self, fds: FdStore) -> None:
         """The update does not take place."""

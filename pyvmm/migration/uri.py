@@ -17,6 +17,10 @@ from pyvmm._util.sizes import parse_size
 from pyvmm.errors import ConfigError, MigrationError
 from pyvmm.vmstate.stream import MAX_SIZE
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 CHUNK = 1 << 20
 
 
@@ -82,15 +86,16 @@ class FileUri:
         except OSError as error:
             raise MigrationError(f"Could not create '{self.path}': {error.strerror}") from None
 
-    def write(self, fd: int, data: bytes) -> None:
+    def write(self, fd: int, data: bytes, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Write the state at the offset, with nothing behind it; whole, or not at all unless
         it is written in place. The caller closes ``fd``, which :meth:`open_write` returned.
 
+        :param is_wanted: asked before the file gets its name: it is removed if not
         :raises MigrationError: naming the file, e.g. when the disk is full
         """
         try:
             if self._aside:
-                self._write_aside(fd, data)
+                self._write_aside(fd, data, is_wanted)
             else:
                 self._write_in_place(fd, data)
         except OSError as error:
@@ -177,28 +182,31 @@ class FileUri:
         """The folder to write in; None if the file there has to be written in place."""
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if os.access(path, os.W_OK | os.X_OK, effective_ids=True):
-                if self._like is None or self._can_replace(fd, self._like):
-                    return fd
-            elif self._like is None:
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if self._can_replace(fd):
+                return fd
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
         return None
 
-    def _can_replace(self, folder_fd: int, like: os.stat_result) -> bool:
-        try:
-            os.getxattr(self.path, "system.posix_acl_access")
-            return False
-        except OSError:
-            pass
-        if (like.st_uid, like.st_gid) == (os.geteuid(), os.getegid()):
-            return True
+    def _can_replace(self, folder_fd: int) -> bool:
+        """Whether a file can be put into the place of the one there, if there is one.
+
+        :raises OSError: no file can be made, and none is there to be written in place
+        """
+        if self._like is not None:
+            try:
+                os.getxattr(self.path, "system.posix_acl_access")
+                return False
+            except OSError:
+                pass
+        # Tried rather than asked: permissions are not all that can be in the way.
         try:
             fd, name = self._create(folder_fd)
         except OSError:
+            if self._like is None:
+                raise
             return False
         os.close(fd)
         os.unlink(name, dir_fd=folder_fd)
@@ -220,7 +228,7 @@ class FileUri:
             raise
         return fd, name
 
-    def _write_aside(self, folder_fd: int, data: bytes) -> None:
+    def _write_aside(self, folder_fd: int, data: bytes, is_wanted: Callable[[], bool]) -> None:
         name = os.path.basename(self._aside)
         fd, temporary = self._create(folder_fd)
         try:
@@ -228,6 +236,8 @@ class FileUri:
                 _pwrite(fd, data, self.offset)
             finally:
                 os.close(fd)
+            if not is_wanted():
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         except BaseException as error:
             os.unlink(temporary, dir_fd=folder_fd)

@@ -119,6 +119,7 @@ class VirtioBlk(VirtioDevice):
     virtio_id = 2
     name = "virtio-blk-device"
     batch = BATCH
+    waits_for_host = True
     vmstate = Description("virtio-blk", _STATE, subsections=[_RETRIES])
 
     def __init__(
@@ -170,6 +171,10 @@ class VirtioBlk(VirtioDevice):
             "io-status": self.io_status,
             "capacity": self.capacity * SECTOR,
         }
+
+    @property
+    def subject(self) -> str:
+        return f"disk {self.options.drive} ({self.file.config.filename!r})"
 
     # ---- configuration space ---------------------------------------------------------------
 
@@ -406,9 +411,11 @@ class VirtioBlk(VirtioDevice):
 
     def drain(self, timeout_s: float | None = None) -> None:
         if not self._workers.wait(DRAIN_TIMEOUT_S if timeout_s is None else timeout_s):
-            raise HostError(
-                f"{self._workers.unfinished} requests to {self.file.config.filename!r} do not end"
-            )
+            raise HostError(self.busy() or f"{self.subject}: requests ended too late")
+
+    def busy(self) -> str:
+        count = self._workers.unfinished
+        return f"{self.subject}: unfinished requests: {count}" if count else ""
 
     def close(self) -> None:
         self._workers.close()

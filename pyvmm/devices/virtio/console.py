@@ -304,11 +304,13 @@ class VirtioConsole(VirtioDevice):
         if not port.is_console:
             return
         if port.number == 0:
-            self.rows, self.cols = self._window_size()
-        if not self.multiport:
-            self.notify_config()
-        elif port.guest_open:
+            rows, cols = self._window_size()
+            self.change_config(lambda: self._set_size(rows, cols), tell=not self.multiport)
+        if self.multiport and port.guest_open:
             self.work(self.owe, port, RESIZE)
+
+    def _set_size(self, rows: int, cols: int) -> None:
+        self.rows, self.cols = rows, cols
 
     def _window_size(self) -> tuple[int, int]:
         port = self._by_queue.get(0)

@@ -54,6 +54,8 @@ class VirtioDevice:
     config: bytes = b""
     #: The device's own state; None if it has none.
     vmstate: Description | None = None
+    #: See :class:`pyvmm.devices.base.Device`.
+    waits_for_host = False
 
     memory: GuestMemory
     transport: VirtioMmio
@@ -70,9 +72,14 @@ class VirtioDevice:
         """What ``info qtree`` prints of the device."""
         return {}
 
+    @property
+    def subject(self) -> str:
+        """What errors of the host call the device."""
+        return self.name
+
     def read_config(self, offset: int, size: int) -> bytes:
         """Part of the configuration space; what is missing at the end reads as 0. vCPU thread,
-        without the device's lock."""
+        without the device's lock, but never within a :meth:`change_config`."""
         return self.config[offset : offset + size]
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -116,6 +123,11 @@ class VirtioDevice:
         """Forget what belongs to the driver that was. With the lock held, after a
         :meth:`drain`."""
 
+    def busy(self) -> str:
+        """What the host has still to do for requests under way, for the operator; empty if there
+        are none. Without the lock; does not wait."""
+        return ""
+
     def drain(self, timeout_s: float | None = None) -> None:
         """Wait until no request is under way. No queue is served from before this call until
         :meth:`resume`. Without the lock; must not depend on the main loop, which waits.
@@ -125,7 +137,8 @@ class VirtioDevice:
         """
 
     def resume(self) -> None:
-        """The guest runs (again): after this every queue is served as if it had been kicked."""
+        """The device goes to work (again), after whatever kept it from that: after this every
+        queue is served as if it had been kicked."""
 
     def attach(self) -> None:
         """Take input from the host: once in each process, when the state is complete. Main loop
@@ -158,7 +171,7 @@ class VirtioDevice:
 
     @property
     def running(self) -> bool:
-        """Whether new work may begin: active, and not between drain and resume."""
+        """Whether new work may begin: active, and nothing keeps the device standing."""
         return self.transport.running and self.transport.active
 
     def work(self, function: Callable[..., None], *arguments: Any) -> None:
@@ -184,9 +197,13 @@ class VirtioDevice:
         if self.queues[index].needs_interrupt():
             self.transport.interrupt_used()
 
-    def notify_config(self) -> None:
-        """Tell the driver that the configuration space has changed. Any thread."""
-        self.transport.interrupt_config()
+    def change_config(self, change: Callable[[], None], *, tell: bool = True) -> None:
+        """Call ``change``, which changes what the configuration space holds, so that no driver
+        finds half of it, and tell the driver. Any thread.
+
+        :param tell: interrupt the driver for it
+        """
+        self.transport.change_config(change, tell=tell)
 
     def fail(self, reason: str) -> None:
         """Go to DEVICE_NEEDS_RESET (virtio 1.3, 2.1.1): nothing is served until a reset.

@@ -13,7 +13,12 @@ rings anywhere (see ``queue``), kicks without end (each serves a bounded number 
 the device's loop). A device that it broke waits for its reset; no other notices.
 
 ``on_read``/``on_write`` run on vCPU threads, kicks on the thread of the device's loop, the
-rest on the main loop thread with the vCPUs stopped.
+rest on the main loop thread, with the vCPUs stopped but for :meth:`VirtioMmio.quiesce`, its
+undoing and :meth:`VirtioMmio.busy`.
+
+There are three reasons why no queue is served, each set and cleared by one thread at a time and
+none in place of another: the vCPUs stand (from drain to start), the device is quiesced, and a
+driver takes a queue back, with its vCPU held until nothing is under way.
 """
 
 from __future__ import annotations
@@ -100,6 +105,7 @@ F_UNKNOWN = 1 << 63
 
 MAX_QUEUES = 64
 DRAIN_TIMEOUT_S = 10.0
+_SERVED = "the queue that is being served does not come to its end"
 
 #: Registers of a queue's addresses -> attribute, and how far to shift the value.
 _ADDRESSES = {
@@ -165,7 +171,6 @@ class VirtioMmio(Device):
     :param pulse: interrupts the guest; called by one thread at a time
     :param thread: whose loop is the device's, if it is not the main one; owned from now on
     :ivar error: why the device needs a reset, if it does
-    :ivar running: whether queues may be served: not between :meth:`drain` and :meth:`start`
     """
 
     def __init__(
@@ -192,9 +197,13 @@ class VirtioMmio(Device):
         self._kick_fds = kick_fds
         self._pulse = pulse
         self._thread = thread
-        # status and interrupt_status are changed by vCPUs and by the device's loop.
+        self.waits_for_host = device.waits_for_host
+        # status and interrupt_status are changed by vCPUs and by the device's loop. What the
+        # configuration space holds changes under it, together with its generation.
         self._bits = Lock()
-        self.running = False
+        self._stopped = True  # the vCPUs stand, or have not started
+        self._quiesced = False
+        self.holds_cpu = False
         device.memory = memory
         device.queues = self.queues
         device.transport = self
@@ -225,6 +234,11 @@ class VirtioMmio(Device):
         return len(self.queues)
 
     @property
+    def running(self) -> bool:
+        """Whether queues may be served, if there is a driver."""
+        return not (self._stopped or self._quiesced or self.holds_cpu)
+
+    @property
     def active(self) -> bool:
         """Whether queues may be touched and interrupts sent."""
         return self.status & (S_DRIVER_OK | S_NEEDS_RESET) == S_DRIVER_OK
@@ -233,7 +247,9 @@ class VirtioMmio(Device):
 
     def on_read(self, offset: int, size: int) -> int:
         if offset >= CONFIG:
-            return int.from_bytes(self.device.read_config(offset - CONFIG, size), "little")
+            with self._bits:
+                data = self.device.read_config(offset - CONFIG, size)
+            return int.from_bytes(data, "little")
         if size != 4 or offset & 3:
             return 0
         queue = self._selected()
@@ -241,6 +257,9 @@ class VirtioMmio(Device):
             return self.interrupt_status
         if offset == STATUS:
             return self.status
+        if offset == CONFIG_GENERATION:
+            with self._bits:  # not between a change and its generation
+                return self.config_generation
         if offset == QUEUE_READY:
             return int(queue is not None and queue.ready)
         if offset == QUEUE_SIZE_MAX:
@@ -256,7 +275,6 @@ class VirtioMmio(Device):
             VERSION: 2,
             DEVICE_ID: self.device.virtio_id,
             VENDOR_ID: VENDOR,
-            CONFIG_GENERATION: self.config_generation,
         }.get(offset, 0)
 
     def on_write(self, offset: int, size: int, value: int) -> None:
@@ -291,7 +309,7 @@ class VirtioMmio(Device):
 
     def _write_status(self, value: int) -> None:
         if value == 0:
-            self._reset_device(self._drain_for_driver)
+            self._reset_device(self._wait_for_driver)
             return
         # A driver may not clear bits but by a reset.
         status = self.status | value & S_DRIVERS
@@ -347,26 +365,32 @@ class VirtioMmio(Device):
             setattr(queue, name, kept | value << shift)
 
     def _disable(self, queue: Queue) -> None:
+        # Buffers and rings are the driver's again after this: what is under way ends before, and
+        # nothing begins in between, whoever starts the device meanwhile.
         if not queue.ready:
             return
-        running = self.running
-        self._drain_for_driver()
-        with self.device.lock:
-            queue.disable()
-        if running:
-            self.start()
+        self.holds_cpu = True
+        try:
+            self._wait_for_driver()
+            with self.device.lock:
+                queue.disable()
+        finally:
+            self.holds_cpu = False
+        self._go()
 
-    def _reset_device(self, drain: Callable[[], None]) -> None:
+    def _reset_device(self, wait: Callable[[], None]) -> None:
         # First: what comes to its end now is not returned any more.
         with self._bits:
             self.status = 0
-        running = self.running
-        drain()
-        with self.device.lock:
-            self.device.on_reset()
-            self._clear()
-        if running:
-            self.start()
+        self.holds_cpu = True
+        try:
+            wait()
+            with self.device.lock:
+                self.device.on_reset()
+                self._clear()
+        finally:
+            self.holds_cpu = False
+        self._go()
 
     # ---- kicks and interrupts --------------------------------------------------------------
 
@@ -378,18 +402,26 @@ class VirtioMmio(Device):
         """Say that there is something in a used ring. Any thread."""
         self._interrupt(INT_USED)
 
-    def interrupt_config(self) -> None:
-        """Say that the configuration space has changed. Any thread."""
+    def change_config(self, change: Callable[[], None], *, tell: bool = True) -> None:
+        """Change what the configuration space holds, and its generation with it: a driver that
+        reads in between finds both old or both new (virtio 1.3, 2.5.3). Any thread.
+
+        :param change: does it, at once
+        :param tell: interrupt the driver for it
+        """
         with self._bits:
+            change()
             self.config_generation = self.config_generation + 1 & 0xFFFFFFFF
-        self._interrupt(INT_CONFIG)
+        if tell:
+            self._interrupt(INT_CONFIG)
 
     def fail(self, reason: str) -> None:
         """Set DEVICE_NEEDS_RESET. Any thread."""
         with self._bits:
             self.status |= S_NEEDS_RESET
             self.error = reason
-        self.interrupt_config()
+            self.config_generation = self.config_generation + 1 & 0xFFFFFFFF
+        self._interrupt(INT_CONFIG)
 
     def _interrupt(self, bit: int) -> None:
         with self._bits:
@@ -406,7 +438,7 @@ class VirtioMmio(Device):
             os.eventfd_read(self._kick_fds[index])
         except BlockingIOError:
             return
-        # What comes while the device stands still is made up for by start.
+        # What comes while the device stands is made up for by _go.
         device = self.device
         device.work(self._serve, index)
 
@@ -417,7 +449,7 @@ class VirtioMmio(Device):
     # ---- run states and state --------------------------------------------------------------
 
     def reset(self) -> None:
-        self._reset_device(self.drain)
+        self._reset_device(self._wait)
         self.config_generation = 0
 
     def resume(self) -> None:
@@ -433,21 +465,43 @@ class VirtioMmio(Device):
                 lambda _revents, index=index: self._handle_kick(index),  # type: ignore[misc]
             )
 
+    def quiesce(self) -> None:
+        self._quiesced = True
+
+    def busy(self) -> str:
+        # One that is being served ends its turn, unless it hangs in the host.
+        if not self.device.lock.acquire(blocking=False):
+            return f"{self.device.subject}: {_SERVED}"
+        self.device.lock.release()
+        held = f"{self.device.subject}: its driver waits" if self.holds_cpu else ""
+        return self.device.busy() or held
+
+    def unquiesce(self) -> None:
+        self._quiesced = False
+        self._go()
+
     def drain(self, timeout_s: float | None = None) -> None:
-        self.running = False
+        self._stopped = True
+        self._wait(timeout_s)
+
+    def _wait(self, timeout_s: float | None = None) -> None:
+        """Wait until nothing is under way.
+
+        :raises HostError: it is not in time
+        """
         # Whoever is serving a queue comes to the end of it, unless it hangs in the host.
         patience = DRAIN_TIMEOUT_S if timeout_s is None else timeout_s
         if not self.device.lock.acquire(timeout=patience):
-            raise HostError(f"{self.name}: the queue that is being served does not come to its end")
+            raise HostError(f"{self.device.subject}: {_SERVED}")
         self.device.lock.release()
         self.device.drain(timeout_s)
 
-    def _drain_for_driver(self) -> None:
+    def _wait_for_driver(self) -> None:
         """The same on a vCPU's thread, which has nowhere to go before it is done: a disk that
         hangs holds up the driver that resets it, for as long as it does."""
         while True:
             try:
-                self.drain()
+                self._wait()
             except HostError:
                 continue
             return
@@ -457,14 +511,19 @@ class VirtioMmio(Device):
             self._thread.start()  # again if it crashed: the machine was reset then
 
     def start(self) -> None:
-        self.running = True
-        self.device.resume()
-        if self.active:
-            for index in range(len(self.queues)):
-                self.kick(index)
+        self._stopped = False
+        self._go()
         with self._bits:
             if self.interrupt_status:
                 self._pulse()
+
+    def _go(self) -> None:
+        """One reason to stand is gone: if it was the last one, make up for the kicks."""
+        if self.running:
+            self.device.resume()
+            if self.active:
+                for index in range(len(self.queues)):
+                    self.kick(index)
 
     def close(self) -> None:
         self.drain()

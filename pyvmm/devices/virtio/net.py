@@ -191,10 +191,14 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self.kick(TX)
 
     def handle_link(self, up: bool) -> None:
-        self.status = S_LINK_UP if up else 0
-        self._update_config()
+        def change() -> None:
+            self.status = S_LINK_UP if up else 0
+            self._update_config()
+
         if self.driver_features & F_STATUS:
-            self.notify_config()
+            self.change_config(change)
+        else:
+            change()  # the driver knows of no such field
         if up:
             self.kick(RX)
 

@@ -366,6 +366,27 @@ def test_an_update_that_fails_leaves_the_lock(image):
     fds.close_unclaimed()
 
 
+def test_an_update_does_not_read_from_the_disk_in_the_pause(image, monkeypatch):
+    """What O_DIRECT demands was found out when the guest was not there yet. Only an image that
+    begins with it has to look."""
+    files = [image("direct.img", direct=True), image("cached.img")]
+    reads = []
+
+    def preadv(fd, buffers, offset, flags=0):
+        if not flags & os.RWF_NOWAIT:
+            reads.append(fd)
+        return real(fd, buffers, offset, flags)
+
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", preadv)
+    for file in files:
+        inherited = {key: os.dup(fd) for key, fd in file._fds.kept().items()}
+        name = os.path.basename(file.config.filename)
+        new = image(name, fds=FdStore(inherited), direct=True)
+        assert bool(reads) == (name == "cached.img")
+        assert new.alignment >= 512
+
+
 def test_an_update_without_the_file_opens_no_other(image):
     with pytest.raises(MigrationError, match="was not handed over"):
         image(fds=FdStore({}))

@@ -4,9 +4,10 @@ import pytest
 
 from pyvmm.core import runstate
 from pyvmm.core.eventloop import EventLoop
+from pyvmm.core.threads import Event
 from pyvmm.cpr.fdstore import FdStore
 from pyvmm.devices.base import Device
-from pyvmm.errors import ConfigError, HostError
+from pyvmm.errors import ConfigError, HostError, StateError
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
 
@@ -146,6 +147,106 @@ def test_stop_that_fails_by_a_bug_lets_the_guest_go_on(machine, monkeypatch):
         machine.stop()
     assert machine.runstate.running
     assert not machine.devices[0].resting
+
+
+def test_operator_waits_for_all_disks_together_no_longer_than_for_one(machine):
+    """The monitors are silent meanwhile."""
+    waits = []
+
+    class Slow(Hanging):
+        def drain(self, timeout_s=None):
+            waits.append(timeout_s)
+            Event().wait(timeout_s)
+            super().drain(timeout_s)
+
+    machine.devices = [Slow(), Slow(), Slow()]
+    with pytest.raises(HostError):
+        machine.pause_cpus(0.05)
+    assert 0.04 < waits[0] <= 0.05
+    assert waits[1:] == [0, 0]
+
+
+def test_disk_that_hangs_keeps_no_guest_running_that_another_disk_has_to_stop(machine, capfd):
+    machine.halt(runstate.IO_ERROR)
+    assert machine.runstate.state == runstate.IO_ERROR
+    assert all(device.resting for device in machine.devices)
+    assert "requests do not end" in capfd.readouterr().err
+
+
+class Cpu:
+    """A vCPU that does not come while a device holds it."""
+
+    index = 0
+    runs = True
+
+    def __init__(self, device):
+        self.device = device
+
+    def request_stop(self):
+        pass
+
+    def wait_stopped(self, timeout_s):
+        assert timeout_s <= 0.2  # the monitors are silent
+        self.runs = self.device.holds_cpu
+        return not self.runs
+
+    def resume(self):
+        self.runs = True
+
+
+@pytest.fixture
+def held(machine):
+    """The machine's first disk hangs, and its driver's reset with it."""
+    disk = machine.devices[0]
+    disk.holds_cpu = True
+    disk.busy = lambda: "disk a hangs"
+    machine.cpus = [Cpu(disk)]
+    return disk
+
+
+def test_stop_names_the_disk_that_holds_a_vcpu(machine, held):
+    with pytest.raises(HostError, match="disk a hangs"):
+        machine.stop()
+    assert machine.runstate.running
+
+
+def test_guest_that_has_ended_does_not_go_on_for_a_disk_that_holds_a_vcpu(
+    machine, held, monkeypatch, capfd
+):
+    monkeypatch.setattr("pyvmm.machine.machine.RESET_RETRY_S", 0)
+    machine.on_thread_error("thread virtio-0 failed")
+    for _ in range(3):
+        machine.loop.run_once(1)
+    started = []
+    held.start = lambda: started.append(1)
+    machine.resume_cpus()  # an operator's stop that failed, say
+    assert not started
+    assert machine.has_requests
+    held.holds_cpu = False
+    machine.loop.run_once(1)
+    assert machine.runstate.state == runstate.INTERNAL_ERROR
+    assert not machine.has_requests
+    assert capfd.readouterr().err.count("disk a hangs") == 1
+
+
+def test_reset_of_a_guest_that_stands_waits_for_its_disk_too(machine, monkeypatch):
+    """It stopped by itself, with requests under way."""
+    monkeypatch.setattr("pyvmm.machine.machine.RESET_RETRY_S", 0)
+    machine.on_thread_error("thread virtio-0 failed")
+    machine.loop.run_once()
+    done = []
+    monkeypatch.setattr(machine, "power_on", lambda: done.append(machine.runstate.state))
+    machine.reset()
+    machine.loop.run_once(1)
+    assert machine.runstate.state == runstate.INTERNAL_ERROR
+    with pytest.raises(StateError):
+        machine.cont()
+    for device in machine.devices:
+        device.hangs = False
+    machine.loop.run_once(1)
+    assert len(done) == 1
+    assert machine.runstate.state == runstate.PRELAUNCH
+    assert machine.devices[0].resting
 
 
 def test_device_that_cannot_take_input_keeps_no_other_from_it(machine):

@@ -4,8 +4,11 @@ import os
 
 import pytest
 
+from pyvmm.core.threads import Event
 from pyvmm.cpr.fdstore import FdStore
-from pyvmm.errors import MigrationError
+from pyvmm.errors import HostError, MigrationError
+from pyvmm.migration import target as target_module
+from pyvmm.migration import uri
 from pyvmm.migration.target import STATE_FD, MemoryTarget, parse
 
 STATE = bytes(range(256)) * 3
@@ -57,3 +60,45 @@ def test_state_without_a_copy_is_read(tmp_path):
     path = tmp_path / "vm.state"
     path.write_bytes(STATE)
     assert parse(f"file:{path}").read(FdStore()) == STATE
+
+
+def test_disk_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    """The guest stands. What comes of it later is no state under that name."""
+    path = tmp_path / "vm.state"
+    path.write_bytes(b"the last one")
+    real, entered, go, unlinked = uri._pwrite, Event(), Event(), Event()
+
+    def hang(fd, data, at):
+        entered.set()
+        assert go.wait(20)
+        real(fd, data, at)
+
+    def unlink(*arguments, **named):
+        os_unlink(*arguments, **named)
+        unlinked.set()
+
+    os_unlink = os.unlink
+    monkeypatch.setattr(uri, "_pwrite", hang)
+    monkeypatch.setattr(target_module, "PATIENCE_S", 0.01)
+    target = parse(f"file:{path}")
+    target.prepare()
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(MigrationError, match=r"vm.state': its disk did not take the state within"):
+        target.write(STATE, FdStore())
+    target.discard(FdStore())
+    assert entered.wait(20)
+    go.set()
+    assert unlinked.wait(20)
+    assert os.listdir(tmp_path) == ["vm.state"]
+    assert path.read_bytes() == b"the last one"
+
+
+def test_state_is_written_without_threads_to_be_had(tmp_path, monkeypatch):
+    def none(*_arguments):
+        raise HostError("no thread")
+
+    monkeypatch.setattr(target_module, "spawn", none)
+    target = parse(f"file:{tmp_path / 'vm.state'}")
+    target.prepare()
+    target.write(STATE, FdStore())
+    assert (tmp_path / "vm.state").read_bytes() == STATE

@@ -207,7 +207,7 @@ def test_drain_does_not_wait_for_ever(disk, monkeypatch):
     one.driver.queues[0].add([struct.pack("<IIQ", blk.T_FLUSH, 0, 0)], [1])
     one.driver.queues[0].kick()
     one.driver.run()
-    with pytest.raises(HostError, match=r"1 requests to '.*' do not end"):
+    with pytest.raises(HostError, match=r"disk disk .'.*'.: unfinished requests: 1"):
         one.driver.transport.drain()
     go.set()
     monkeypatch.undo()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pyvmm.chardev.base import RESIZED
 from pyvmm.core.eventloop import EventLoop
+from pyvmm.core.threads import Event, spawn
 from pyvmm.devices.virtio import mmio
 from pyvmm.devices.virtio.console import (
     CONSOLE_PORT,
@@ -260,6 +261,33 @@ def test_size_in_the_configuration_space(console):
     assert it.driver.config(0, 4) == struct.pack("<HH", 80, 24)
     assert it.driver.read(mmio.INTERRUPT_STATUS) == mmio.INT_CONFIG
     assert it.driver.read(mmio.CONFIG_GENERATION) != generation
+
+
+def test_no_driver_finds_half_a_size_with_one_generation(console):
+    """A vCPU that reads at the very moment between columns and rows."""
+    it = console(kind=Terminal)
+    device, found, ended, failures = it.driver.device, [], Event(), []
+
+    def look():
+        read = it.driver.read
+        before = read(mmio.CONFIG_GENERATION)
+        size = read(mmio.CONFIG, 2), read(mmio.CONFIG + 2, 2)
+        found.append((before == read(mmio.CONFIG_GENERATION), size))
+        ended.set()
+
+    class Watched(VirtioConsole):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "rows":
+                spawn(look, failures.append)
+                ended.wait(0.5)  # it may have to wait for the columns
+
+    device.__class__ = Watched
+    it.chardevs[0].resize(24, 80)
+    assert ended.wait(20)
+    assert not failures
+    ((settled, size),) = found
+    assert not settled or size in ((132, 50), (80, 24))
 
 
 def test_terminal_that_was_resized_during_an_update(console):

@@ -132,7 +132,7 @@ def test_nothing_is_served_and_nobody_interrupted_before_driver_ok(loop, plug):
     queue.kick()
     driver.run()
     assert queue.reap() == []
-    driver.device.notify_config()
+    driver.device.change_config(lambda: None)
     assert driver.interrupts() == 0
     driver.set_driver_ok()
     queue.kick()
@@ -333,7 +333,7 @@ def test_broken_ring_needs_a_reset_and_says_so(echo):
 
 def test_config_change_is_told_with_a_new_generation(echo):
     before = echo.read(mmio.CONFIG_GENERATION)
-    echo.device.notify_config()
+    echo.device.change_config(lambda: None)
     assert echo.read(mmio.CONFIG_GENERATION) != before
     assert echo.read(mmio.INTERRUPT_STATUS) == mmio.INT_CONFIG
     assert echo.interrupts() == 1
@@ -377,6 +377,7 @@ def test_device_whose_thread_crashed_works_after_a_reset_of_the_machine(capsys):
         # As the machine does.
         driver.transport.drain()
         driver.transport.reset()
+        driver.transport.prepare()
         driver.transport.start()
         serve = driver.device.handle_chain
         driver.device.handle_chain = lambda *chain: (serve(*chain), answered.set())
@@ -415,7 +416,7 @@ def test_version_of_a_device_is_that_of_its_section():
 
 def test_update_carries_everything(echo, loop):
     ask(echo, b"before")
-    echo.device.notify_config()
+    echo.device.change_config(lambda: None)
     echo.write(mmio.QUEUE_SEL, 1)
     registers = range(0, mmio.CONFIG, 4)
     before = [echo.read(register) for register in registers]
