@@ -439,10 +439,10 @@ def test_update(ticking, base):
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     names = [line.split()[0] for line in lines[:-1]]
-    assert names[:2] == ["preflight", "stop"]
+    assert names[:3] == ["preflight", "quiesce", "stop"]
     assert {"save", "exec", "load"} < set(names)
     downtime = float(re.fullmatch(r"vm: updated, downtime ([0-9.]+) ms", lines[-1])[1])
-    phases = sum(float(line.split()[1]) for line in lines[1:-1])
+    phases = sum(float(line.split()[1]) for line in lines[2:-1])
     assert downtime == pytest.approx(phases, abs=1)
     assert machine.cmdline[-2] == "-incoming"
     seen = len(machine.serial)
