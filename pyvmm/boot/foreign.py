@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot import multiboot
+from pyvmm.boot import flat, multiboot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,10 +115,15 @@ def _other(image: Image) -> str:
         return found
     if len(head) < 0x206 and head[0x1FE:0x200] == b"\x55\xaa":
         return "a bzImage that ends within its setup header; it is truncated"
+    mend = "give one of these"
+    if image.size <= flat.SIZE_MAX:
+        mend += (
+            ", or say -machine kernel-type=flat if it is a flat real-mode image without a boot"
+            " sector's signature (0x55 0xaa at 510)"
+        )
     return (
         f"{image.size} bytes of no kind that is known: neither a bzImage, nor ELF, nor multiboot;"
-        " give one of these, or say -machine kernel-type=flat if it is a flat real-mode image"
-        " without a boot sector's signature (0x55 0xaa at 510)"
+        f" {mend}"
     )
 
 
@@ -155,9 +160,9 @@ def _efi(image: Image, head: bytes) -> str:
     data = image.read(table, size) if table + size <= image.size else b""
     names = {data[start : start + 8].rstrip(b"\0") for start in range(0, len(data), 40)}
     if b".linux" in names:
-        also = " and .initrd to another for -initrd" if b".initrd" in names else ""
+        also = ", and likewise .initrd for -initrd" if b".initrd" in names else ""
         return (
-            f"{what} (a unified kernel image), and there is no EFI here; give the kernel in it:"
-            f" objcopy -O binary -j .linux FILE KERNEL{also}"
+            f"{what} (a unified kernel image), and there is no EFI here; give the kernel that is in"
+            f" it (objcopy -O binary -j .linux FILE KERNEL{also})"
         )
     return f"{what}, and there is no EFI here; give a kernel"
