@@ -1,10 +1,9 @@
 """What the probe of a preflight is told, and how an image knows that it is one.
 
-The probe is started as the update will be: with the variables of an update in its environment,
-and with something open under each number that an update will hand over. All of these are one
-file that begins with :data:`MARK`, its standard error among them. So the probe sees whether all
-that reaches it, and an image whose wrapper took the environment away still knows that it must
-not start a guest.
+The probe is started as the update will be: with something open under each number that an update
+will hand over (a pipe, never what it stands for), so that it sees whether all that reaches it. An
+image whose wrapper took its environment away still knows by its standard error and by its way to
+the old image that it is a probe, and must not start a guest.
 """
 
 from __future__ import annotations
@@ -12,39 +11,37 @@ from __future__ import annotations
 import os
 import stat
 
-from pyvmm.cpr import state as cpr_state
 from pyvmm.errors import MigrationError
 
 ENVIRONMENT = "PYVMM_CPR_PROBE"
 ANSWER_FD = 3
+#: What the file begins with that is a probe's standard error, and the name of the socket at the
+#: other end of its answer.
 MARK = b"pyvmm preflight\n"
-
-#: Where a probe without environment looks for the mark: at what an update of a small VM hands over.
-_LOW_FDS = range(2, 64)
+SOCKET = b"\0pyvmm preflight "
 
 
 class Task:
     """What the probe has to find out beside the machine of its command.
 
-    :param kept: numbers that an update will hand over
-    :param state_fd: that of the CPR state
+    :param fds: numbers that an update will hand over
+    :param inode: of the pipe that is open under all of them
     :param fresh: how many descriptors the new image has to open
     :param name: tells this probe from all others
     """
 
-    __slots__ = ("fresh", "kept", "name", "state_fd")
+    __slots__ = ("fds", "fresh", "inode", "name")
 
-    def __init__(self, kept: list[int], state_fd: int, fresh: int, name: str) -> None:
-        self.kept = kept
-        self.state_fd = state_fd
+    def __init__(self, fds: list[int], inode: int, fresh: int, name: str) -> None:
+        self.fds = fds
+        self.inode = inode
         self.fresh = fresh
         self.name = name
 
     def environment(self) -> dict[str, str]:
-        """The variables for the probe."""
-        numbers = ",".join(map(str, self.kept))
-        text = f"{ANSWER_FD} {self.state_fd} {numbers or '-'} {self.fresh} {self.name}"
-        return {ENVIRONMENT: text, cpr_state.ENVIRONMENT: str(self.state_fd)}
+        """The variable for the probe."""
+        numbers = ",".join(map(str, self.fds))
+        return {ENVIRONMENT: f"{ANSWER_FD} {numbers} {self.inode} {self.fresh} {self.name}"}
 
     @classmethod
     def told(cls) -> Task | None:
@@ -52,18 +49,20 @@ class Task:
         words = os.environ.get(ENVIRONMENT, "").split()
         if len(words) != 5:
             return None
-        kept = [] if words[2] == "-" else [int(word) for word in words[2].split(",")]
-        return cls(kept, int(words[1]), int(words[3]), words[4])
+        fds = [int(word) for word in words[1].split(",")]
+        return cls(fds, int(words[2]), int(words[3]), words[4])
 
     def check(self) -> None:
         """In the probe: see that an update could hand all over, and have what it needs.
 
         :raises MigrationError: what is in the way, and the mend
         """
-        if os.environ.get(cpr_state.ENVIRONMENT) != str(self.state_fd):
-            raise _lost(cpr_state.ENVIRONMENT)
-        for fd in (self.state_fd, *self.kept):
-            if not is_marked(fd):
+        for fd in self.fds:
+            try:
+                found = os.fstat(fd).st_ino
+            except OSError:
+                found = 0
+            if found != self.inode:
                 raise _closed(fd)
         self._check_descriptors()
         self._check_threads()
@@ -97,28 +96,24 @@ class Task:
         lock.acquire()
 
 
-def is_marked(fd: int) -> bool:
-    """Whether ``fd`` is what the old image put there."""
-    try:
-        # Reading may take something away from others where it is no file.
-        return stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(MARK), 0) == MARK
-    except OSError:
-        return False
-
-
 def check_environment() -> None:
     """In an image without the variables of a probe: see that it is none that lost them.
 
     :raises MigrationError: it is one, and its guest would be a second one; the old image was told
         if that can be
     """
-    if any(is_marked(fd) for fd in _LOW_FDS):
-        error = _lost(ENVIRONMENT)
-        if can_answer():
-            import json
+    is_answered = _leads_to_an_old_image()
+    if not is_answered and not _is_marked(2):
+        return
+    error = MigrationError(
+        f"it lacks the environment of an update ({ENVIRONMENT} is missing); let the command hand "
+        "all of it on (no env -i)"
+    )
+    if is_answered:
+        import json
 
-            os.write(ANSWER_FD, json.dumps({"error": str(error)}).encode())
-        raise error
+        os.write(ANSWER_FD, json.dumps({"error": str(error)}).encode())
+    raise error
 
 
 def can_answer() -> bool:
@@ -138,11 +133,27 @@ def check_answer_fd() -> None:
         raise _closed(ANSWER_FD)
 
 
-def _lost(variable: str) -> MigrationError:
-    return MigrationError(
-        f"it lacks the environment of an update ({variable}); let the command hand it on "
-        "(no env -i)"
-    )
+def _is_marked(fd: int) -> bool:
+    try:
+        # Reading may take something away from others where it is no file.
+        return stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(MARK), 0) == MARK
+    except OSError:
+        return False
+
+
+def _leads_to_an_old_image() -> bool:
+    if not can_answer():
+        return False
+    import _socket
+
+    sock = _socket.socket(fileno=os.dup(ANSWER_FD))
+    try:
+        name = sock.getpeername()
+    except OSError:
+        return False
+    finally:
+        sock.close()
+    return isinstance(name, bytes) and name.startswith(SOCKET)
 
 
 def _closed(fd: int) -> MigrationError:

@@ -22,6 +22,7 @@ from pyvmm.errors import CommandError, ConfigError, MigrationError, PyvmmError
 from pyvmm.migration import params, program, rollback, savevm
 from pyvmm.migration.progress import Progress
 from pyvmm.migration.target import MemoryTarget, Target, parse
+from pyvmm.vmstate.stream import MAX_BLOCKS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -119,7 +120,11 @@ class Migration:
 
     def blockers(self) -> list[str]:
         """What keeps this machine from being updated, whatever the command."""
-        return [
+        count = len(self.machine.backends)
+        too_many = [
+            f"{count} blocks of memory, of which a state names {MAX_BLOCKS}; leave out an -object"
+        ]
+        return (too_many if count > MAX_BLOCKS else []) + [
             f"Memory region {backend.id} is not compatible with CPR: it is private to this "
             "process; share=on is required for -object, and -machine anon-alloc=memfd"
             for backend in self.machine.backends
@@ -198,7 +203,7 @@ class Migration:
         except (ImportError, OSError) as error:
             problem = getattr(error, "strerror", None) or error
             raise MigrationError(f"The preflight cannot be made: {problem}") from None
-        preflight.check_descriptors()
+        preflight.check_descriptors(self.machine.fds)
         if any("\0" in word for word in argv):
             raise MigrationError("A word of a command cannot contain NUL")
         path = program.find(argv[0])
@@ -212,7 +217,7 @@ class Migration:
                 if isinstance(result, MigrationError):
                     raise result
                 preflight.compare(own, result, target)
-                preflight.check_descriptors()
+                preflight.check_descriptors(self.machine.fds)
             except Exception as error:
                 # Another program's answer may be of any form, and the guest runs.
                 end(error)

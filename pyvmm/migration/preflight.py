@@ -19,10 +19,9 @@ import time
 
 from pyvmm import __version__
 from pyvmm.core.eventloop import READABLE
-from pyvmm.cpr import probe
-from pyvmm.cpr import state as cpr_state
+from pyvmm.cpr import probe, state
 from pyvmm.cpr.probe import ANSWER_FD
-from pyvmm.errors import MigrationError, PyvmmError
+from pyvmm.errors import MigrationError, PyvmmError, VmStateError
 from pyvmm.machine import builder, options
 from pyvmm.machine.config import MACHINE_TYPE
 from pyvmm.migration import descendants
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
+    from pyvmm.cpr.fdstore import FdStore
     from pyvmm.machine.config import MachineConfig
     from pyvmm.migration.target import Target
 else:
@@ -54,8 +54,8 @@ def describe(config: MachineConfig) -> dict[str, Any]:
         "machine": MACHINE_TYPE,
         # Of each format that goes through the exec: the versions that are read, and written.
         "cpr": {
-            "CPR state": [cpr_state.VERSION, cpr_state.VERSION],
-            "host-side values": [cpr_state.VALUES_VERSION, cpr_state.VALUES_VERSION],
+            "CPR state": [state.VERSION, state.VERSION],
+            "host-side values": [state.VALUES_VERSION, state.VALUES_VERSION],
         },
         "incoming": config.incoming,
         "shape": config.shape(),
@@ -145,13 +145,20 @@ def _check_version(new: dict[str, Any], what: str, reads: list[int], version: in
         )
 
 
-def check_descriptors() -> None:
-    """See that the process can open some more files than it has open.
+def check_descriptors(fds: FdStore) -> None:
+    """See that what is to be handed over can be, and that the process can open some more files
+    than it has open.
 
     An image that takes over without could not even read its own modules any more.
 
-    :raises MigrationError: it cannot
+    :raises MigrationError: one of them cannot be
     """
+    try:
+        os.close(state.publish(fds.kept(), {}))
+    except VmStateError as error:
+        raise MigrationError(f"{error}; close what is not needed") from None
+    except OSError:
+        pass  # as below
     opened: list[int] = []
     try:
         while len(opened) < SPARE_FDS:
@@ -190,17 +197,25 @@ class Probe:
         self._answer = b""
         # What came of it, once that is known before the probe's end.
         self._problem: MigrationError | None = None
-        self._error_fd = -1
+        self._fds: list[int] = []
         self._socket: _socket.socket | None = None
+        name = f"{os.getpid()}.{time.monotonic_ns()}"
+        self._mark = f" {name}\0".encode()  # in the environment of what the probe starts
         try:
+            needs, fresh = _needs(kept)
+            self._stand_in, write_fd = os.pipe2(os.O_CLOEXEC)
+            os.close(write_fd)
+            self._fds.append(self._stand_in)
             self._error_fd = os.memfd_create("probe-stderr", os.MFD_CLOEXEC)
+            self._fds.append(self._error_fd)
             os.write(self._error_fd, probe.MARK)
             # The kernel tells who writes, in our own process ids, whatever they are over there.
             self._socket, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
             self._socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
             self._socket.setblocking(False)
-            self._task = _task(sorted(kept))
-            self._mark = f" {self._task.name}\0".encode()
+            self._socket.bind(probe.SOCKET + name.encode())
+            inode = os.fstat(self._stand_in).st_ino
+            self._task = probe.Task(needs, inode, fresh, name)
             try:
                 self._pid = self._spawn(program, argv, theirs.fileno())
             finally:
@@ -227,14 +242,13 @@ class Probe:
         # Nothing of ours is inherited: every other descriptor closes on exec.
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            stand_ins = (self._task.state_fd, *self._task.kept)
             return os.posix_spawn(
                 program,
                 argv,
                 os.environ | self._task.environment(),
                 file_actions=[
                     # They first: none of the others has one of their numbers here.
-                    *((os.POSIX_SPAWN_DUP2, self._error_fd, fd) for fd in stand_ins),
+                    *((os.POSIX_SPAWN_DUP2, self._stand_in, fd) for fd in self._task.fds),
                     (os.POSIX_SPAWN_DUP2, null, 0),
                     (os.POSIX_SPAWN_DUP2, null, 1),
                     (os.POSIX_SPAWN_DUP2, self._error_fd, 2),
@@ -326,7 +340,7 @@ class Probe:
         except (ValueError, RecursionError):
             result = None
         if isinstance(result, dict) and (exit_code == 0 or "error" in result):
-            pid = descendants.holder(self._mark, self._error_fd, self._task.kept)
+            pid = descendants.holder(self._mark, self._stand_in, self._task.fds)
             if pid is None:
                 return result
             return MigrationError(
@@ -370,23 +384,25 @@ class Probe:
             self._loop.remove(self._socket.fileno())
             self._socket.close()
             self._socket = None
-        if self._error_fd >= 0:
-            os.close(self._error_fd)
-            self._error_fd = -1
+        while self._fds:
+            os.close(self._fds.pop())
 
 
-def _task(kept: list[int]) -> probe.Task:
+def _needs(kept: Iterable[int]) -> tuple[list[int], int]:
+    """The numbers that have to reach the new image, that of the CPR state among them; and how
+    many descriptors it opens besides, being of the shape of this one."""
+    numbers = set(kept)
     try:
-        count = len(os.listdir("/proc/self/fd"))
+        # But the one that lists them, and the standard streams.
+        count = len(os.listdir("/proc/self/fd")) - 4
     except OSError:
-        count = len(kept) + SPARE_FDS
+        count = len(numbers)
     # A number beyond the limit is handed over, but cannot be given to anything new.
     limit = os.sysconf("SC_OPEN_MAX")
-    kept = [fd for fd in kept if fd < limit]
-    state_fd = next(fd for fd in range(ANSWER_FD + 1, limit) if fd not in kept)
-    # What is open and not handed over the new image opens again.
-    fresh = count - len(kept) + SPARE_FDS
-    return probe.Task(kept, state_fd, fresh, f"{os.getpid()}.{time.monotonic_ns()}")
+    state_fd = next(fd for fd in range(ANSWER_FD + 1, limit) if fd not in numbers)
+    # The two that the probe has besides are in the spare ones.
+    fresh = count - len(numbers) + SPARE_FDS - 2
+    return sorted({state_fd, *(fd for fd in numbers if ANSWER_FD < fd < limit)}), fresh
 
 
 def _explain_spawn(program: str, error: OSError) -> str:

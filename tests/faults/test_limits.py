@@ -1,8 +1,12 @@
 """Numbers of things: machines and hosts at the edge of what a table or a limit allows."""
 
 import pytest
-from faults.tools import replaced, update
+from faults.tools import TICKER, check_ticking, replaced, update
 from harness import guests, wait_until
+
+from pyvmm.cpr.fdstore import FdStore
+from pyvmm.errors import MigrationError
+from pyvmm.migration import preflight
 
 # In the new image, before it loads: which children it has, and what of them is open.
 SPY = """
@@ -28,3 +32,31 @@ def test_holder_of_many_vcpus(vm, smp):
     assert "Note" not in machine.hmp("info migrate")
     number = int(machine.expect(r"real-ticker (\w{8})")[1], 16)
     machine.expect(f"real-ticker {number + 1:08x}")
+
+
+def test_more_blocks_of_memory_than_a_state_names(vm):
+    """Found out before the guest stops, and told by what tells all that is in the way."""
+    options = ("-object", "memory-backend-memfd,id=m{},size=4K")
+    machine = vm(*(word.format(n) for n in range(255) for word in options), append=TICKER)
+    machine.expect(r"tick 2\r\n")
+    reason = "257 blocks of memory, of which a state names 256; leave out an -object"
+    assert reason in machine.hmp("info migrate")
+    assert reason in update(machine)
+    check_ticking(machine)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ([("a", n) for n in range(4097)], "a list does not end where it should"),
+        ([("a" * 256, 0)], "a name of 257 bytes"),
+        ([("ä", 0)], "malformed"),
+    ],
+    ids=["number", "length", "letters"],
+)
+def test_descriptors_that_cannot_be_handed_over(keys, why):
+    fds = FdStore()
+    for number, (name, index) in enumerate(keys):
+        fds.keep(name, 10 + number, index)
+    with pytest.raises(MigrationError, match=why):
+        preflight.check_descriptors(fds)
