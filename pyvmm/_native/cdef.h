@@ -220,16 +220,6 @@ struct kvm_sregs {
 	uint64_t cr0, cr2, cr3, cr4, cr8, efer, apic_base;
 	unsigned long long interrupt_bitmap[4];
 };
-struct kvm_msr_entry {
-	uint32_t index;
-	uint64_t data;
-	...;
-};
-struct kvm_msrs {
-	uint32_t nmsrs;
-	struct kvm_msr_entry entries[];
-	...;
-};
 struct kvm_lapic_state { char regs[1024]; };
 struct kvm_mp_state { uint32_t mp_state; };
 struct kvm_vcpu_events {

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.system import System
 
-MAX_MSRS_PER_CALL = 256  # KVM_MAX_MSR_ENTRIES
+MAX_MSRS_PER_CALL = 255  # KVM refuses MAX_IO_MSRS, which is 256
 
 
 class Vcpu:
@@ -28,6 +28,8 @@ class Vcpu:
 
     :param fd: from KVM_CREATE_VCPU, owned from now on
     :param index: its number and APIC id
+    :ivar listed_msrs: what KVM lists as a vCPU's state
+    :ivar state_msrs: what was found to be the state of this one; empty until somebody looked
     """
 
     def __init__(self, fd: int, index: int, system: System) -> None:
@@ -41,7 +43,8 @@ class Vcpu:
         self._exits = exits.Decoder(self._base, self._size)
         self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
         self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
-        self._msr_indices = system.get_msr_index_list()
+        self.listed_msrs = system.msr_indices
+        self.state_msrs: list[int] = []
 
     def run(self) -> exits.Exit:
         """KVM_RUN: enter the guest until something wants attention. Never retried here.
@@ -140,14 +143,15 @@ class Vcpu:
 
         :param indices: which; by default all that KVM lists as vCPU state
         """
-        wanted = list(self._msr_indices if indices is None else indices)
+        wanted = list(self.listed_msrs if indices is None else indices)
         values: dict[int, int] = {}
         while wanted:
             chunk = wanted[:MAX_MSRS_PER_CALL]
-            msrs = _msr_buffer([(index, 0) for index in chunk])
+            buffer = _msr_buffer([(index, 0) for index in chunk])
             # The result is how many were read before the first that could not be.
-            done = ioctl(self.fd, "KVM_GET_MSRS", msrs)
-            values.update((msrs.entries[i].index, msrs.entries[i].data) for i in range(done))
+            done = ioctl(self.fd, "KVM_GET_MSRS", buffer)
+            words = ffi.unpack(buffer, 1 + 2 * done)
+            values.update(zip(words[1::2], words[2::2], strict=True))
             wanted = wanted[done:] if done == len(chunk) else wanted[done + 1 :]
         return values
 
@@ -232,12 +236,9 @@ class Vcpu:
 
 
 def _msr_buffer(values: list[tuple[int, int]]) -> Any:
-    msrs = ffi.new("struct kvm_msrs *", {"entries": len(values)})
-    msrs.nmsrs = len(values)
-    for entry, (index, data) in zip(msrs.entries, values, strict=True):
-        entry.index = index
-        entry.data = data
-    return msrs
+    # struct kvm_msrs and its entries as words of 64 bits: the number of entries, then of each
+    # the index, whose upper half is reserved, and the value.
+    return ffi.new("uint64_t[]", [len(values), *(word for pair in values for word in pair)])
 
 
 def _tsc_offset_attr(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyvmm.errors import HostError
 from pyvmm.vmstate.section import Section
-from pyvmm.x86 import cpuid, irqchip, layout, vcpu_state
+from pyvmm.x86 import cpuid, irqchip, layout, msrs, vcpu_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import System
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.guest import GuestMemory
-
-
-MTRR_ENABLE = 1 << 11
-MTRR_WRITE_BACK = 6
 
 
 class Platform:
@@ -71,8 +67,7 @@ class Platform:
         for vcpu in self.vcpus:
             cpuid.set_identity(offered, vcpu.index, topology)
             vcpu.set_cpuid2(offered)
-            # What firmware leaves: memory is cacheable wherever no range says otherwise.
-            vcpu.set_msrs({vcpu_state.MSR_MTRR_DEF_TYPE: MTRR_ENABLE | MTRR_WRITE_BACK})
+            vcpu.set_msrs(msrs.at_power_on(vcpu))
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.

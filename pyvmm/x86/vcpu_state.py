@@ -22,6 +22,7 @@ from pyvmm.vmstate.fields import (
     u32,
     u64,
 )
+from pyvmm.x86 import msrs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,15 +30,6 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.vcpu import Vcpu
 
-MSR_TSC = 0x10
-MSR_TSC_DEADLINE = 0x6E0
-MSR_MTRR_DEF_TYPE = 0x2FF
-#: What KVM keeps for a vCPU without listing it everywhere (SDM volume 4, table 2-2): default
-#: type, variable and fixed MTRRs; MCi_CTL of all banks there may be.
-UNLISTED_MSRS = (
-    *(MSR_MTRR_DEF_TYPE, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270)),
-    *range(0x400, 0x480, 4),
-)
 MAX_MSRS = 4096
 MAX_XSAVE = 1 << 20
 MAX_CPUID = 256
@@ -132,13 +124,12 @@ def read(vcpu: Vcpu) -> Record:
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    # Most of the unlisted ones are 0, as they are in a new vCPU but for the default type.
-    unlisted = {
-        i: data
-        for i, data in vcpu.get_msrs(UNLISTED_MSRS).items()
-        if data or i == MSR_MTRR_DEF_TYPE
-    }
-    state.msrs = [Record(index=i, data=data) for i, data in (vcpu.get_msrs() | unlisted).items()]
+    wanted = vcpu.state_msrs or msrs.carried(vcpu.listed_msrs)
+    state.msrs = [
+        Record(index=i, data=data)
+        for i, data in vcpu.get_msrs(wanted).items()
+        if data or i not in msrs.SPARSE or i == msrs.MTRR_DEF_TYPE
+    ]
     state.nmsrs = len(state.msrs)
     # Last of the registers: the calls above may move an event from one place to another.
     state.events = vcpu.get_vcpu_events()
@@ -152,13 +143,15 @@ def read(vcpu: Vcpu) -> Record:
 
 
 def power_on(vcpu: Vcpu) -> Record:
-    """What a reset gives back to ``vcpu``, which has not run yet: all but CPUID, which cannot
-    change any more, and the TSC, which goes on."""
+    """What a reset gives back to ``vcpu``, which has not run yet: all but CPUID and a register
+    that is a part of it, which cannot change any more, and the TSC, which goes on."""
+    # The next time those that cannot be read are not tried again.
+    vcpu.state_msrs = list(vcpu.get_msrs(msrs.carried(vcpu.listed_msrs)))
     state = read(vcpu)
     state.cpuid = []
     state.nent = 0
     state.has_tsc_offset = False
-    state.msrs = [msr for msr in state.msrs if msr.index != MSR_TSC]
+    state.msrs = [msr for msr in state.msrs if msr.index not in (msrs.TSC, msrs.DE_CFG)]
     state.nmsrs = len(state.msrs)
     return state
 
@@ -168,7 +161,8 @@ def reset(vcpu: Vcpu, state: Any) -> None:
 
     :raises MigrationError: naming the vCPU and what KVM refuses
     """
-    vcpu.set_msrs(dict.fromkeys(vcpu.get_msrs(UNLISTED_MSRS), 0))
+    # For an address of 0 KVM writes no time.
+    vcpu.set_msrs(dict.fromkeys((*vcpu.get_msrs(msrs.UNLISTED), *msrs.WALL_CLOCK), 0))
     write(vcpu, state)
 
 
@@ -213,23 +207,24 @@ def _write(vcpu: Vcpu, state: Any) -> None:
 
 
 def _write_msrs(vcpu: Vcpu, state: Any) -> None:
-    values = {msr.index: msr.data for msr in state.msrs}
+    # Older images saved more than that.
+    values = {msr.index: msr.data for msr in state.msrs if msrs.is_carried(msr.index)}
     # KVM drops a deadline in silence unless the LAPIC is in deadline mode already, and
     # compares it with the TSC: both come first.
-    deadline = values.pop(MSR_TSC_DEADLINE, 0)
+    deadline = values.pop(msrs.TSC_DEADLINE, 0)
     if state.has_tsc_offset:
         # The offset is exact; writing the TSC itself would stop it for the update's length
         # and have KVM guess whether the CPUs' TSCs were meant to be equal.
-        values.pop(MSR_TSC, None)
+        values.pop(msrs.TSC, None)
         vcpu.set_tsc_offset(state.tsc_offset)
     refused = vcpu.set_msrs(values)
     if deadline:
-        vcpu.set_msrs({MSR_TSC_DEADLINE: deadline})
+        vcpu.set_msrs({msrs.TSC_DEADLINE: deadline})
     if refused:
         # Some MSRs are read-only: they are as they should be or the state is impossible here.
         present = vcpu.get_msrs(refused)
         for index in refused:
-            if present.get(index) != values[index]:
+            if present.get(index) != values[index] and index not in msrs.LAST_BRANCHES:
                 raise MigrationError(
                     f"vCPU {vcpu.index}: KVM refuses MSR {index:#x} = {values[index]:#x}"
                 )
