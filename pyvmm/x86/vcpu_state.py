@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import KvmError, MigrationError
+from pyvmm.kvm.vcpu import REG_GUEST_SSP
 from pyvmm.vmstate.fields import (
     Array,
     Buffer,
@@ -23,12 +24,15 @@ from pyvmm.vmstate.fields import (
     u64,
 )
 from pyvmm.x86 import msrs
+from pyvmm.x86.cpu_limits import SHSTK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.kvm.vcpu import Vcpu
+
+CR0_PG, CR4_PAE, EFER_LMA = 1 << 31, 1 << 5, 1 << 10
 
 MAX_MSRS = 4096
 MAX_XSAVE = 1 << 20
@@ -108,6 +112,18 @@ VCPU = Description(
         u32("nent"),
         StructArray("cpuid", _CPUID, "nent", MAX_CPUID),
     ],
+    subsections=[
+        # The four that PAE paging without long mode reads when CR3 is loaded, and not again.
+        Description(
+            "kvm-vcpu/pdptrs",
+            [Array("pdptrs", "uint64", 4)],
+            needed=lambda state: hasattr(state, "pdptrs"),
+        ),
+        # The shadow stack pointer, of the privilege level that the vCPU is in.
+        Description(
+            "kvm-vcpu/ssp", [u64("ssp")], needed=lambda state: bool(getattr(state, "ssp", 0))
+        ),
+    ],
     check=_check,
 )
 
@@ -118,7 +134,11 @@ def read(vcpu: Vcpu) -> Record:
     # First: reading it delivers a pending INIT or SIPI, which changes CS, RIP and the LAPIC.
     state.mp_state = vcpu.get_mp_state()
     state.regs = vcpu.get_regs()
-    state.sregs = vcpu.get_sregs()
+    state.sregs = sregs = vcpu.get_sregs()
+    if sregs.cr0 & CR0_PG and sregs.cr4 & CR4_PAE and not sregs.efer & EFER_LMA:
+        pdptrs = vcpu.get_pdptrs()
+        if pdptrs is not None:
+            state.pdptrs = pdptrs
     state.xsave = vcpu.get_xsave()
     state.xsave_size = len(state.xsave)
     state.xcrs = vcpu.get_xcrs()
@@ -132,13 +152,19 @@ def read(vcpu: Vcpu) -> Record:
     ]
     state.nmsrs = len(state.msrs)
     # Last of the registers: the calls above may move an event from one place to another.
-    state.events = vcpu.get_vcpu_events()
+    state.events = events = vcpu.get_vcpu_events()
+    # What the flags say follows from the fields, and images that know less refuse them; these
+    # take an exception that waits for one that is being delivered.
+    events.flags &= ~vcpu.event_flags
+    events.exception.injected |= events.exception.pending
     state.tsc_khz = vcpu.get_tsc_khz()
     offset = vcpu.get_tsc_offset()
     state.has_tsc_offset = offset is not None
     state.tsc_offset = offset or 0
     state.cpuid = _cpuid_entries(vcpu)
     state.nent = len(state.cpuid)
+    if _has_shadow_stack(state.cpuid):
+        state.ssp = vcpu.get_one_reg(REG_GUEST_SSP)
     return state
 
 
@@ -187,18 +213,23 @@ def _write(vcpu: Vcpu, state: Any) -> None:
     vcpu.set_regs(_struct("struct kvm_regs *", state.regs))
     # Before the LAPIC: APIC_BASE selects xAPIC or x2APIC.
     sregs = _struct("struct kvm_sregs *", state.sregs)
-    vcpu.set_sregs(sregs)
+    if hasattr(state, "pdptrs"):
+        vcpu.set_sregs_and_pdptrs(sregs, state.pdptrs)
+    else:
+        vcpu.set_sregs(sregs)
     vcpu.set_xcrs(_struct("struct kvm_xcrs *", state.xcrs))
     # After XCR0, which says what may be in it.
     vcpu.set_xsave(state.xsave)
     vcpu.set_debugregs(_struct("struct kvm_debugregs *", state.debugregs))
     vcpu.set_lapic(state.lapic)
     _write_msrs(vcpu, state)
+    if hasattr(state, "ssp"):
+        vcpu.set_one_reg(REG_GUEST_SSP, state.ssp)
     # After SREGS, which makes a CPU in its reset state runnable. After REGS, which drops
     # pending exceptions. Events are the last word on the interrupt being injected.
     vcpu.set_mp_state(state.mp_state)
     events = _struct("struct kvm_vcpu_events *", state.events)
-    events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING
+    events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING | vcpu.event_flags
     if state.mp_state == lib.KVM_MP_STATE_SIPI_RECEIVED:
         events.flags |= lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
     else:
@@ -250,6 +281,10 @@ def _cpuid_entries(vcpu: Vcpu) -> list[Record]:
         Record(**{field.name: getattr(entry, field.name) for field in _CPUID.fields})
         for entry in (cpuid.entries[i] for i in range(cpuid.nent))
     ]
+
+
+def _has_shadow_stack(entries: list[Record]) -> bool:
+    return any(entry.ecx & SHSTK for entry in entries if entry.function == 7 and entry.index == 0)
 
 
 # Bits of (leaf, register) that KVM itself changes while the guest runs: they follow CR4 and

@@ -1,5 +1,6 @@
 """State of the CPUs that an update could harm, or harm the guest with."""
 
+import pytest
 from harness import guests
 
 
@@ -19,4 +20,20 @@ def test_pages_that_kvm_does_not_own_any_more(vm):
             machine.hmp(way)
             machine.expect("real-pv 00000001")
     machine.expect("real-pv 0000000")
+    assert b"FAIL" not in machine.serial
+
+
+def test_what_pae_paging_has_read(vm):
+    """The page-directory-pointer registers, which memory does not agree with any more."""
+    machine = vm("-kernel", guests.image("real-pae.bin"))
+    if machine.expect("real-pae (00000001|has no paging)")[1] != b"00000001":
+        pytest.skip("this KVM has no paging outside of long mode")
+    number = 0
+    for _ in range(3):
+        machine.update()
+        machine.seen = len(machine.serial)
+        found = int(machine.expect(r"real-pae ([0-9a-f]{8})")[1], 16)
+        assert found > number
+        number = found
+    assert machine.serial.count(b"real-pae 00000001\r\n") == 1
     assert b"FAIL" not in machine.serial
