@@ -223,6 +223,10 @@ class Vcpu:
         """KVM_GET_TSC_KHZ."""
         return ioctl_value(self.fd, "KVM_GET_TSC_KHZ")
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ; before the TSC is set."""
+        ioctl_value(self.fd, "KVM_SET_TSC_KHZ", khz)
+
     def get_tsc_offset(self) -> int | None:
         """The KVM_VCPU_TSC_OFFSET attribute: guest TSC minus host TSC, modulo 2^64.
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.vcpu import Vcpu
 
+#: One part in so many may two frequencies of a TSC differ, and still be the same: KVM's own limit.
+TSC_TOLERANCE = 4000
+
 CR0_PG, CR4_PAE, EFER_LMA = 1 << 31, 1 << 5, 1 << 10
 
 MAX_MSRS = 4096
@@ -235,6 +238,43 @@ def _write(vcpu: Vcpu, state: Any) -> None:
     else:
         events.flags &= ~lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
     vcpu.set_vcpu_events(events)
+
+
+def set_tsc_frequency(vcpu: Vcpu, state: Record, can_scale: bool) -> None:
+    """Give a vCPU the TSC frequency that a state of another host, or another boot of this one,
+    tells. A small difference is of the measurement that each boot makes.
+
+    :param can_scale: whether the host can scale TSCs
+    :raises MigrationError: it cannot, and the frequencies differ
+    """
+    own = vcpu.get_tsc_khz()
+    if abs(state.tsc_khz - own) * TSC_TOLERANCE <= own or not state.tsc_khz:
+        return
+    try:
+        if not can_scale:
+            raise MigrationError("it cannot be scaled here")
+        vcpu.set_tsc_khz(state.tsc_khz)
+    except (KvmError, MigrationError) as error:
+        raise MigrationError(
+            f"vCPU {vcpu.index}: its TSC counts {state.tsc_khz} kHz, this host's {own} kHz: {error}"
+        ) from None
+
+
+def move_tsc_offsets(vcpu: Vcpu, states: list[Record]) -> None:
+    """Change the offsets in all vCPUs' states so that their TSCs go on from now: those that the
+    states tell are from the TSC of a host that has been started again.
+
+    :param vcpu: the first one, of which the first state is
+    """
+    now, offset = vcpu.get_msrs((msrs.TSC,)).get(msrs.TSC), vcpu.get_tsc_offset()
+    first = states[0]
+    then = next((msr.data for msr in first.msrs if msr.index == msrs.TSC), None)
+    if now is None or then is None or offset is None or not first.has_tsc_offset:
+        return  # TSCs are given as values
+    # By how much the host's TSC, scaled, is behind what it was.
+    moved = (then - first.tsc_offset) - (now - offset)
+    for state in states:
+        state.tsc_offset = (state.tsc_offset + moved) % (1 << 64)
 
 
 def _write_msrs(vcpu: Vcpu, state: Any) -> None:
