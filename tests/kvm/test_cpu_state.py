@@ -1,5 +1,8 @@
 """What a vCPU's state has in it, and what giving it to another vCPU does besides."""
 
+import re
+from pathlib import Path
+
 import pytest
 from harness.kvm_machine import RAM, Machine
 
@@ -12,6 +15,7 @@ from pyvmm.vmstate.fields import Cursor, Record
 from pyvmm.x86 import msrs, vcpu_state
 from pyvmm.x86.cpu_limits import SHSTK
 
+ROOT = Path(__file__).parents[2]
 CODE = 0x1000
 PATTERN = b"\x5a" * RAM
 #: KVM's registers that hold the address of guest memory, and a page for each.
@@ -327,3 +331,14 @@ def test_ordinary_machine_has_no_subsections(machine):
     _, data = through_a_stream(vcpu_state.read(machine.vcpu))
     assert b"kvm-vcpu/" not in data
     assert ffi.sizeof("struct kvm_sregs2") > ffi.sizeof("struct kvm_sregs")
+
+
+def test_somebody_has_looked_at_every_register_that_kvm_lists(machine):
+    """A KVM that lists more than docs/cpu-state.md knows: what does it do when it is written?"""
+    rows = (ROOT / "docs" / "cpu-state.md").read_text().partition("## Model-specific")[2]
+    known = set()
+    for numbers in re.findall(r"^\|[^|]*\| (0x[0-9a-fx, -]+) \|", rows, re.MULTILINE):
+        for part in numbers.split(","):
+            first, _, last = part.strip().partition("-")
+            known.update(range(int(first, 16), int(last or first, 16) + 1))
+    assert {hex(index) for index in set(machine.vcpu.listed_msrs) - known} == set()
