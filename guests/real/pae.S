@@ -29,6 +29,11 @@ protected:
     movl $0x8e000008, IDT + 13 * 8 + 2
     shrl $16, %eax
     movw %ax, IDT + 13 * 8 + 6
+    movl $anew, %eax                /* exception 14: AMD's CPUs read them when they need them */
+    movw %ax, IDT + 14 * 8
+    movl $0x8e000008, IDT + 14 * 8 + 2
+    shrl $16, %eax
+    movw %ax, IDT + 14 * 8 + 6
     lidt idtr
     movl $PDPT, %edi
     xorl %eax, %eax
@@ -48,15 +53,17 @@ protected:
     orl $0x80000000, %eax
     movl %eax, %cr0
     jmp 1f
-1:  lidt noidt                      /* from here on any exception is the end */
+1:  movl $0, PDPT + 16
+    invlpg 0x802ffffc
     cmpl $VALUE, 0x802ffffc
     jne wrong
-    movl $0, PDPT + 16
+    lidt noidt                      /* from here on any exception is the end */
     xorl %ebp, %ebp
 loop32:
     incl %ebp
     movl $256, %ebx
-1:  cmpl $VALUE, 0x802ffffc
+1:  invlpg 0x802ffffc
+    cmpl $VALUE, 0x802ffffc
     jne wrong
     inb $0x80, %al
     decl %ebx
@@ -78,9 +85,12 @@ loop32:
     call puts32
     jmp loop32
 
+anew:
+    movl $reads, %esi
+    jmp 1f
 without:
     movl $none, %esi
-    call puts32
+1:  call puts32
 1:  hlt
     jmp 1b
 
@@ -127,7 +137,7 @@ gdtr:
     .word . - gdt - 1
     .long gdt
 idtr:
-    .word 14 * 8 - 1
+    .word 15 * 8 - 1
     .long IDT
 noidt:
     .word 0
@@ -136,5 +146,7 @@ prefix:
     .asciz "real-pae "
 none:
     .asciz "real-pae has no paging outside of long mode\r\n"
+reads:
+    .asciz "real-pae has a processor that reads memory again\r\n"
 bad:
     .asciz "real-pae FAIL the third gigabyte is another\r\n"

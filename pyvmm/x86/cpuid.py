@@ -98,13 +98,13 @@ def host_cpuid(
     cpuid = system.get_supported_cpuid()
     # The in-kernel LAPIC has the deadline timer, but KVM leaves it to the caller to say so.
     deadline = bool(system.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
-    for entry in _entries(cpuid):
-        if entry.function == FEATURES:
-            entry.ecx |= ECX_HYPERVISOR | (ECX_TSC_DEADLINE if deadline else 0)
-        elif entry.function == KVM_BASE and tsc_khz:
-            entry.eax = KVM_TIMING  # the last leaf
-    unwanted = cpu_limits.limit(_by_leaf(cpuid), system)
-    _remove(cpuid, lambda entry: (entry.function, entry.index) in unwanted)
+    entries = _by_leaf(cpuid)
+    entries[FEATURES, 0].ecx |= ECX_HYPERVISOR | (ECX_TSC_DEADLINE if deadline else 0)
+    if tsc_khz and (KVM_BASE, 0) in entries:
+        entries[KVM_BASE, 0].eax = KVM_TIMING  # the last leaf
+    unwanted = cpu_limits.limit(entries, system)
+    if unwanted:
+        _remove(cpuid, lambda entry: (entry.function, entry.index) in unwanted)
     if tsc_khz:
         _append(cpuid, KVM_TIMING, eax=tsc_khz, ebx=_APIC_BUS_KHZ)
     if changes:
