@@ -98,12 +98,12 @@ class BuildPackage(build_py):
 
 
 class SourceArchive(sdist):
-    """``sdist`` with the sources of extension, guests, firmware and tests, without products."""
+    """``sdist`` with sources of extension, guests, firmware, tests and docs, without products."""
 
     def make_distribution(self) -> None:
         """Complete the file list and write the archive."""
         files = self.filelist
-        for folder in ("guests", "firmware", "tests"):
+        for folder in ("docs", "guests", "firmware", "tests"):
             files.graft(folder)
         for pattern in ("pyvmm/_native/cdef*.h", "pyvmm/_native/shim.c", "Makefile", "*.md"):
             files.include(pattern)

@@ -83,6 +83,12 @@ SAME_OFFSET(pyvmm_run, exit.system_event.type, kvm_run, system_event.type);
 SAME_OFFSET(pyvmm_run, exit.fail_entry.hardware_entry_failure_reason, kvm_run,
 	    fail_entry.hardware_entry_failure_reason);
 
+_Static_assert(offsetof(struct kvm_sregs2, flags) == offsetof(struct kvm_sregs, interrupt_bitmap),
+	       "kvm_sregs2 begins as kvm_sregs does");
+_Static_assert(sizeof(struct kvm_msrs) == 8 && sizeof(struct kvm_msr_entry) == 16 &&
+		       offsetof(struct kvm_msr_entry, data) == 8,
+	       "kvm_msrs as words of 64 bits");
+
 /* The result, or the negative error number. */
 static int pyvmm_ioctl(int fd, unsigned long request, void *argument)
 {

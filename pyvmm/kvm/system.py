@@ -46,6 +46,7 @@ class System:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._msr_indices: list[int] | None = None
 
     @classmethod
     def open(cls, path: str = "/dev/kvm") -> System:
@@ -111,6 +112,13 @@ class System:
         found.nmsrs = count.nmsrs
         ioctl(self.fd, "KVM_GET_MSR_INDEX_LIST", found)
         return [found.indices[i] for i in range(found.nmsrs)]
+
+    @property
+    def msr_indices(self) -> list[int]:
+        """:meth:`get_msr_index_list`, asked for once."""
+        if self._msr_indices is None:
+            self._msr_indices = self.get_msr_index_list()
+        return self._msr_indices
 
     def create_vm(self) -> Vm:
         """KVM_CREATE_VM: a VM without memory or CPUs, tied to this address space."""

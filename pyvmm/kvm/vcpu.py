@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.system import System
 
-MAX_MSRS_PER_CALL = 256  # KVM_MAX_MSR_ENTRIES
+#: KVM_X86_REG_KVM(KVM_REG_GUEST_SSP): the shadow stack pointer (Linux 6.18).
+REG_GUEST_SSP = 0x2030_0003_0000_0000
+
+MAX_MSRS_PER_CALL = 255  # KVM refuses MAX_IO_MSRS, which is 256
 
 
 class Vcpu:
@@ -28,11 +31,15 @@ class Vcpu:
 
     :param fd: from KVM_CREATE_VCPU, owned from now on
     :param index: its number and APIC id
+    :param event_flags: of its events what the VM tells and takes besides
+    :ivar listed_msrs: what KVM lists as a vCPU's state
+    :ivar state_msrs: what was found to be the state of this one; empty until somebody looked
     """
 
-    def __init__(self, fd: int, index: int, system: System) -> None:
+    def __init__(self, fd: int, index: int, system: System, event_flags: int = 0) -> None:
         self.fd = fd
         self.index = index
+        self.event_flags = event_flags
         self._size = system.get_vcpu_mmap_size()
         self._base = ffi.cast("char *", lib.pyvmm_map(fd, self._size))
         if self._base == ffi.NULL:
@@ -41,7 +48,8 @@ class Vcpu:
         self._exits = exits.Decoder(self._base, self._size)
         self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
         self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
-        self._msr_indices = system.get_msr_index_list()
+        self.listed_msrs = system.msr_indices
+        self.state_msrs: list[int] = []
 
     def run(self) -> exits.Exit:
         """KVM_RUN: enter the guest until something wants attention. Never retried here.
@@ -75,6 +83,39 @@ class Vcpu:
     def set_sregs(self, sregs: Any) -> None:
         """KVM_SET_SREGS; carries APIC_BASE, which selects xAPIC or x2APIC."""
         ioctl(self.fd, "KVM_SET_SREGS", sregs)
+
+    def get_pdptrs(self) -> list[int] | None:
+        """Of KVM_GET_SREGS2 what KVM_GET_SREGS lacks: the page-directory-pointer registers, None
+        unless PAE paging is on (or the host's Linux is older than 5.14)."""
+        sregs = ffi.new("struct kvm_sregs2 *")
+        try:
+            ioctl(self.fd, "KVM_GET_SREGS2", sregs)
+        except KvmError:
+            return None
+        return list(sregs.pdptrs) if sregs.flags & lib.KVM_SREGS2_FLAGS_PDPTRS_VALID else None
+
+    def set_sregs_and_pdptrs(self, sregs: Any, pdptrs: list[int]) -> None:
+        """KVM_SET_SREGS2. KVM_SET_SREGS reads these four from memory, where by now may be others
+        than the CPU has read."""
+        both = ffi.new("struct kvm_sregs2 *")
+        ffi.memmove(both, sregs, ffi.offsetof("struct kvm_sregs2", "flags"))
+        both.flags = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
+        both.pdptrs = pdptrs
+        ioctl(self.fd, "KVM_SET_SREGS2", both)
+
+    def get_one_reg(self, id: int) -> int:
+        """KVM_GET_ONE_REG: a register of 64 bits.
+
+        :raises KvmError: EINVAL if the vCPU has no such register
+        """
+        value = ffi.new("uint64_t *")
+        ioctl(self.fd, "KVM_GET_ONE_REG", _one_reg(id, value), f"register {id:#x}")
+        return int(value[0])
+
+    def set_one_reg(self, id: int, value: int) -> None:
+        """KVM_SET_ONE_REG."""
+        new = ffi.new("uint64_t *", value)
+        ioctl(self.fd, "KVM_SET_ONE_REG", _one_reg(id, new), f"register {id:#x}")
 
     def get_debugregs(self) -> Any:
         """KVM_GET_DEBUGREGS."""
@@ -140,14 +181,15 @@ class Vcpu:
 
         :param indices: which; by default all that KVM lists as vCPU state
         """
-        wanted = list(self._msr_indices if indices is None else indices)
+        wanted = list(self.listed_msrs if indices is None else indices)
         values: dict[int, int] = {}
         while wanted:
             chunk = wanted[:MAX_MSRS_PER_CALL]
-            msrs = _msr_buffer([(index, 0) for index in chunk])
+            buffer = _msr_buffer([(index, 0) for index in chunk])
             # The result is how many were read before the first that could not be.
-            done = ioctl(self.fd, "KVM_GET_MSRS", msrs)
-            values.update((msrs.entries[i].index, msrs.entries[i].data) for i in range(done))
+            done = ioctl(self.fd, "KVM_GET_MSRS", buffer)
+            words = ffi.unpack(buffer, 1 + 2 * done)
+            values.update(zip(words[1::2], words[2::2], strict=True))
             wanted = wanted[done:] if done == len(chunk) else wanted[done + 1 :]
         return values
 
@@ -180,6 +222,10 @@ class Vcpu:
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
         return ioctl_value(self.fd, "KVM_GET_TSC_KHZ")
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ; before the TSC is set."""
+        ioctl_value(self.fd, "KVM_SET_TSC_KHZ", khz)
 
     def get_tsc_offset(self) -> int | None:
         """The KVM_VCPU_TSC_OFFSET attribute: guest TSC minus host TSC, modulo 2^64.
@@ -232,12 +278,14 @@ class Vcpu:
 
 
 def _msr_buffer(values: list[tuple[int, int]]) -> Any:
-    msrs = ffi.new("struct kvm_msrs *", {"entries": len(values)})
-    msrs.nmsrs = len(values)
-    for entry, (index, data) in zip(msrs.entries, values, strict=True):
-        entry.index = index
-        entry.data = data
-    return msrs
+    # struct kvm_msrs and its entries as words of 64 bits: the number of entries, then of each
+    # the index, whose upper half is reserved, and the value.
+    return ffi.new("uint64_t[]", [len(values), *(word for pair in values for word in pair)])
+
+
+def _one_reg(id: int, value: Any) -> Any:
+    # The caller keeps the value alive.
+    return ffi.new("struct kvm_one_reg *", [id, int(ffi.cast("uintptr_t", value))])
 
 
 def _tsc_offset_attr(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from pyvmm._native import ffi, ioctl, ioctl_value, lib
+from pyvmm.errors import KvmError
 from pyvmm.kvm.vcpu import Vcpu
 
 TYPE_CHECKING = False
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.system import System
 
+#: Without these KVM says of an exception that waits that it is being delivered, and nothing of a
+#: triple fault that waits.
+EVENTS = {
+    "KVM_CAP_EXCEPTION_PAYLOAD": "KVM_VCPUEVENT_VALID_PAYLOAD",
+    "KVM_CAP_X86_TRIPLE_FAULT_EVENT": "KVM_VCPUEVENT_VALID_TRIPLE_FAULT",
+}
 IRQCHIPS = ("KVM_IRQCHIP_PIC_MASTER", "KVM_IRQCHIP_PIC_SLAVE", "KVM_IRQCHIP_IOAPIC")
 
 
@@ -34,6 +41,22 @@ class Vm:
         self.system = system
         # KVM holds the address of each slot's memory: the views keep it mapped.
         self._memory: dict[int, Any] = {}
+        #: Of a vCPU's events what KVM tells and takes besides, as flags of kvm_vcpu_events.
+        self.event_flags = 0
+        for capability, flag in EVENTS.items():
+            if self.enable_cap(capability):
+                self.event_flags |= getattr(lib, flag)
+
+    def enable_cap(self, name: str) -> bool:
+        """KVM_ENABLE_CAP: whether this host has the capability, which now is on."""
+        request = ffi.new("struct kvm_enable_cap *")
+        request.cap = getattr(lib, name)
+        request.args[0] = 1
+        try:
+            ioctl(self.fd, "KVM_ENABLE_CAP", request, name)
+        except KvmError:
+            return False
+        return True
 
     def set_user_memory_region(
         self, slot: int, gpa: int, memory: Any, *, read_only: bool = False
@@ -74,7 +97,7 @@ class Vm:
     def create_vcpu(self, index: int) -> Vcpu:
         """KVM_CREATE_VCPU: the vCPU with APIC id ``index``; 0 is the bootstrap processor."""
         fd = ioctl_value(self.fd, "KVM_CREATE_VCPU", index, f"vCPU {index}")
-        return Vcpu(fd, index, self.system)
+        return Vcpu(fd, index, self.system, self.event_flags)
 
     def irq_line(self, gsi: int, level: bool) -> None:
         """KVM_IRQ_LINE: drive an input of PIC and IOAPIC."""

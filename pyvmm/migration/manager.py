@@ -264,6 +264,8 @@ class Migration:
             for passenger in self.passengers.values():
                 undo.append(passenger.restart)
                 passenger.quiesce()
+            # A file may be loaded when the host has been started again.
+            boot_id = () if isinstance(target, MemoryTarget) else (savevm.read_boot_id(),)
             progress.mark("stop")
             undo.append(lambda: self._restart_guest(before))
             self._stop_guest(before)
@@ -274,7 +276,7 @@ class Migration:
             self._set_status("device")
             progress.mark("save")
             undo.append(lambda: target.discard(fds))
-            state = savevm.save(machine, before)
+            state = savevm.save(machine, before, *boot_id)
             target.write(state, fds)
             if not isinstance(target, MemoryTarget):
                 # The way back does not depend on a file that others can reach.
@@ -435,6 +437,8 @@ class Migration:
         self._set_status("setup")
         self._set_status("active")
         loaded = savevm.read(machine, source.read(machine.fds))
+        if not machine.fds.is_incoming:
+            savevm.settle_clocks(machine, loaded)
         state = savevm.apply(machine, loaded)
         progress.mark("resume")
         if state == runstate.RUNNING and not machine.autostart:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.core import runstate
 from pyvmm.errors import VmStateError
 from pyvmm.machine.config import MACHINE_TYPE
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
 
 _STATE_SIZE = 32
+BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
+_NO_BOOT_ID = bytes(16)
 
 
 def _check_globalstate(state: Record) -> None:
@@ -29,21 +33,25 @@ GLOBALSTATE = Description(
         Buffer("runstate", _STATE_SIZE),
         u8("has_vm_was_suspended"),
         u8("vm_was_suspended"),
-        Buffer("unused", 66),
+        # Which boot of which host's kernel wrote it; zeros if it will never see another. QEMU and
+        # older images leave these bytes unused, too, and write zeros.
+        Buffer("boot_id", len(_NO_BOOT_ID)),
+        Buffer("unused", 50),
     ],
     check=_check_globalstate,
 )
 
 
-def save(machine: Machine, state: str) -> bytes:
+def save(machine: Machine, state: str, boot_id: bytes = _NO_BOOT_ID) -> bytes:
     """The stream of a stopped machine.
 
     :param state: the run state that the guest shall be in after a load
+    :param boot_id: :func:`read_boot_id`, if it may be loaded after the host was started again
     """
     writer = stream.Writer(MACHINE_TYPE, blocks(machine))
     for section in machine.sections_to_save():
         writer.add(section)
-    writer.add(_globalstate(state))
+    writer.add(_globalstate(state, boot_id))
     return writer.finish()
 
 
@@ -66,6 +74,37 @@ def read(machine: Machine, data: bytes) -> stream.Loaded:
             "ram", f"{len(loaded.blocks)} blocks, the machine has {len(machine.backends)}"
         )
     return loaded
+
+
+def read_boot_id() -> bytes:
+    """The 16 bytes that tell this boot of the kernel from all others; zeros if it does not say."""
+    try:
+        fd = os.open(BOOT_ID_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return bytes.fromhex(os.read(fd, 64).decode("ascii").replace("-", ""))[:16].ljust(
+                16, b"\0"
+            )
+        finally:
+            os.close(fd)
+    except (OSError, ValueError):
+        return _NO_BOOT_ID
+
+
+def settle_clocks(machine: Machine, loaded: stream.Loaded) -> None:
+    """If the state was written before the host was started, or on another host, see to it that
+    the guest's clocks go on from what they showed: the host's, by which they were written down,
+    began anew.
+
+    :raises MigrationError: its TSC cannot be had here
+    """
+    written = bytes(loaded.records[(GLOBALSTATE.name, 0)].boot_id)
+    here = read_boot_id()
+    if _NO_BOOT_ID in (written, here):
+        is_another = machine.platform.is_ahead(loaded.records)
+    else:
+        is_another = written != here
+    if is_another:
+        machine.platform.forget_host_clocks(loaded.records)
 
 
 def apply(machine: Machine, loaded: stream.Loaded) -> str:
@@ -94,12 +133,13 @@ def _descriptions(machine: Machine) -> dict[tuple[str, int], Description]:
     return known | {(GLOBALSTATE.name, 0): GLOBALSTATE}
 
 
-def _globalstate(state: str) -> Section:
+def _globalstate(state: str, boot_id: bytes) -> Section:
     record = Record(
         size=len(state) + 1,
         runstate=state.encode().ljust(_STATE_SIZE, b"\0"),
         has_vm_was_suspended=0,
         vm_was_suspended=0,
-        unused=bytes(66),
+        boot_id=boot_id,
+        unused=bytes(50),
     )
     return Section(GLOBALSTATE.name, 0, GLOBALSTATE, lambda: record, lambda _: None)

@@ -23,11 +23,11 @@ WORDS = {
     (0x7, 0, "ebx"): "fsgsbase tsc-adjust sgx bmi1 hle avx2 fdp-excptn-only smep bmi2 erms invpcid"
     " rtm - zero-fcs-fds mpx - avx512f avx512dq rdseed adx smap avx512ifma pcommit clflushopt clwb"
     " intel-pt avx512pf avx512er avx512cd sha-ni avx512bw avx512vl",
-    (0x7, 0, "ecx"): "- avx512vbmi umip pku - waitpkg avx512vbmi2 - gfni vaes vpclmulqdq"
+    (0x7, 0, "ecx"): "- avx512vbmi umip pku - waitpkg avx512vbmi2 shstk gfni vaes vpclmulqdq"
     " avx512vnni avx512bitalg - avx512-vpopcntdq - la57 - - - - - rdpid - bus-lock-detect cldemote"
     " - movdiri movdir64b - sgxlc pks",
     (0x7, 0, "edx"): "- - avx512-4vnniw avx512-4fmaps fsrm - - - avx512-vp2intersect - md-clear - -"
-    " - serialize - tsx-ldtrk - - arch-lbr - - amx-bf16 avx512-fp16 amx-tile amx-int8 spec-ctrl"
+    " - serialize - tsx-ldtrk - - arch-lbr ibt - amx-bf16 avx512-fp16 amx-tile amx-int8 spec-ctrl"
     " stibp flush-l1d arch-capabilities core-capability ssbd",
     (0x7, 1, "eax"): "sha512 sm3 sm4 - avx-vnni avx512-bf16 - cmpccxadd - - fzrm fsrs fsrc - - - -"
     " fred lkgs wrmsrns - amx-fp16 - avx-ifma - - lam",
@@ -65,7 +65,8 @@ GROUPS = {"kvm": (0x40000000, 0x40000001, 0x40000010), "pmu": (0xA, 0x80000022)}
 
 #: Features that make no sense without another: they go with it.
 DEPENDENT = {
-    "xsave": "xsaveopt xsavec xgetbv1 xsaves xfd avx mpx pku amx-tile",
+    "xsave": "xsaveopt xsavec xgetbv1 xsaves xfd avx mpx pku amx-tile shstk ibt",
+    "xsaves": "shstk ibt",
     "avx": "fma f16c avx2 avx512f avx-vnni vaes vpclmulqdq xop fma4 avx-vnni-int8 avx-ne-convert"
     " avx-ifma avx-vnni-int16",
     "avx512f": "avx512dq avx512ifma avx512pf avx512er avx512cd avx512bw avx512vl avx512vbmi"
@@ -77,6 +78,8 @@ DEPENDENT = {
 }  # fmt: skip
 #: State components of XSAVE (SDM volume 1, 13.1) by the feature that has them.
 COMPONENTS = {"avx": (2,), "mpx": (3, 4), "avx512f": (5, 6, 7), "pku": (9,), "amx-tile": (17, 18)}
+#: Those that two features share: the registers of CET.
+CET_COMPONENTS = 1 << 11 | 1 << 12
 
 
 def parse(value: str, option: str) -> dict[str, bool]:

@@ -1,5 +1,5 @@
-"""What the guest's CPUID says: all that KVM can offer on this host but virtualization of its
-own and what ``-cpu`` takes away, how the CPUs lie together, and which of them this is.
+"""What the guest's CPUID says: all that KVM can offer on this host but what a state has no room
+for and what ``-cpu`` takes away, how the CPUs lie together, and which of them this is.
 
 SDM volume 2, CPUID; AMD's leaves are in APM volume 3, appendix E; KVM's own leaves in
 Documentation/virt/kvm/x86/cpuid.rst.
@@ -8,6 +8,7 @@ Documentation/virt/kvm/x86/cpuid.rst.
 from __future__ import annotations
 
 from pyvmm.errors import ConfigError
+from pyvmm.x86 import cpu_limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ VENDOR = 0x0
 FEATURES = 0x1
 CACHES = 0x4
 TOPOLOGY = (0xB, 0x1F)
-XSAVE = 0xD
 KVM_BASE = 0x40000000
 KVM_TIMING = 0x40000010
 AMD_FEATURES = 0x80000001
@@ -28,8 +28,6 @@ AMD_SIZES = 0x80000008
 AMD_CACHES = 0x8000001D
 AMD_TOPOLOGY = 0x8000001E
 
-ECX_SVM = 1 << 2  # in AMD_FEATURES
-ECX_VMX = 1 << 5
 ECX_TSC_DEADLINE = 1 << 24
 ECX_HYPERVISOR = 1 << 31
 EDX_HTT = 1 << 28
@@ -100,16 +98,13 @@ def host_cpuid(
     cpuid = system.get_supported_cpuid()
     # The in-kernel LAPIC has the deadline timer, but KVM leaves it to the caller to say so.
     deadline = bool(system.check_extension("KVM_CAP_TSC_DEADLINE_TIMER"))
-    for entry in _entries(cpuid):
-        if entry.function == FEATURES:
-            entry.ecx |= ECX_HYPERVISOR | (ECX_TSC_DEADLINE if deadline else 0)
-            # What a guest's own guests are in the middle of is no part of the state: an update
-            # would lose them.
-            entry.ecx &= ~ECX_VMX
-        elif entry.function == AMD_FEATURES:
-            entry.ecx &= ~ECX_SVM
-        elif entry.function == KVM_BASE and tsc_khz:
-            entry.eax = KVM_TIMING  # the last leaf
+    entries = _by_leaf(cpuid)
+    entries[FEATURES, 0].ecx |= ECX_HYPERVISOR | (ECX_TSC_DEADLINE if deadline else 0)
+    if tsc_khz and (KVM_BASE, 0) in entries:
+        entries[KVM_BASE, 0].eax = KVM_TIMING  # the last leaf
+    unwanted = cpu_limits.limit(entries, system)
+    if unwanted:
+        _remove(cpuid, lambda entry: (entry.function, entry.index) in unwanted)
     if tsc_khz:
         _append(cpuid, KVM_TIMING, eax=tsc_khz, ebx=_APIC_BUS_KHZ)
     if changes:
@@ -169,7 +164,7 @@ def _set_topology(cpuid: Any, topology: Topology) -> None:
 def _change(cpuid: Any, changes: Mapping[str, bool]) -> None:
     from pyvmm.x86 import cpu_features as names
 
-    entries = {(entry.function, entry.index): entry for entry in _entries(cpuid)}
+    entries = _by_leaf(cpuid)
     lacking = []
     for name, wanted in changes.items():
         for leaf, subleaf, register, mask in names.find(name) if wanted else ():
@@ -191,30 +186,16 @@ def _change(cpuid: Any, changes: Mapping[str, bool]) -> None:
         repeated = entries[AMD_FEATURES, 0]
         repeated.edx &= ~AMD_REPEATED | entries[FEATURES, 0].edx
     hidden = [leaf for name in unwanted for leaf in names.GROUPS.get(name, ())]
-    components = [bit for name in unwanted for bit in names.COMPONENTS.get(name, ())]
+    gone = sum(1 << bit for name in unwanted for bit in names.COMPONENTS.get(name, ()))
+    if {"shstk", "ibt"} <= set(unwanted):
+        gone |= names.CET_COMPONENTS
     if "xsave" in unwanted:
-        hidden.append(XSAVE)
-    elif components:
-        _drop_components(entries, components)
+        hidden.append(cpu_limits.XSAVE)
+    subleaves = cpu_limits.limit_components(entries, ~gone, ~gone) if gone else set()
     _remove(
         cpuid,
-        lambda entry: (
-            entry.function in hidden or (entry.function == XSAVE and entry.index in components)
-        ),
+        lambda entry: entry.function in hidden or (entry.function, entry.index) in subleaves,
     )
-
-
-def _drop_components(entries: dict[tuple[int, int], Any], components: list[int]) -> None:
-    # Leaf 0xd: EDX:EAX are the components that XCR0 may have, ECX is the size of them all.
-    # The subleaf of each has its size and offset in EAX and EBX.
-    main = entries[XSAVE, 0]
-    main.eax &= ~sum(1 << bit for bit in set(components))
-    left = [
-        entries[XSAVE, bit]
-        for bit in range(2, 32)
-        if main.eax >> bit & 1 and (XSAVE, bit) in entries
-    ]
-    main.ecx = max([576, *(each.eax + each.ebx for each in left)])
 
 
 def _append(cpuid: Any, function: int, index: int | None = None, **registers: int) -> None:
@@ -235,6 +216,10 @@ def _remove(cpuid: Any, unwanted: Any) -> None:
                 cpuid.entries[kept] = cpuid.entries[at]
             kept += 1
     cpuid.nent = kept
+
+
+def _by_leaf(cpuid: Any) -> dict[tuple[int, int], Any]:
+    return {(entry.function, entry.index): entry for entry in _entries(cpuid)}
 
 
 def _entries(cpuid: Any) -> Iterator[Any]:

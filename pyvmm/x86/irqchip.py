@@ -38,6 +38,7 @@ PIT_GSI = 0
 # How close kvmclock comes to where it was, and how often that is tried.
 CLOCK_PRECISION_NS = 200
 CLOCK_TRIES = 5
+MAX_CLOCK_NS = 1 << 62  # 146 years; of two the sum and the difference are numbers of 64 bits
 
 _PIC_NAMES = (
     "last_irr irr imr isr priority_add irq_base read_reg_select poll special_mask init_state "
@@ -84,13 +85,27 @@ I8254 = Description(
     version=3,
     check=_check_pit,
 )
+
+
+def _check_clock(state: Record) -> None:
+    for name in ("clock", "boottime"):
+        if getattr(state, name, 0) > MAX_CLOCK_NS:
+            raise ValueError(f"{name} {getattr(state, name)} is later than any clock shows")
+
+
 KVMCLOCK = Description(
     "kvmclock",
     [u64("clock")],
+    check=_check_clock,
     subsections=[
         # Linux's CLOCK_BOOTTIME when the clock was read, ns: the guest's clock goes on with
         # it through an update on the same host.
-        Description("kvmclock/boottime", [u64("boottime")], needed=lambda state: state.boottime),
+        Description(
+            "kvmclock/boottime",
+            [u64("boottime")],
+            needed=lambda state: state.boottime,
+            check=_check_clock,
+        ),
     ],
 )
 
@@ -181,18 +196,29 @@ def load_clock(vm: Vm, state: Record) -> None:
     measured and set again: or each update would shift the guest's clock by microseconds.
     """
     saved = getattr(state, "boottime", 0)
-    if not saved:
+    if not 0 < saved <= time.clock_gettime_ns(time.CLOCK_BOOTTIME):
         vm.set_clock(state.clock)
         return
     distance = state.clock - saved
     correction = 0
     for _ in range(CLOCK_TRIES):
-        vm.set_clock(time.clock_gettime_ns(time.CLOCK_BOOTTIME) + distance - correction)
+        wanted = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + distance - correction
+        vm.set_clock(max(wanted, 0))
         clock, boottime = _read_clocks(vm)
         error = clock - boottime - distance
         if abs(error) < CLOCK_PRECISION_NS:
             break
         correction += error
+
+
+def is_ahead(state: Record) -> bool:
+    """Whether the state's boot clock is one that this boot of the host has not reached."""
+    return bool(getattr(state, "boottime", 0) > time.clock_gettime_ns(time.CLOCK_BOOTTIME))
+
+
+def forget_boottime(state: Record) -> None:
+    """Let kvmclock go on from where it was: the boot clock is another one."""
+    state.boottime = 0
 
 
 def _read_clocks(vm: Vm) -> tuple[int, int]:

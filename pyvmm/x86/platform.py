@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyvmm.errors import HostError
 from pyvmm.vmstate.section import Section
-from pyvmm.x86 import cpuid, irqchip, layout, vcpu_state
+from pyvmm.x86 import cpuid, irqchip, layout, msrs, vcpu_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,10 +13,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import System
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.guest import GuestMemory
-
-
-MTRR_ENABLE = 1 << 11
-MTRR_WRITE_BACK = 6
+    from pyvmm.vmstate.fields import Record
 
 
 class Platform:
@@ -71,8 +68,7 @@ class Platform:
         for vcpu in self.vcpus:
             cpuid.set_identity(offered, vcpu.index, topology)
             vcpu.set_cpuid2(offered)
-            # What firmware leaves: memory is cacheable wherever no range says otherwise.
-            vcpu.set_msrs({vcpu_state.MSR_MTRR_DEF_TYPE: MTRR_ENABLE | MTRR_WRITE_BACK})
+            vcpu.set_msrs(msrs.at_power_on(vcpu))
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.
@@ -139,6 +135,28 @@ class Platform:
             lambda: irqchip.save_clock(vm),
             lambda state: irqchip.load_clock(vm, state),
         )
+
+    def is_ahead(self, records: Mapping[tuple[str, int], Record]) -> bool:
+        """Whether a state was written at a time that this boot of the host has not reached."""
+        clock = records.get((irqchip.KVMCLOCK.name, 0))
+        return clock is not None and irqchip.is_ahead(clock)
+
+    def forget_host_clocks(self, records: Mapping[tuple[str, int], Record]) -> None:
+        """Change a state that was read, and is not loaded yet, so that kvmclock and the TSCs go
+        on from what they showed; the TSCs with the distances that they had to each other.
+
+        :raises MigrationError: the TSC is another here, and cannot be scaled
+        """
+        wanted = [(irqchip.KVMCLOCK.name, 0)]
+        wanted += [(vcpu_state.VCPU.name, vcpu.index) for vcpu in self.vcpus]
+        if any(key not in records for key in wanted):
+            return  # it will be refused
+        clock, *states = (records[key] for key in wanted)
+        irqchip.forget_boottime(clock)
+        can_scale = bool(self.system.check_extension("KVM_CAP_TSC_CONTROL"))
+        for vcpu, state in zip(self.vcpus, states, strict=True):
+            vcpu_state.set_tsc_frequency(vcpu, state, can_scale)
+        vcpu_state.move_tsc_offsets(self.vcpus[0], states)
 
     def close(self) -> None:
         """Give the VM back. The vCPUs' owners have closed them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import KvmError, MigrationError
+from pyvmm.kvm.vcpu import REG_GUEST_SSP
 from pyvmm.vmstate.fields import (
     Array,
     Buffer,
@@ -22,6 +23,8 @@ from pyvmm.vmstate.fields import (
     u32,
     u64,
 )
+from pyvmm.x86 import msrs
+from pyvmm.x86.cpu_limits import SHSTK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,15 +32,11 @@ if TYPE_CHECKING:
 
     from pyvmm.kvm.vcpu import Vcpu
 
-MSR_TSC = 0x10
-MSR_TSC_DEADLINE = 0x6E0
-MSR_MTRR_DEF_TYPE = 0x2FF
-#: What KVM keeps for a vCPU without listing it everywhere (SDM volume 4, table 2-2): default
-#: type, variable and fixed MTRRs; MCi_CTL of all banks there may be.
-UNLISTED_MSRS = (
-    *(MSR_MTRR_DEF_TYPE, *range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270)),
-    *range(0x400, 0x480, 4),
-)
+#: One part in so many may two frequencies of a TSC differ, and still be the same: KVM's own limit.
+TSC_TOLERANCE = 4000
+
+CR0_PG, CR4_PAE, EFER_LMA = 1 << 31, 1 << 5, 1 << 10
+
 MAX_MSRS = 4096
 MAX_XSAVE = 1 << 20
 MAX_CPUID = 256
@@ -116,6 +115,18 @@ VCPU = Description(
         u32("nent"),
         StructArray("cpuid", _CPUID, "nent", MAX_CPUID),
     ],
+    subsections=[
+        # The four that PAE paging without long mode reads when CR3 is loaded, and not again.
+        Description(
+            "kvm-vcpu/pdptrs",
+            [Array("pdptrs", "uint64", 4)],
+            needed=lambda state: hasattr(state, "pdptrs"),
+        ),
+        # The shadow stack pointer, of the privilege level that the vCPU is in.
+        Description(
+            "kvm-vcpu/ssp", [u64("ssp")], needed=lambda state: bool(getattr(state, "ssp", 0))
+        ),
+    ],
     check=_check,
 )
 
@@ -126,39 +137,50 @@ def read(vcpu: Vcpu) -> Record:
     # First: reading it delivers a pending INIT or SIPI, which changes CS, RIP and the LAPIC.
     state.mp_state = vcpu.get_mp_state()
     state.regs = vcpu.get_regs()
-    state.sregs = vcpu.get_sregs()
+    state.sregs = sregs = vcpu.get_sregs()
+    if sregs.cr0 & CR0_PG and sregs.cr4 & CR4_PAE and not sregs.efer & EFER_LMA:
+        pdptrs = vcpu.get_pdptrs()
+        if pdptrs is not None:
+            state.pdptrs = pdptrs
     state.xsave = vcpu.get_xsave()
     state.xsave_size = len(state.xsave)
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    # Most of the unlisted ones are 0, as they are in a new vCPU but for the default type.
-    unlisted = {
-        i: data
-        for i, data in vcpu.get_msrs(UNLISTED_MSRS).items()
-        if data or i == MSR_MTRR_DEF_TYPE
-    }
-    state.msrs = [Record(index=i, data=data) for i, data in (vcpu.get_msrs() | unlisted).items()]
+    wanted = vcpu.state_msrs or msrs.carried(vcpu.listed_msrs)
+    state.msrs = [
+        Record(index=i, data=data)
+        for i, data in vcpu.get_msrs(wanted).items()
+        if data or i not in msrs.SPARSE or i == msrs.MTRR_DEF_TYPE
+    ]
     state.nmsrs = len(state.msrs)
     # Last of the registers: the calls above may move an event from one place to another.
-    state.events = vcpu.get_vcpu_events()
+    state.events = events = vcpu.get_vcpu_events()
+    # What the flags say follows from the fields, and images that know less refuse them; these
+    # take an exception that waits for one that is being delivered.
+    events.flags &= ~vcpu.event_flags
+    events.exception.injected |= events.exception.pending
     state.tsc_khz = vcpu.get_tsc_khz()
     offset = vcpu.get_tsc_offset()
     state.has_tsc_offset = offset is not None
     state.tsc_offset = offset or 0
     state.cpuid = _cpuid_entries(vcpu)
     state.nent = len(state.cpuid)
+    if _has_shadow_stack(state.cpuid):
+        state.ssp = vcpu.get_one_reg(REG_GUEST_SSP)
     return state
 
 
 def power_on(vcpu: Vcpu) -> Record:
-    """What a reset gives back to ``vcpu``, which has not run yet: all but CPUID, which cannot
-    change any more, and the TSC, which goes on."""
+    """What a reset gives back to ``vcpu``, which has not run yet: all but CPUID and a register
+    that is a part of it, which cannot change any more, and the TSC, which goes on."""
+    # The next time those that cannot be read are not tried again.
+    vcpu.state_msrs = list(vcpu.get_msrs(msrs.carried(vcpu.listed_msrs)))
     state = read(vcpu)
     state.cpuid = []
     state.nent = 0
     state.has_tsc_offset = False
-    state.msrs = [msr for msr in state.msrs if msr.index != MSR_TSC]
+    state.msrs = [msr for msr in state.msrs if msr.index not in (msrs.TSC, msrs.DE_CFG)]
     state.nmsrs = len(state.msrs)
     return state
 
@@ -168,7 +190,8 @@ def reset(vcpu: Vcpu, state: Any) -> None:
 
     :raises MigrationError: naming the vCPU and what KVM refuses
     """
-    vcpu.set_msrs(dict.fromkeys(vcpu.get_msrs(UNLISTED_MSRS), 0))
+    # For an address of 0 KVM writes no time.
+    vcpu.set_msrs(dict.fromkeys((*vcpu.get_msrs(msrs.UNLISTED), *msrs.WALL_CLOCK), 0))
     write(vcpu, state)
 
 
@@ -193,18 +216,23 @@ def _write(vcpu: Vcpu, state: Any) -> None:
     vcpu.set_regs(_struct("struct kvm_regs *", state.regs))
     # Before the LAPIC: APIC_BASE selects xAPIC or x2APIC.
     sregs = _struct("struct kvm_sregs *", state.sregs)
-    vcpu.set_sregs(sregs)
+    if hasattr(state, "pdptrs"):
+        vcpu.set_sregs_and_pdptrs(sregs, state.pdptrs)
+    else:
+        vcpu.set_sregs(sregs)
     vcpu.set_xcrs(_struct("struct kvm_xcrs *", state.xcrs))
     # After XCR0, which says what may be in it.
     vcpu.set_xsave(state.xsave)
     vcpu.set_debugregs(_struct("struct kvm_debugregs *", state.debugregs))
     vcpu.set_lapic(state.lapic)
     _write_msrs(vcpu, state)
+    if hasattr(state, "ssp"):
+        vcpu.set_one_reg(REG_GUEST_SSP, state.ssp)
     # After SREGS, which makes a CPU in its reset state runnable. After REGS, which drops
     # pending exceptions. Events are the last word on the interrupt being injected.
     vcpu.set_mp_state(state.mp_state)
     events = _struct("struct kvm_vcpu_events *", state.events)
-    events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING
+    events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING | vcpu.event_flags
     if state.mp_state == lib.KVM_MP_STATE_SIPI_RECEIVED:
         events.flags |= lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
     else:
@@ -212,24 +240,62 @@ def _write(vcpu: Vcpu, state: Any) -> None:
     vcpu.set_vcpu_events(events)
 
 
+def set_tsc_frequency(vcpu: Vcpu, state: Record, can_scale: bool) -> None:
+    """Give a vCPU the TSC frequency that a state of another host, or another boot of this one,
+    tells. A small difference is of the measurement that each boot makes.
+
+    :param can_scale: whether the host can scale TSCs
+    :raises MigrationError: it cannot, and the frequencies differ
+    """
+    own = vcpu.get_tsc_khz()
+    if abs(state.tsc_khz - own) * TSC_TOLERANCE <= own or not state.tsc_khz:
+        return
+    try:
+        if not can_scale:
+            raise MigrationError("it cannot be scaled here")
+        vcpu.set_tsc_khz(state.tsc_khz)
+    except (KvmError, MigrationError) as error:
+        raise MigrationError(
+            f"vCPU {vcpu.index}: its TSC counts {state.tsc_khz} kHz, this host's {own} kHz: {error}"
+        ) from None
+
+
+def move_tsc_offsets(vcpu: Vcpu, states: list[Record]) -> None:
+    """Change the offsets in all vCPUs' states so that their TSCs go on from now: those that the
+    states tell are from the TSC of a host that has been started again.
+
+    :param vcpu: the first one, of which the first state is
+    """
+    now, offset = vcpu.get_msrs((msrs.TSC,)).get(msrs.TSC), vcpu.get_tsc_offset()
+    first = states[0]
+    then = next((msr.data for msr in first.msrs if msr.index == msrs.TSC), None)
+    if now is None or then is None or offset is None or not first.has_tsc_offset:
+        return  # TSCs are given as values
+    # By how much the host's TSC, scaled, is behind what it was.
+    moved = (then - first.tsc_offset) - (now - offset)
+    for state in states:
+        state.tsc_offset = (state.tsc_offset + moved) % (1 << 64)
+
+
 def _write_msrs(vcpu: Vcpu, state: Any) -> None:
-    values = {msr.index: msr.data for msr in state.msrs}
+    # Older images saved more than that.
+    values = {msr.index: msr.data for msr in state.msrs if msrs.is_carried(msr.index)}
     # KVM drops a deadline in silence unless the LAPIC is in deadline mode already, and
     # compares it with the TSC: both come first.
-    deadline = values.pop(MSR_TSC_DEADLINE, 0)
+    deadline = values.pop(msrs.TSC_DEADLINE, 0)
     if state.has_tsc_offset:
         # The offset is exact; writing the TSC itself would stop it for the update's length
         # and have KVM guess whether the CPUs' TSCs were meant to be equal.
-        values.pop(MSR_TSC, None)
+        values.pop(msrs.TSC, None)
         vcpu.set_tsc_offset(state.tsc_offset)
     refused = vcpu.set_msrs(values)
     if deadline:
-        vcpu.set_msrs({MSR_TSC_DEADLINE: deadline})
+        vcpu.set_msrs({msrs.TSC_DEADLINE: deadline})
     if refused:
         # Some MSRs are read-only: they are as they should be or the state is impossible here.
         present = vcpu.get_msrs(refused)
         for index in refused:
-            if present.get(index) != values[index]:
+            if present.get(index) != values[index] and index not in msrs.LAST_BRANCHES:
                 raise MigrationError(
                     f"vCPU {vcpu.index}: KVM refuses MSR {index:#x} = {values[index]:#x}"
                 )
@@ -255,6 +321,10 @@ def _cpuid_entries(vcpu: Vcpu) -> list[Record]:
         Record(**{field.name: getattr(entry, field.name) for field in _CPUID.fields})
         for entry in (cpuid.entries[i] for i in range(cpuid.nent))
     ]
+
+
+def _has_shadow_stack(entries: list[Record]) -> bool:
+    return any(entry.ecx & SHSTK for entry in entries if entry.function == 7 and entry.index == 0)
 
 
 # Bits of (leaf, register) that KVM itself changes while the guest runs: they follow CR4 and

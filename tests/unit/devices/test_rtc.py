@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pyvmm.devices.rtc import HOURS_ALARM, MINUTES_ALARM, REG_A, REG_B, REG_C, SECONDS_ALARM, Rtc
 from pyvmm.errors import VmStateError
 from pyvmm.testing.fake_irq import FakeIrq
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.fields import Cursor, Record
 
 # Thursday 2026-11-19 21:58:07.25 UTC
 START = calendar.timegm((2026, 11, 19, 21, 58, 7)) + 0.25
@@ -535,3 +535,31 @@ def test_impossible_interrupt_state_is_refused(rtc, encode, at, value):
     data[at] = value
     with pytest.raises(VmStateError, match=r"register C 0x1|seen"):
         rtc.vmstate.load(Cursor(bytes(data)), 1)
+
+
+@given(
+    st.binary(min_size=128, max_size=128),
+    st.integers(0, 127),
+    st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(-(1 << 41), 1 << 41),
+    st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(-(1 << 57), 1 << 57),
+)
+def test_any_time_in_a_state_is_taken_or_refused(cmos, index, offset, seen):
+    """Whatever it says, and whenever it is loaded, the clock shows some time and goes on."""
+    new = make(Clock())
+    out = bytearray()
+    cmos = bytearray(cmos)
+    cmos[REG_B] |= AIE  # so that the time up to which flags were seen is there
+    new.vmstate.save(out, Record(cmos_data=bytes(cmos), cmos_index=index, offset=offset, seen=seen))
+    try:
+        record = new.vmstate.load(Cursor(bytes(out)), 1)
+    except VmStateError:
+        return
+    new.load(record)
+    new.resume()
+    new.loop.settle()
+    for register in (*TIME.values(), REG_A, REG_B, REG_C):
+        assert 0 <= read(new, register) < 256
+    for register, value in ((SECONDS_ALARM, 0xC0), (REG_A, 0x26), (0x32, 0x99), (REG_B, 0x70)):
+        write(new, register, value)
+    new.loop.settle()
+    assert all(0 < wait <= 1 for wait, _ in new.loop.timers)

@@ -278,3 +278,109 @@ def test_smp(text, topology, shape):
 def test_bad_smp(text, message):
     with pytest.raises(ConfigError, match=f"^-smp: .*{message}"):
         options.parse(["-smp", text])
+
+
+# ---- what no state has room for ----------------------------------------------------------------
+
+SHSTK, IBT = 1 << 7, 1 << 20
+XSAVES_HOST = {
+    (0x7, 0): (2, AVX2, SHSTK | 1 << 3, IBT | 1 << 22 | 1 << 24 | 1 << 25),
+    (0x7, 1): (1 << 21 | 1 << 4, 0, 0, 1 << 8),
+    (0xD, 0): (0b111 | 1 << 9, 0x340, 2696, 0),
+    (0xD, 1): (0x1F, 0x988, 1 << 11 | 1 << 12, 0),
+    (0xD, 2): (256, 576, 0, 0),
+    (0xD, 9): (8, 2688, 0, 0),
+    (0xD, 11): (16, 0, 1, 0),
+    (0xD, 12): (24, 0, 1, 0),
+    (0x1D, 0): (1, 0, 0, 0),
+    (0x1E, 0): (1, 0x4010, 0, 0),
+}
+
+
+class NewHost(Host):
+    """One with CET, and with AMX, for which nobody has asked the permission."""
+
+    msr_indices = (0x10, 0x6A0, 0x6A2)
+
+    def __init__(self, leaves=(), lacking=(), msr_indices=msr_indices):
+        super().__init__()
+        self.leaves |= XSAVES_HOST | dict(leaves)
+        self.lacking, self.msr_indices = lacking, msr_indices
+
+    def check_extension(self, name):
+        return name not in self.lacking
+
+
+def test_shadow_stacks_are_offered_where_their_pointer_can_be_carried():
+    leaves = shown(NewHost())
+    assert (leaves[7, 0][2] & SHSTK, leaves[7, 0][3] & IBT) == (SHSTK, IBT)
+    assert leaves[0xD, 1][2] == 1 << 11 | 1 << 12
+    leaves = shown(NewHost(lacking=["KVM_CAP_ONE_REG"]))
+    assert (leaves[7, 0][2] & SHSTK, leaves[7, 0][3] & IBT) == (0, IBT)
+    leaves = shown(NewHost(msr_indices=(0x10,)))
+    assert (leaves[7, 0][2] & SHSTK, leaves[7, 0][3] & IBT) == (0, 0)
+
+
+def test_cet_is_taken_away_by_name():
+    leaves = shown(NewHost(), changes={"shstk": False})
+    assert (leaves[7, 0][2] & SHSTK, leaves[7, 0][3] & IBT) == (0, IBT)
+    assert leaves[0xD, 1][2] == 1 << 11 | 1 << 12
+    for changes in ({"shstk": False, "ibt": False}, {"xsaves": False}):
+        leaves = shown(NewHost(), changes=changes)
+        assert (leaves[7, 0][2] & SHSTK, leaves[7, 0][3] & IBT) == (0, 0)
+        if "ibt" in changes:
+            assert leaves[0xD, 1][2] == 0
+            assert [index for leaf, index in leaves if leaf == 0xD] == [0, 1, 2, 9]
+    with pytest.raises(ConfigError, match="shstk cannot be had"):
+        shown(NewHost(lacking=["KVM_CAP_ONE_REG"]), changes={"shstk": True})
+
+
+def test_amx_needs_the_permission():
+    leaves = shown(NewHost())
+    assert leaves[7, 0][3] == IBT
+    assert (leaves[7, 1][0], leaves[7, 1][3]) == (1 << 4, 0)
+    assert not {0x1D, 0x1E} & {leaf for leaf, _ in leaves}
+    with_tiles = {
+        (0xD, 0): (0b111 | 1 << 9 | 3 << 17, 0x340, 11008, 0),
+        (0xD, 17): (64, 2752, 2, 0),
+        (0xD, 18): (8192, 2816, 6, 0),
+    }
+    leaves = shown(NewHost(with_tiles))
+    assert leaves[7, 0][3] == XSAVES_HOST[7, 0][3]
+    assert leaves[0xD, 0] == with_tiles[0xD, 0]
+    assert {0x1D, 0x1E} <= {leaf for leaf, _ in leaves}
+
+
+def test_features_with_a_state_that_nobody_carries():
+    every = (0xFFFFFFFF,) * 4
+    leaves = shown(NewHost({(0x7, 0): every, (0x7, 1): every, (0x80000001, 0): every,
+                            (0x1, 0): every, (0x12, 0): every, (0x1C, 0): every}))  # fmt: skip
+    for name in ("vmx", "svm", "sgx", "sgxlc", "pks", "arch-lbr", "fred", "ibs", "lwp"):
+        for leaf, subleaf, register, mask in cpu_features.find(name):
+            at = ("eax", "ebx", "ecx", "edx").index(register)
+            assert not leaves[leaf, subleaf][at] & mask, name
+    assert leaves[7, 0][3] & 1 << 5 == 0  # user interrupts
+    assert leaves[7, 1][3] & 1 << 21 == 0  # APX
+    assert not {0x12, 0x1C} & {leaf for leaf, _ in leaves}
+
+
+@given(
+    st.integers(0, (1 << 64) - 1), st.integers(0, (1 << 64) - 1), st.sets(st.integers(2, 63))
+)  # fmt: skip
+def test_only_known_components_of_xsave_are_offered(user, supervisor, subleaves):
+    """Whatever a later KVM offers: what is not on the list needs somebody to look at it."""
+    low, high = user & 0xFFFFFFFF | 3, user >> 32
+    leaves = {(0xD, 0): (low, 576, 1 << 16, high),
+              (0xD, 1): (0x1F, 576, supervisor & 0xFFFFFFFF, supervisor >> 32)}  # fmt: skip
+    leaves |= {(0xD, bit): (64, 576 + 64 * bit, 0, 0) for bit in subleaves}
+    leaves = shown(NewHost({**dict.fromkeys(leaves, (0, 0, 0, 0)), **leaves}))
+    offered = leaves[0xD, 0][0] | leaves[0xD, 0][3] << 32
+    privileged = leaves[0xD, 1][2] | leaves[0xD, 1][3] << 32
+    known = {0, 1, 2, 3, 4, 5, 6, 7, 9, 17, 18}
+    assert offered == sum(1 << bit for bit in known if (user | 3) >> bit & 1)
+    assert privileged == sum(1 << bit for bit in (8, 11, 12) if supervisor >> bit & 1)
+    shown_subleaves = {index for leaf, index in leaves if leaf == 0xD} - {0, 1}
+    assert all((offered | privileged) >> bit & 1 for bit in shown_subleaves)
+    if offered != user | 3:
+        sizes = [64 + 576 + 64 * bit for bit in shown_subleaves & subleaves if offered >> bit & 1]
+        assert leaves[0xD, 0][2] <= max([576, 11008, 2696, *sizes])
