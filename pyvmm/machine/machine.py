@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.config import MachineConfig, MonitorConfig
     from pyvmm.memory.backend import RamBackend
     from pyvmm.memory.guest import GuestMemory
+    from pyvmm.x86.irqchip import PicWatch
     from pyvmm.x86.platform import Platform
 
     Listener = Callable[[str, dict[str, Any] | None], None]
@@ -73,6 +74,7 @@ class Machine(CpuEvents):
         self.netdevs: NetdevSet | None = None
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self.cpus: list[Cpu] = []
+        self.pic_watch: PicWatch | None = None
         self.exit_code = 0
         # The number of a signal that is about to end the VMM.
         self.signalled = 0
@@ -242,6 +244,9 @@ class Machine(CpuEvents):
             device.start()
         for cpu in self.cpus:
             cpu.resume()
+        # The guest runs by now: it is no part of a pause.
+        if self.pic_watch is not None:
+            self.pic_watch.start()
 
     def power_on(self) -> None:
         """Put everything into its state after power-on and the kernel into memory."""
