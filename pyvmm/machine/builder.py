@@ -90,6 +90,9 @@ def build(
         machine.cpus = [
             Cpu(vcpu, machine.ports, machine.mmio, machine) for vcpu in machine.platform.vcpus
         ]
+        machine.pic_watch = irqchip.PicWatch(
+            loop, machine.runstate, machine.platform.vm, machine.cpus[0].recheck_interrupts
+        )
         # In a live update memory has it all already, the kernel, its data and its changes.
         if not config.incoming:
             machine.load_guest()

@@ -66,6 +66,7 @@ class Cpu:
         self._events = events
         self._stop = True
         self._quit = False
+        self._recheck = False
         self._work: list[Callable[[], None]] = []
         self._ident = 0
         self._stopped = Event()
@@ -152,6 +153,12 @@ class Cpu:
             raise failure[0]
         return result[0]
 
+    def recheck_interrupts(self) -> None:
+        """Have KVM look whether there is an interrupt for the vCPU, soon; does not wait. Any
+        thread; of no use to a stopped vCPU."""
+        self._recheck = True
+        self._kick()
+
     def end(self) -> None:
         """Let the thread end; does not wait. What is waited for is :meth:`wait_stopped`."""
         self._quit = True
@@ -212,11 +219,14 @@ class Cpu:
                 report_crash(error)
                 self._fail(f"vCPU thread failed: {error!r}")
         self._serve()
+        if self._recheck:
+            self._recheck = False
+            self._look_for_interrupts()
         # After every kick, also one whose reason another kick has led to already: the flag
         # would keep the vCPU out of the guest. Cleared first, then looked at: a request in
         # between sets it again.
         self.vcpu.set_immediate_exit(False)
-        if self._stop or self._work:
+        if self._stop or self._work or self._recheck:
             self.vcpu.set_immediate_exit(True)
 
     def _handle(self, exit: exits.Exit) -> None:
@@ -232,6 +242,13 @@ class Cpu:
             self._events.on_system_event(self.index, exit.type)
         else:
             self._fail(str(exit))
+
+    def _look_for_interrupts(self) -> None:
+        # What the state is does not matter: that it is set makes KVM look before it enters.
+        try:
+            self.vcpu.set_mp_state(self.vcpu.get_mp_state())
+        except KvmError:
+            pass  # a help that the guest mostly does not need; whoever asked asks again
 
     def _serve(self) -> None:
         while self._work:

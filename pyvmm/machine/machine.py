@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.config import MachineConfig, MonitorConfig
     from pyvmm.memory.backend import RamBackend
     from pyvmm.memory.guest import GuestMemory
+    from pyvmm.x86.irqchip import PicWatch
     from pyvmm.x86.platform import Platform
 
     Listener = Callable[[str, dict[str, Any] | None], None]
@@ -86,6 +87,7 @@ class Machine(CpuEvents):
         # What a reset loads; none in an updated machine until its guest runs.
         self.boot_files: BootFiles | None = None
         self.cpus: list[Cpu] = []
+        self.pic_watch: PicWatch | None = None
         self.exit_code = 0
         # The number of a signal that is about to end the VMM.
         self.signalled = 0
@@ -341,6 +343,9 @@ class Machine(CpuEvents):
             self._start_device(device)
         for cpu in self.cpus:
             cpu.resume()
+        # The guest runs by now: it is no part of a pause.
+        if self.pic_watch is not None:
+            self.pic_watch.start()
 
     def _start_device(self, device: Device, told: bool = False) -> None:
         # There may be no way back any more: one that cannot start does not keep the others from it.

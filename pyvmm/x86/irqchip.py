@@ -1,4 +1,5 @@
-"""The interrupt controllers and the timer that KVM emulates, and the guest's clock.
+"""The interrupt controllers and the timer that KVM emulates, and the guest's clock; and help for
+interrupts that KVM forgets.
 
 Their state goes under QEMU's section and field names, since it maps one to one. The PIT's
 counts start anew when they are loaded: KVM offers no way to go on in the middle of one.
@@ -25,8 +26,11 @@ from pyvmm.vmstate.fields import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.core.eventloop import EventLoop, Timer
+    from pyvmm.core.runstate import RunState
     from pyvmm.kvm.vm import Vm
 
 # Which inputs of each PIC may be level-triggered: not the timer, keyboard, cascade, RTC and
@@ -39,6 +43,13 @@ PIT_GSI = 0
 CLOCK_PRECISION_NS = 200
 CLOCK_TRIES = 5
 MAX_CLOCK_NS = 1 << 62  # 146 years; of two the sum and the difference are numbers of 64 bits
+
+# How long after the guest's start the PIC is looked at first, and how seldom in the end.
+PIC_WATCH_FIRST_S = 0.1
+PIC_WATCH_LAST_S = 1.0
+
+ALL_INPUTS = 0xFF
+IOAPIC_MASKED = 1 << 16
 
 _PIC_NAMES = (
     "last_irr irr imr isr priority_add irq_base read_reg_select poll special_mask init_state "
@@ -236,3 +247,62 @@ def _chip(name: str) -> Any:
     raw = ffi.new("struct pyvmm_irqchip *")
     raw.chip_id = getattr(lib, name)
     return raw
+
+
+class PicWatch:
+    """Looks for requests of the PIC that KVM forgot, and has KVM look too. Main loop.
+
+    KVM looks for an interrupt to deliver when the PIC's output rises, but only if a local APIC
+    lets it through at that moment: its LINT0 is open, as ExtINT. When the guest opens LINT0
+    after that, KVM does not look again (seen with Linux 6.1; later ones have the same code).
+    The output is up and stays up, so no other request raises it either, and the PIT waits to
+    be acknowledged: a guest that has no other clock stands still for good. Linux opens LINT0
+    with the PIT running where it finds neither ACPI's tables nor an MP table.
+
+    Nothing tells of that moment, so the PIC is looked at now and then, until the guest has
+    turned to the IOAPIC.
+
+    :param loop: has the timers
+    :param runstate: a guest that does not run is not looked after
+    :param vm: whose PIC it is
+    :param recheck: has KVM look for an interrupt for the bootstrap processor, to which the
+        PIC is connected
+    """
+
+    def __init__(
+        self, loop: EventLoop, runstate: RunState, vm: Vm, recheck: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._runstate = runstate
+        self._vm = vm
+        self._recheck = recheck
+        self._timer: Timer | None = None
+        self._delay = 0.0
+        self._seen = 0
+
+    def start(self) -> None:
+        """The guest begins to run, or goes on."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._seen = 0
+        self._delay = PIC_WATCH_FIRST_S
+        self._timer = self._loop.call_later(self._delay, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self._runstate.running:
+            return
+        pic = self._vm.get_irqchip("KVM_IRQCHIP_PIC_MASTER").chip.pic
+        if pic.imr == ALL_INPUTS and self._uses_ioapic():
+            return
+        # A processor takes a request at once, or soon; KVM may look once too often.
+        requests = pic.irr & ~pic.imr
+        if requests & self._seen:
+            self._recheck()
+        self._seen = requests
+        self._delay = min(2 * self._delay, PIC_WATCH_LAST_S)
+        self._timer = self._loop.call_later(self._delay, self._look)
+
+    def _uses_ioapic(self) -> bool:
+        ioapic = self._vm.get_irqchip("KVM_IRQCHIP_IOAPIC").chip.ioapic
+        return any(not entry & IOAPIC_MASKED for entry in ioapic.redirtbl)

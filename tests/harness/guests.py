@@ -6,7 +6,7 @@ from pathlib import Path
 from pyvmm.testing import images
 
 BUILD = Path(__file__).parents[2] / "guests" / "build"
-REAL = ("real-ticker", "real-halt", "real-pio", "real-rtc", "real-pv")
+REAL = ("real-ticker", "real-halt", "real-pio", "real-rtc", "real-pv", "real-lint0")
 
 
 def image(name):

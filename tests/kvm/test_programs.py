@@ -199,3 +199,27 @@ def test_output_on_standard_output():
     assert done.stdout.splitlines() == [
         "program ticker on 1 cpus", "tick 1", "tick 2", "tick 3", "ticker PASS"
     ]  # fmt: skip
+
+
+def test_request_of_the_pic_that_nobody_takes(vm, tmp_path):
+    """KVM is made to look for it again and again, before and after an update, and the guest,
+    which is halted with interrupts off, does not notice."""
+    code = b"\xfa"  # cli
+    # PIC: edge, cascade, vector base 8, 8086 mode, line 0 only. PIT: 100 Hz.
+    ports = [(0x20, 0x11), (0x21, 8), (0x21, 4), (0x21, 1), (0x21, 0xFE)]
+    ports += [(0x43, 0x34), (0x40, 0x9C), (0x40, 0x2E)]
+    for port, value in ports:
+        code += guests.out8(port, value)
+    code += guests.print_text("halted\n") + b"\xf4" + guests.print_text("woken\n") + guests.HALT
+    looks = "import os; os.write(2, b'looks\\n')"
+    machine = vm(
+        *("-kernel", guests.flat(tmp_path, code)),
+        program=faulty("pyvmm.machine.cpu:Cpu._look_for_interrupts", looks),
+    )
+    machine.expect("halted\n")
+    wait_until(lambda: machine.stderr().count("looks") > 1, "KVM is made to look")
+    machine.update()
+    before = machine.stderr().count("looks")
+    wait_until(lambda: machine.stderr().count("looks") > before, "and after an update")
+    machine.hmp("info status")
+    assert b"woken" not in machine.serial

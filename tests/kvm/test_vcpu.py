@@ -261,6 +261,35 @@ def test_stop_while_it_is_halted(threaded):
         assert threaded.cpu.wait_stopped()
 
 
+def test_interrupts_are_looked_for_between_two_entries(threaded, monkeypatch):
+    """On the vCPU's thread, which alone may set what it has read."""
+    cpu, vcpu = threaded.cpu, threaded.vcpu
+    threads = []
+    set_mp_state = vcpu.set_mp_state
+
+    def watched_set(state):
+        set_mp_state(state)
+        threads.append(threading.get_ident())
+
+    monkeypatch.setattr(vcpu, "set_mp_state", watched_set)
+    threaded.spin_in_ring_3()
+    cpu.resume()
+    counted = count(cpu)
+    for times in (1, 2, 3):
+        cpu.recheck_interrupts()
+        wait_until(lambda times=times: len(threads) == times, "KVM looks")
+    wait_until(lambda: not vcpu._run.immediate_exit, "the vCPU in the guest")
+    assert set(threads) == {cpu._ident}
+    assert count(cpu) > counted
+    cpu.request_stop()
+    assert cpu.wait_stopped()
+    # A stopped one goes on as if nobody had asked.
+    cpu.recheck_interrupts()
+    cpu.resume()
+    counted = count(cpu)
+    wait_until(lambda: count(cpu) > counted, "the vCPU in the guest")
+
+
 def test_device_that_fails_stops_the_vcpu_with_a_verdict(machine):
     class Broken(Bus):
         def write(self, address, size, value):

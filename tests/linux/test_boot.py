@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 
-from harness import linux
+from harness import guests, linux
 
 #: From the start to the end of the guest, emulated machine included.
 BOOT_S = 240
@@ -69,3 +69,23 @@ def test_processors_without_acpi(vm, tmp_path):
     machine = vm(*options, "-machine", "acpi=off", memory="256M", smp=2)
     machine.expect(r"cpus: 2\r?\n", BOOT_S)
     assert machine.wait_exit(BOOT_S) == 0
+
+
+def test_request_of_the_pic_from_before_it_was_let_through(vm):
+    """By the local APIC: KVM looks for one when it comes, and not when LINT0 is opened."""
+    machine = vm("-kernel", guests.image("real-lint0.bin"))
+    for number in (1, 2, 3):
+        machine.expect(rf"real-lint0 {number:08x}\r\n", BOOT_S)
+
+
+def test_boots_with_neither_acpi_nor_mp_table(vm, tmp_path):
+    """Debian's cloud kernel reads no MP table: the PIT is its only clock, by way of the PIC."""
+    script = "echo timer: $(grep timer /proc/interrupts)\nread -r line\nreboot -f\n"
+    options = linux.options(tmp_path, script)
+    again = ("-action", "reboot=reset")
+    machine = vm(*options, *again, "-machine", "acpi=off", memory="256M")
+    for _ in range(2):
+        machine.expect(r"timer: 0: +\d+ +XT-PIC", BOOT_S)
+        machine.type("go\n")
+        machine.expect("reboot: Restarting system", BOOT_S)
+    machine.expect(r"timer: 0: +\d+ +XT-PIC", BOOT_S)
