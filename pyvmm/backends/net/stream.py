@@ -9,9 +9,10 @@ nobody is there the link is down and what the guest sends is dropped.
 from __future__ import annotations
 
 import _socket
+import errno
 import struct
 
-from pyvmm.backends.net.base import HEADER, MAX_FRAME, NetBackend, skip
+from pyvmm.backends.net.base import HEADER, MAX_FRAME, NetBackend, join, skip
 from pyvmm.chardev.connector import Connector
 from pyvmm.core.eventloop import HANGUP, READABLE, WRITABLE
 from pyvmm.errors import VmStateError
@@ -84,7 +85,12 @@ class StreamBackend(NetBackend):
             taken = self._write(parts)
             if taken:
                 if taken < LENGTH + size:
-                    self._unsent = b"".join(skip(parts, taken))
+                    try:
+                        self._unsent = join(skip(parts, taken))
+                    except OSError:
+                        # The host cannot back the rest of a frame that is half sent.
+                        self._lose()
+                        return True
                     self._set_full()
                 return True
             if self._sock is None:
@@ -189,8 +195,10 @@ class StreamBackend(NetBackend):
             return self._sock.sendmsg(parts, (), _FLAGS)
         except BlockingIOError:
             return 0
-        except OSError:  # EPIPE, ECONNRESET
-            self._lose()
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise
+            self._lose()  # EPIPE, ECONNRESET
             return 0
 
     def _set_full(self) -> None:
