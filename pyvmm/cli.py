@@ -251,6 +251,10 @@ def import_ahead(machine: Machine) -> None:
         from pyvmm.machine import firmware  # noqa: F401
     except Exception as error:
         machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
+    try:
+        from pyvmm.machine import backing  # noqa: F401
+    except Exception as error:
+        machine.warn(f"errors of memory cannot be told: {type(error).__name__}: {error}")
 
 
 def reserve(name: str) -> Entry:

@@ -14,7 +14,7 @@ from pyvmm._native import lib
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
+from pyvmm.errors import HostError, InternalError, PyvmmError, RamError, StateError, place
 from pyvmm.machine.cpu import Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
@@ -45,6 +45,9 @@ EXIT_FAILURE = 1
 # comes, and how soon it looks again.
 RESET_PATIENCE_S = 0.2
 RESET_RETRY_S = 0.5
+
+# How often a vCPU is asked whether it waits for memory that the host cannot back: two of these.
+RAM_INTERVAL_S = 0.5
 
 PANICKED = 1  # bit of the pvpanic port
 
@@ -179,6 +182,8 @@ class Machine(CpuEvents):
         """Start the vCPUs' threads, which wait, and the vCPUs too unless ``-S`` is given."""
         for cpu in self.cpus:
             cpu.start()
+        if any(backend.is_limited for backend in self.backends):
+            self.loop.call_later(RAM_INTERVAL_S, self._watch_ram)
         if self.runstate.state == runstate.PRELAUNCH:
             if self.autostart:
                 self.resume(runstate.RUNNING)
@@ -245,6 +250,8 @@ class Machine(CpuEvents):
 
     def power_on(self) -> None:
         """Put everything into its state after power-on and the kernel into memory."""
+        for cpu in self.cpus:
+            cpu.abandon()
         self.platform.reset()
         for device in self.devices:
             device.reset()
@@ -318,6 +325,11 @@ class Machine(CpuEvents):
     def on_thread_error(self, error: str) -> None:
         """An I/O thread has died."""
         self._stop_for(lambda: self._internal_error(error))
+
+    def on_ram_error(self, error: RamError) -> None:
+        """The host cannot back memory that the guest needs, directly or in a device; who needs it
+        tries again when the guest goes on."""
+        self._stop_for(lambda: self._ram_error(error))
 
     def on_cpu_error(self, index: int, error: str) -> None:
         self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
@@ -396,6 +408,17 @@ class Machine(CpuEvents):
             self.quit(EXIT_FAILURE, "host-error")
         else:
             self._halt(runstate.INTERNAL_ERROR)
+
+    def _watch_ram(self) -> None:
+        self.loop.call_later(RAM_INTERVAL_S, self._watch_ram)
+        if self.runstate.running and any(backend.may_lack() for backend in self.backends):
+            for cpu in self.cpus:
+                cpu.probe()
+
+    def _ram_error(self, error: RamError) -> None:
+        if self.runstate.running:
+            self.warn(f"{error}, then cont")
+            self._halt(runstate.IO_ERROR)
 
     def _halt(self, state: str) -> None:
         # The operator may have paused the guest in between: its vCPUs are out already.

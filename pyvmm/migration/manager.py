@@ -113,7 +113,13 @@ class Migration:
 
     def blockers(self) -> list[str]:
         """What keeps this machine from being updated, whatever the command."""
-        return [
+        unfinished = [
+            f"vCPU {cpu.index} is in the middle of an access to memory that the host cannot back;"
+            " mend that and cont first"
+            for cpu in self.machine.cpus
+            if cpu.is_unfinished
+        ]
+        return unfinished + [
             f"Memory region {backend.id} is not compatible with CPR: it is private to this "
             "process; share=on is required for -object, and -machine anon-alloc=memfd"
             for backend in self.machine.backends
@@ -289,6 +295,8 @@ class Migration:
         while machine.has_requests and not machine.loop.stopping:
             machine.serve_requests()
             machine.pause_cpus()
+        for reason in self.blockers():
+            raise MigrationError(reason)
         if machine.runstate.state != before or machine.loop.stopping:
             raise MigrationError(f"The guest ended in the meantime ({machine.runstate.state})")
         machine.runstate.set(runstate.FINISH_MIGRATE)
