@@ -306,6 +306,10 @@ def import_ahead(machine: Machine, paths: dict[str, bytes]) -> None:
         machine.keep_boot_files(paths)
     except Exception as error:
         machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
+    try:
+        from pyvmm.machine import backing  # noqa: F401
+    except Exception as error:
+        machine.warn(f"errors of memory cannot be told: {type(error).__name__}: {error}")
 
 
 def tell_drops(loop: EventLoop) -> None:

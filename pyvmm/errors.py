@@ -36,6 +36,11 @@ class KvmError(HostError):
         self.errno = errno
 
 
+class RamError(HostError):
+    """The host cannot back a page of guest RAM now. Nothing is lost: what needs the page is to be
+    done again when the host has room."""
+
+
 class GuestError(PyvmmError):
     """The guest did what no guest should; never leaves the device or the loader."""
 

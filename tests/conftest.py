@@ -9,6 +9,8 @@ import hypothesis
 import pytest
 from harness import Vm
 
+from pyvmm._native import lib
+
 pytest_plugins = ["nested.plugin"]
 
 KVM_FOLDERS = {"kvm", "update", "faults", "linux"}
@@ -76,6 +78,12 @@ def pytest_runtest_makereport(item, call):
 def run_directory(tmp_path_factory):
     """A run directory of the tests' own: what they kill leaves its entry there."""
     os.environ["XDG_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigbus():
+    """pytest's fault handler has taken the signal for itself."""
+    lib.pyvmm_install_guard()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 from pyvmm.errors import HostError, InternalError, KvmError
 
@@ -23,7 +24,26 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    Buffer = bytes | bytearray | memoryview
+
+    # All of them touch guest memory, by host address, and raise OSError with EFAULT where the
+    # host cannot back it. 2, 4 and 8 bytes are one load or store.
+    def peek(address: int, size: int) -> bytes: ...
+    def poke(address: int, data: Buffer) -> None: ...
+    def load(address: int, size: int) -> int: ...
+    def store(address: int, size: int, value: int) -> None: ...
+    def fill(address: int, size: int, value: int) -> None: ...
+    def touch(address: int, size: int) -> None:
+        """Write to each page without changing it."""
+
+    def copy(to: Buffer, source: Buffer) -> None:
+        """Between buffers of one size, of which either may be guest memory."""
+
+
 __all__ = ["ffi", "ioctl", "ioctl_value", "lib", "memory_barrier"]
+
+lib.pyvmm_install_guard()
+lib.pyvmm_add_functions(ffi.cast("void *", id(sys.modules[__name__])))
 
 #: No load behind it is done before all stores in front of it are seen.
 memory_barrier = lib.pyvmm_barrier

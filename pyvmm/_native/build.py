@@ -2,7 +2,7 @@
 
 setuptools runs these three command classes (named in pyproject.toml) for ``pip install`` and
 ``pip wheel``; nothing here is imported at run time. The extension's declarations are ``cdef*.h``
-and its hand-written C is ``shim.c``; cffi makes ``_kvm.c`` of both.
+and its hand-written C is in ``SOURCES``; cffi makes ``_kvm.c`` of all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from setuptools.errors import PlatformError
 
 NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
+#: In this order: the later ones use what is in the earlier ones.
+SOURCES = ("guard.c", "shim.c")
 #: What ships as pyvmm/data/: image -> folder whose make builds it under build/.
 IMAGES = {"guest.elf": "guests", "bios.bin": "firmware"}
 
@@ -62,7 +64,8 @@ def emit_c() -> None:
     ffi = FFI()
     for fragment in sorted(NATIVE.glob("cdef*.h")):
         ffi.cdef(fragment.read_text())
-    ffi.set_source("pyvmm._native._kvm", (NATIVE / "shim.c").read_text())
+    source = "\n".join((NATIVE / name).read_text() for name in SOURCES)
+    ffi.set_source("pyvmm._native._kvm", source)
     ffi.emit_c_code(str(NATIVE / "_kvm.c"))
 
 
@@ -105,7 +108,8 @@ class SourceArchive(sdist):
         files = self.filelist
         for folder in ("docs", "guests", "firmware", "tests"):
             files.graft(folder)
-        for pattern in ("pyvmm/_native/cdef*.h", "pyvmm/_native/shim.c", "Makefile", "*.md"):
+        sources = [f"pyvmm/_native/{name}" for name in ("cdef*.h", *SOURCES)]
+        for pattern in (*sources, "Makefile", "*.md"):
             files.include(pattern)
         for folder in ("guests/build", "firmware/build"):
             files.prune(folder)

@@ -104,10 +104,20 @@ static int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long argume
 	return result < 0 ? -errno : result;
 }
 
-/* fcntl.ioctl retries EINTR from Python 3.14 on, and a kicked KVM_RUN must come back. */
+/* fcntl.ioctl retries EINTR from Python 3.14 on, and a kicked KVM_RUN must come back. On x86 KVM
+ * tells of a page with a hardware error by SIGBUS, whose handler has run when ioctl returns. */
 static int pyvmm_run(int vcpu_fd)
 {
-	return pyvmm_ioctl_value(vcpu_fd, KVM_RUN, 0);
+	int result;
+
+	is_in_run = 1;
+	result = pyvmm_ioctl_value(vcpu_fd, KVM_RUN, 0);
+	is_in_run = 0;
+	if (is_poisoned) {
+		is_poisoned = 0;
+		return -EHWPOISON;
+	}
+	return result;
 }
 
 static void ignore_signal(int signum)
@@ -244,8 +254,8 @@ static int pyvmm_hold_memory(const int *keep_fds, size_t count, int release_fd)
  * A frame of 64 KiB goes into dozens of small buffers, at a few microseconds of Python each, and
  * small frames and blocks are many. Here is only what drivers do all the time (virtio 1.3, 5.1.6
  * and 5.2.6): buffers in RAM; to receive frames, one direct descriptor each; otherwise a chain of
- * a few. All else, broken rings included, is left to Python, which takes the same chain again
- * and judges it.
+ * a few. All else, broken rings and memory that the host cannot back included, is left to Python,
+ * which takes the same chain again and judges it.
  *
  * The driver may change all of it meanwhile: what is looked at is read once. Loads and stores
  * of rings stay in their order: volatile for the compiler, and x86 keeps it. */
@@ -292,13 +302,8 @@ static void put_used(const struct pyvmm_ring *ring, uint16_t at, uint32_t head, 
 	element[1] = written;
 }
 
-/* Put a frame, which begins with its header, into the next chains of a queue, and their
- * elements into the used ring, without returning them: the caller moves the index.
- *
- * How many chains that took; 0 if it cannot be done here; ~N if only N chains are there, and
- * they are too few. */
-static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
-			const uint8_t *frame, uint32_t length, int mergeable)
+static int spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+		  const uint8_t *frame, uint32_t length, int mergeable)
 {
 	const volatile uint16_t *avail = ring->avail;
 	uint16_t waiting = avail[1] - last_avail;
@@ -340,6 +345,20 @@ static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint
 	return count;
 }
 
+/* Put a frame, which begins with its header, into the next chains of a queue, and their
+ * elements into the used ring, without returning them: the caller moves the index.
+ *
+ * How many chains that took; 0 if it cannot be done here; ~N if only N chains are there, and
+ * they are too few. */
+static int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+			const uint8_t *frame, uint32_t length, int mergeable)
+{
+	volatile int count = 0;
+
+	GUARDED(count = spread(ring, last_avail, used_idx, frame, length, mergeable));
+	return count;
+}
+
 /* Read frames, headers first, from a descriptor that gives one each time, spread them and
  * return their chains. Shorter ones than that are dropped. It ends when there is no frame, when
  * one cannot be spread, which is then left in the buffer, or when the budget is spent: of each
@@ -359,13 +378,12 @@ static void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, ui
 		if (length >= shortest) {
 			int count = pyvmm_spread(ring, last_avail, used_idx, buffer,
 						 (uint32_t)length, mergeable);
-			if (count <= 0) {
+			if (count <= 0 || !GUARDED(used[1] = used_idx + count)) {
 				received->held = (uint32_t)length;
 				break;
 			}
 			last_avail += count;
 			used_idx += count;
-			used[1] = used_idx;
 			received->chains += count;
 		}
 		received->spent += length > least ? (uint32_t)length : least;
@@ -421,32 +439,56 @@ static int gather(const struct pyvmm_ring *ring, uint32_t index, struct chain *c
 	return 0;
 }
 
+/* The next chain that waits in a queue: whether there is one that can be served here. */
+static int take(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t *head,
+		struct chain *chain)
+{
+	const volatile uint16_t *avail = ring->avail;
+	uint16_t waiting = avail[1] - last_avail;
+
+	if (!waiting || waiting > ring->size)
+		return 0;
+	*head = avail[2 + (last_avail & (ring->size - 1))];
+	return gather(ring, *head, chain);
+}
+
+static void give_back(const struct pyvmm_ring *ring, uint16_t used_idx, uint32_t head,
+		      uint32_t written)
+{
+	put_used(ring, used_idx, head, written);
+	((volatile uint16_t *)ring->used)[1] = used_idx + 1;
+}
+
+static int send_next(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
+		     uint32_t shortest, uint32_t longest)
+{
+	struct chain chain;
+	uint16_t head;
+
+	if (!take(ring, last_avail, &head, &chain) || chain.writable_size)
+		return 0;
+	if (chain.readable_size < shortest || chain.readable_size > longest)
+		return 0;
+	if (writev(fd, chain.buffers, chain.count) < 0 &&
+	    (errno == EAGAIN || errno == EINTR || errno == EFAULT))
+		return 0;
+	give_back(ring, used_idx, head, 0);
+	return 1;
+}
+
 /* Write the frames that wait in a queue, headers first, each with one call, and return them.
  * Frames shorter or longer than that are left, as is one that the descriptor does not take yet;
  * one that it never takes is dropped. How many were done, most of them at once. */
 static int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 		      int fd, uint32_t shortest, uint32_t longest, int most)
 {
-	const volatile uint16_t *avail = ring->avail;
-	volatile uint16_t *used = (volatile uint16_t *)ring->used;
-	struct chain chain;
+	volatile int sent = 1;
 	int done;
 
 	for (done = 0; done < most; done++) {
-		uint16_t waiting = avail[1] - last_avail;
-		if (!waiting || waiting > ring->size)
+		if (!GUARDED(sent = send_next(ring, last_avail + done, used_idx + done, fd,
+					      shortest, longest)) || !sent)
 			break;
-		uint16_t head = avail[2 + (last_avail & (ring->size - 1))];
-		if (!gather(ring, head, &chain) || chain.writable_size)
-			break;
-		if (chain.readable_size < shortest || chain.readable_size > longest)
-			break;
-		if (writev(fd, chain.buffers, chain.count) < 0 &&
-		    (errno == EAGAIN || errno == EINTR))
-			break;
-		last_avail++;
-		put_used(ring, used_idx++, head, 0);
-		used[1] = used_idx;
 	}
 	return done;
 }
@@ -492,30 +534,34 @@ static int transfer(const struct pyvmm_image *image, struct chain *chain)
 	return 1;
 }
 
+static int serve_next(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+		      const struct pyvmm_image *image)
+{
+	struct chain chain;
+	uint16_t head;
+
+	if (!take(ring, last_avail, &head, &chain) || !transfer(image, &chain))
+		return 0;
+	give_back(ring, used_idx, head, (uint32_t)chain.writable_size);
+	return 1;
+}
+
 /* Serve the requests that wait in a queue, up to the first that this is nothing for, or that
  * the host does not do at once: that one is left, and begun anew by Python. How many were done,
  * most of them at once. */
 static int pyvmm_serve(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 		       const struct pyvmm_image *image, int most)
 {
-	const volatile uint16_t *avail = ring->avail;
-	volatile uint16_t *used = (volatile uint16_t *)ring->used;
-	struct chain chain;
+	volatile int served = 1;
 	int done;
 
 	/* No more may be under way than there are elements in the used ring. */
 	if ((uint16_t)(last_avail - used_idx) >= ring->size)
 		return 0;
 	for (done = 0; done < most; done++) {
-		uint16_t waiting = avail[1] - last_avail;
-		if (!waiting || waiting > ring->size)
+		if (!GUARDED(served = serve_next(ring, last_avail + done, used_idx + done, image)) ||
+		    !served)
 			break;
-		uint16_t head = avail[2 + (last_avail & (ring->size - 1))];
-		if (!gather(ring, head, &chain) || !transfer(image, &chain))
-			break;
-		last_avail++;
-		put_used(ring, used_idx++, head, (uint32_t)chain.writable_size);
-		used[1] = used_idx;
 	}
 	return done;
 }

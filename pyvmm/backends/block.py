@@ -15,7 +15,7 @@ import os
 import stat
 import struct
 
-from pyvmm._native import lib
+from pyvmm._native import copy, lib
 from pyvmm.backends import locking
 from pyvmm.backends.block_config import SECTOR
 from pyvmm.errors import ConfigError, HostError, MigrationError
@@ -352,10 +352,11 @@ class BlockFile:
 def _copy(buffers: Buffers, block: memoryview, *, to_block: bool) -> None:
     at = 0
     for buffer in buffers:
+        part = block[at : at + len(buffer)]
         if to_block:
-            block[at : at + len(buffer)] = buffer
+            copy(part, buffer)
         else:
-            buffer[:] = block[at : at + len(buffer)]
+            copy(buffer, part)
         at += len(buffer)
 
 

@@ -66,8 +66,10 @@ class Image:
         """Copy a part of the image to guest memory, which the caller has checked is there.
 
         :raises ConfigError: it is not all within the image
+        :raises RamError: the host cannot back the memory
         """
         self._check(offset, size)
+        memory.touch(gpa, size)
         with memory.view(gpa, size) as view:
             self._copy(offset, view)
 

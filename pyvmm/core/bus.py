@@ -2,7 +2,8 @@
 
 Called from vCPU threads. A region's device is entered under the device's lock, so a device
 never sees two accesses at once. An address where nobody answers reads as all ones and
-ignores writes, as on a PC.
+ignores writes, as on a PC; unless it is RAM, which the host could not back when the guest
+touched it: that access is made here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,14 @@ from pyvmm.errors import InternalError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _thread import LockType
+    from typing import Protocol
+
+    class Ram(Protocol):
+        """What a bus asks of guest memory (``memory.guest``)."""
+
+        def contains(self, gpa: int, size: int, *, writable: bool = True) -> bool: ...
+        def read(self, gpa: int, size: int) -> bytes: ...
+        def write(self, gpa: int, data: bytes) -> None: ...
 
 
 class BusDevice:
@@ -55,11 +64,13 @@ class Bus:
 
     :param name: as ``info mtree`` prints it, e.g. ``I/O``
     :param size: number of addresses
+    :param ram: the memory in the same address space
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, ram: Ram | None = None) -> None:
         self.name = name
         self.size = size
+        self._ram = ram
         self.regions: list[Region] = []
         self._starts: list[int] = []
 
@@ -91,7 +102,10 @@ class Bus:
         return None
 
     def read(self, address: int, size: int) -> int:
-        """Read ``size`` bytes as a little-endian integer."""
+        """Read ``size`` bytes as a little-endian integer.
+
+        :raises RamError: it is RAM, and the host still cannot back it
+        """
         region = self.find(address)
         if region is None or not _fits(region, address, size):
             return self._split_read(address, size, region)
@@ -100,7 +114,10 @@ class Bus:
         return value & ((1 << 8 * size) - 1)
 
     def write(self, address: int, size: int, value: int) -> None:
-        """Write the low ``size`` bytes of ``value``."""
+        """Write the low ``size`` bytes of ``value``.
+
+        :raises RamError: it is RAM, and the host still cannot back it
+        """
         region = self.find(address)
         if region is None or not _fits(region, address, size):
             self._split_write(address, size, value, region)
@@ -109,6 +126,9 @@ class Bus:
             region.device.on_write(address - region.start, size, value & ((1 << 8 * size) - 1))
 
     def _split_read(self, address: int, size: int, region: Region | None) -> int:
+        ram = self._ram
+        if region is None and ram is not None and ram.contains(address, size, writable=False):
+            return int.from_bytes(ram.read(address, size), "little")
         if size == 1:
             return 0xFF
         step = _step(address, size, region)
@@ -116,6 +136,10 @@ class Bus:
         return low | self.read(address + step, size - step) << 8 * step
 
     def _split_write(self, address: int, size: int, value: int, region: Region | None) -> None:
+        ram = self._ram
+        if region is None and ram is not None and ram.contains(address, size):
+            ram.write(address, (value & (1 << 8 * size) - 1).to_bytes(size, "little"))
+            return
         if size == 1:
             return
         step = _step(address, size, region)

@@ -67,13 +67,14 @@ def spawn(target: Callable[[], None], on_crash: Callable[[BaseException], None])
     """Start a daemon thread. An exception that leaves ``target`` goes to ``on_crash``.
 
     Signals are the main thread's affair: what another thread took right before an execve
-    would be gone with it, while the main thread has those that end the VMM wait for it.
+    would be gone with it, while the main thread has those that end the VMM wait for it. But
+    SIGBUS is what the thread itself did, and a blocked one would end the process.
 
     :raises HostError: the host allows no further thread
     """
 
     def body() -> None:
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals())
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, _signal.valid_signals() - {_signal.SIGBUS})
         try:
             target()
         except BaseException as error:

@@ -88,7 +88,8 @@ def build(
         if not config.incoming:
             machine.chardevs.wait_connected()
         machine.cpus = [
-            Cpu(vcpu, machine.ports, machine.mmio, machine) for vcpu in machine.platform.vcpus
+            Cpu(vcpu, machine.ports, machine.mmio, machine, machine.memory)
+            for vcpu in machine.platform.vcpus
         ]
         machine.pic_watch = irqchip.PicWatch(
             loop, machine.runstate, machine.platform.vm, machine.cpus[0].recheck_interrupts
@@ -147,6 +148,7 @@ def add_memory(machine: Machine) -> GuestMemory:
     """RAM from the objects (or one made for ``-m``), and the ROM."""
     config = machine.config
     memory = GuestMemory()
+    memory.report = machine.on_ram_error
     ram = None
     for object_config in config.objects:
         name = block_name(config, object_config.id)
@@ -174,7 +176,7 @@ def add_devices(machine: Machine) -> None:
     """The buses and what is on them."""
     config = machine.config
     machine.ports = Bus("I/O", 1 << 16)
-    machine.mmio = Bus("memory", 1 << 64)
+    machine.mmio = Bus("memory", 1 << 64, machine.memory)
     for number, chardev_config in enumerate(config.serials):
         ports, irq = COM_PORTS[number]
         if chardev_config is None:
@@ -248,7 +250,7 @@ def _add_rom(machine: Machine) -> RamBackend:
     config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
     backend = _add_backend(machine, config, ROM_BLOCK, inherited)
     if inherited is None:
-        backend.view[:] = image
+        backend.write(0, image)
     return backend
 
 

@@ -5,15 +5,24 @@ access before it looks at ``immediate_exit``, so a vCPU that came back with EINT
 access half done, whatever it was doing when the kick came, and its state can be read. An
 access that is split over a page shows up as further exits on the way; they are served like
 any other.
+
+The host may be unable to back memory that the guest touches. Where the processor runs the guest,
+KVM_RUN then fails with EFAULT, at the instruction, which the next one repeats. Where KVM's
+emulator does, the access comes as one to an address without memory, and a store has left its
+instruction behind already: it is kept here and made when the vCPU goes on, before KVM_RUN, as KVM
+waits for its end (see ``backing`` for faults that look like something else). What is lost: of
+several stores that one emulated instruction makes to such a page (PUSHA, an interrupt in real
+mode) all but the last, since KVM tells of no more.
 """
 
 from __future__ import annotations
 
 import _thread
+import errno
 
 from pyvmm._native import install_kick, name_thread
 from pyvmm.core.threads import START_TIMEOUT_S, Event, Lock, report_crash, spawn
-from pyvmm.errors import HostError, InternalError, KvmError
+from pyvmm.errors import HostError, InternalError, KvmError, RamError
 from pyvmm.kvm import exits
 
 TYPE_CHECKING = False
@@ -24,6 +33,8 @@ if TYPE_CHECKING:
 
     from pyvmm.core.bus import Bus
     from pyvmm.kvm.vcpu import Vcpu
+    from pyvmm.machine.backing import Backing
+    from pyvmm.memory.guest import GuestMemory
 
     T = TypeVar("T")
 else:
@@ -33,6 +44,8 @@ else:
 KICK_SIGNAL = _signal.SIGURG
 
 STOP_TIMEOUT_S = 10.0
+
+_EHWPOISON = 133  # the page has a hardware error; not in every supported Python's errno
 
 
 class CpuEvents:
@@ -47,6 +60,9 @@ class CpuEvents:
     def on_cpu_error(self, index: int, error: str) -> None:
         """KVM cannot go on with this vCPU."""
 
+    def on_ram_error(self, error: RamError) -> None:
+        """The host cannot back memory; the vCPU tries again when it is resumed."""
+
 
 class Cpu:
     """One vCPU and its thread, which waits until :meth:`resume`.
@@ -55,15 +71,27 @@ class Cpu:
     :param ports: where IN and OUT go
     :param mmio: where accesses to addresses without memory go
     :param events: told about the guest's end
+    :param memory: the guest's, to tell why the host cannot back it
     """
 
-    def __init__(self, vcpu: Vcpu, ports: Bus, mmio: Bus, events: CpuEvents) -> None:
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        ports: Bus,
+        mmio: Bus,
+        events: CpuEvents,
+        memory: GuestMemory | None = None,
+    ) -> None:
         self.vcpu = vcpu
         self.index = vcpu.index
         self.thread_id = 0
         self._ports = ports
         self._mmio = mmio
         self._events = events
+        self._memory = memory
+        self._backing: Backing | None = None
+        # What KVM waits for the end of, and the host has no memory for.
+        self._unfinished: exits.Exit | None = None
         self._stop = True
         self._quit = False
         self._recheck = False
@@ -159,6 +187,34 @@ class Cpu:
         self._recheck = True
         self._kick()
 
+    def probe(self) -> None:
+        """Have the vCPU see whether it waits for the host's memory; does not wait for that. Main
+        loop thread."""
+        if not self._work and not self._stop:
+            self._work.append(lambda: self._look().probe())
+            self._kick()
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the stopped vCPU is in the middle of an access that waits for the host's memory:
+        what KVM says of its state is not all of it."""
+        return self._unfinished is not None
+
+    def abandon(self) -> None:
+        """Forget such an access of the stopped vCPU: it is about to be reset."""
+        if self._unfinished is not None:
+            self.call(self._drop)
+
+    def _drop(self, vcpu: Vcpu) -> None:
+        # KVM would go on with it after the reset.
+        self._unfinished = None
+        vcpu.set_immediate_exit(True)
+        try:
+            while not isinstance(vcpu.run(), exits.Interrupted):
+                pass
+        except KvmError:
+            pass  # it touched such memory again
+
     def end(self) -> None:
         """Let the thread end; does not wait. What is waited for is :meth:`wait_stopped`."""
         self._quit = True
@@ -205,16 +261,24 @@ class Cpu:
     def _enter(self) -> None:
         # One KVM_RUN after the other, until a kick ends one with nothing left half done.
         while True:
-            try:
-                exit = self.vcpu.run()
-            except KvmError as error:
-                self._fail(str(error))
-                return
-            if isinstance(exit, exits.Interrupted):
-                break
+            exit = self._unfinished
+            if exit is None:
+                try:
+                    exit = self.vcpu.run()
+                except KvmError as error:
+                    self._fail_run(error)
+                    return
+                if isinstance(exit, exits.Interrupted):
+                    break
             try:
                 self._handle(exit)
+                self._unfinished = None
+            except RamError as error:
+                self._unfinished = exit
+                self._lack(error)
+                return
             except Exception as error:
+                self._unfinished = None
                 # A bug in a device. The thread lives on, for those who look for the cause.
                 report_crash(error)
                 self._fail(f"vCPU thread failed: {error!r}")
@@ -234,6 +298,8 @@ class Cpu:
             self._handle_io(exit)
         elif isinstance(exit, exits.Mmio):
             self._handle_mmio(exit)
+        elif self._explain(exit):
+            pass
         elif isinstance(exit, exits.Shutdown):
             self._park()
             self._events.on_shutdown_exit(self.index)
@@ -249,6 +315,26 @@ class Cpu:
             self.vcpu.set_mp_state(self.vcpu.get_mp_state())
         except KvmError:
             pass  # a help that the guest mostly does not need; whoever asked asks again
+
+    def _explain(self, exit: exits.Exit | None) -> bool:
+        """Whether an exit (None: EFAULT) is for want of the host's memory; that is told then."""
+        if self._memory is None:
+            return False
+        backing = self._look()
+        error = backing.explain(exit)
+        if error is not None:
+            self._lack(error)
+            return True
+        return exit is not None and backing.retract(exit)
+
+    def _look(self) -> Backing:
+        if self._backing is None:
+            # An update does without it. Its file has been read since (``cli.import_ahead``).
+            from pyvmm.machine.backing import Backing
+
+            assert self._memory is not None
+            self._backing = Backing(self.vcpu, self._memory)
+        return self._backing
 
     def _serve(self) -> None:
         while self._work:
@@ -278,6 +364,14 @@ class Cpu:
     def _fail(self, error: str) -> None:
         self._park()
         self._events.on_cpu_error(self.index, error)
+
+    def _fail_run(self, error: KvmError) -> None:
+        if error.errno not in (errno.EFAULT, _EHWPOISON) or not self._explain(None):
+            self._fail(str(error))
+
+    def _lack(self, error: RamError) -> None:
+        self._park()
+        self._events.on_ram_error(error)
 
     def _handle_crash(self, error: BaseException) -> None:
         # The thread's outermost handler: nothing may wait for it any more.

@@ -15,7 +15,7 @@ from pyvmm._util import log
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
+from pyvmm.errors import HostError, InternalError, PyvmmError, RamError, StateError, place
 from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu, CpuEvents
 from pyvmm.vmstate.section import Section
 
@@ -57,6 +57,9 @@ CPU_PATIENCE_S = 0.05
 START_RETRY_S = 0.1
 # In these the run state is the update's.
 _MOVING = (runstate.INMIGRATE, runstate.FINISH_MIGRATE)
+
+# How often a vCPU is asked whether it waits for memory that the host cannot back: two of these.
+RAM_INTERVAL_S = 0.5
 
 PANICKED = 1  # bit of the pvpanic port
 
@@ -228,6 +231,8 @@ class Machine(CpuEvents):
         self.prepare_devices()
         for cpu in self.cpus:
             cpu.start()
+        if any(backend.is_limited for backend in self.backends):
+            self.loop.call_later(RAM_INTERVAL_S, self._watch_ram)
         if self.runstate.state == runstate.PRELAUNCH:
             if self.autostart:
                 self.resume(runstate.RUNNING)
@@ -359,6 +364,8 @@ class Machine(CpuEvents):
 
     def power_on(self) -> None:
         """Put everything into its state after power-on and the kernel into memory."""
+        for cpu in self.cpus:
+            cpu.abandon()
         self.platform.reset()
         for device in self.devices:
             device.reset()
@@ -461,6 +468,11 @@ class Machine(CpuEvents):
         """An I/O thread has died."""
         self._stop_for(lambda: self._internal_error(error))
 
+    def on_ram_error(self, error: RamError) -> None:
+        """The host cannot back memory that the guest needs, directly or in a device; who needs it
+        tries again when the guest goes on."""
+        self._stop_for(lambda: self._ram_error(error))
+
     def on_cpu_error(self, index: int, error: str) -> None:
         self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
 
@@ -536,6 +548,17 @@ class Machine(CpuEvents):
             self.halt(state)
         else:
             self.quit(EXIT_FAILURE if action == "exit-failure" else 0, reason)
+
+    def _watch_ram(self) -> None:
+        self.loop.call_later(RAM_INTERVAL_S, self._watch_ram)
+        if self.runstate.running and any(backend.may_lack() for backend in self.backends):
+            for cpu in self.cpus:
+                cpu.probe()
+
+    def _ram_error(self, error: RamError) -> None:
+        if self.runstate.running:
+            self.warn(f"{error}, then cont")
+            self.halt(runstate.IO_ERROR)
 
     def attempt(self, step: Callable[[], object], what: str) -> None:
         """Do what the guest shall not end for: a failure is a warning.

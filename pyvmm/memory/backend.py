@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 
+from pyvmm._native import ffi, lib, poke, touch
 from pyvmm._util.sizes import format_size
 from pyvmm.errors import ConfigError, HostError, InternalError
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _PAGE = 4096
 _MAP_NORESERVE = 0x4000  # mmap(2); not in every supported Python's mmap module
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
+_TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6  # statfs(2)
 _SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -32,12 +34,14 @@ class RamBackend:
     ``name`` is what it is called in states and in what an exec hands over: the object's id, unless
     the machine itself has something of that name.
 
-    ``view`` is the mapping (a writable buffer; KVM gets its address through the buffer protocol);
+    ``view`` is the mapping (a writable buffer; KVM gets its address through the buffer protocol),
+    which only system calls and ``_native`` may touch: the host may be unable to back a page, which
+    they survive; ``address`` where it is;
     ``fd`` the descriptor to preserve over a live update, None for private anonymous memory;
     ``is_shared`` whether the pages are the descriptor's, so that they outlive this process.
     """
 
-    __slots__ = ("_created", "config", "fd", "name", "view")
+    __slots__ = ("_created", "address", "config", "fd", "name", "view")
 
     def __init__(self, config: RamConfig, fd: int | None = None, name: str = "") -> None:
         """Allocate, or with *fd* adopt a descriptor that the process before left.
@@ -66,13 +70,16 @@ class RamBackend:
             if config.prealloc and fd is None:
                 self._populate()
         except OSError as error:
-            self._undo()
-            raise self._explain(error) from error
+            try:
+                raise self._explain(error) from error
+            finally:
+                self._undo()
         except BaseException:
             self._undo()
             raise
         if fd is not None:
             self.fd = fd
+        self.address = _address(self.view)
 
     @property
     def id(self) -> str:
@@ -88,6 +95,63 @@ class RamBackend:
     def is_shared(self) -> bool:
         """Whether a live update can keep the pages."""
         return self.config.share and self.fd is not None
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store *data*, which fits.
+
+        :raises HostError: the host cannot back it
+        """
+        try:
+            poke(self.address + offset, data)
+        except OSError:
+            raise HostError(self.explain(offset)) from None
+
+    def explain(self, offset: int | None = None, where: str = "") -> str:
+        """Say that a page could not be had, why, as far as can be told, and what mends it.
+
+        :param offset: of the page, if it is known
+        :param where: what is said of it beside the object's name
+        """
+        config = self.config
+        path = f" ({config.mem_path!r})" if config.mem_path else ""
+        return f"memory {config.id}{path}{where}: the host cannot back it: {self._shortage(offset)}"
+
+    def _shortage(self, offset: int | None) -> str:
+        if self.fd is None:
+            return "it has no memory left; free some"
+        try:
+            size, free = os.fstat(self.fd).st_size, os.fstatvfs(self.fd)
+        except OSError as error:
+            return f"{error.strerror}; look into its kernel log"
+        if size <= (self.size - 1 if offset is None else offset):
+            return (
+                f"its file has been cut to {format_size(size)}; give it {format_size(self.size)}"
+                " again (truncate -s)"
+            )
+        if self.config.hugetlb or lib.pyvmm_fs_type(self.fd) == _HUGETLBFS:
+            return "no huge page is left; reserve more in /proc/sys/vm/nr_hugepages"
+        # Without blocks it has no limit: a memfd.
+        if free.f_blocks and free.f_bfree * free.f_frsize < _PAGE:
+            return "no space left in its file system; free space there"
+        return "it reports an error; look into its kernel log"
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether the host may ever be unable to back a page, short of having no memory at all."""
+        return self.fd is not None and (bool(self.config.mem_path) or self.config.hugetlb)
+
+    def may_lack(self) -> bool:
+        """Whether the host may be unable to back a page now."""
+        if self.fd is None or not self.is_limited:
+            return False
+        try:
+            status, free = os.fstat(self.fd), os.fstatvfs(self.fd)
+        except OSError:
+            return True
+        if status.st_size < self.size or lib.pyvmm_fs_type(self.fd) != _TMPFS:
+            return True  # a disk may have errors
+        is_whole = status.st_blocks * 512 >= self.size
+        return bool(free.f_blocks) and not free.f_bfree and not is_whole
 
     def close(self) -> None:
         """Unmap and close. Nobody may hold a view of the memory any longer."""
@@ -203,8 +267,7 @@ class RamBackend:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            for offset in range(0, self.size, _PAGE):
-                self.view[offset] = self.view[offset]
+            touch(_address(self.view), self.size)
 
     def _undo(self) -> None:
         if self.fd is not None:
@@ -217,6 +280,8 @@ class RamBackend:
         config = self.config
         what = f"-object {config.kind},id={config.id},size={format_size(config.size)}"
         reason = os.strerror(error.errno or 0)
+        if error.errno == errno.EFAULT and self.fd is not None and not config.hugetlb:
+            return ConfigError(self.explain())
         if config.hugetlb:
             return ConfigError(
                 f"{what}: {reason}; reserve huge pages of that size in /proc/sys/vm/nr_hugepages,"
@@ -228,3 +293,7 @@ class RamBackend:
         if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
             return HostError(f"{what}: the host has not that much memory; give a smaller size")
         return HostError(f"{what}: {reason}")
+
+
+def _address(view: mmap.mmap) -> int:
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(view)))

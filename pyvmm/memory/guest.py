@@ -4,28 +4,25 @@ Addresses come from the guest, so each access is bounds-checked; one that runs o
 two adjacent regions is put together once, here. Any thread may read and write, as on a real
 machine without ordering between them; aligned ``u16`` to ``u64`` accesses are single loads and
 stores. Left out: dirty tracking, and anything that is not memory (see ``core.bus``).
+
+The host may be unable to back a page: its file system is full, the file was cut, no huge page is
+left. An access then raises :class:`RamError`, and is to be done again when the guest goes on. Who
+gives memory to system calls gets their EFAULT, and has :meth:`GuestMemory.touch` say the same.
 """
 
 from __future__ import annotations
 
-import struct
-
-from pyvmm.errors import GuestError, InternalError
+from pyvmm._native import fill, peek, poke, touch
+from pyvmm.errors import GuestError, InternalError, RamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from mmap import mmap
-    from typing import Literal
+    from collections.abc import Callable, Sequence
 
     from pyvmm.memory.backend import RamBackend
 
 _END = 1 << 64
-# Little-endian is the host's own order: one memcpy of the item's size, which is one load.
-_U16 = struct.Struct("<H")
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
-_FORMATS: dict[int, Literal["H", "I", "Q"]] = {2: "H", 4: "I", 8: "Q"}
+_PAGE = 4096
 
 
 class GuestMemoryError(GuestError):
@@ -75,15 +72,20 @@ class MemoryRegion:
 
 
 class GuestMemory:
-    """All memory of one guest, by guest-physical address."""
+    """All memory of one guest, by guest-physical address.
 
-    __slots__ = ("_spans", "regions")
+    :ivar report: told of a :class:`RamError` by whoever works for the guest, on any thread: the
+        guest is paused for it
+    """
+
+    __slots__ = ("_spans", "regions", "report")
 
     def __init__(self) -> None:
+        self.report: Callable[[RamError], None] = lambda _error: None
         self.regions: list[MemoryRegion] = []
         """In rising order of address; read only, see :meth:`add`."""
-        # What an access needs and no more: start, end, mapping, mapping offset of address 0.
-        self._spans: list[tuple[int, int, mmap, int, bool]] = []
+        # What an access needs and no more: start, end, host address of guest address 0.
+        self._spans: list[tuple[int, int, int, bool]] = []
 
     def add(self, region: MemoryRegion) -> None:
         """Make *region* visible. Only before the first vCPU runs.
@@ -99,7 +101,7 @@ class GuestMemory:
                 raise InternalError(f"memory regions {region.name} and {other.name} overlap")
         self.regions = sorted([*self.regions, region], key=lambda entry: entry.gpa)
         self._spans = [
-            (each.gpa, each.end, each.backend.view, each.offset - each.gpa, each.readonly)
+            (each.gpa, each.end, each.backend.address + each.offset - each.gpa, each.readonly)
             for each in self.regions
         ]
 
@@ -112,56 +114,119 @@ class GuestMemory:
         """Return *size* bytes; the caller caps a size that the guest chose.
 
         :raises GuestMemoryError: some of it is not memory
+        :raises RamError: the host cannot back some of it, as with all that follow
         """
-        for start, end, view, delta, _ in self._spans:
-            if start <= gpa and gpa + size <= end and size >= 0:
-                return view[gpa + delta : gpa + delta + size]
-        return b"".join(view[at : at + n] for view, at, n in self._pieces(gpa, size, False))
+        try:
+            for start, end, base, _ in self._spans:
+                if start <= gpa and gpa + size <= end and size >= 0:
+                    return peek(base + gpa, size)
+            return b"".join([peek(at, n) for at, n in self._pieces(gpa, size, False)])
+        except OSError:
+            raise self.fault(gpa, size) from None
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Store *data*; nothing is stored if not all of it can be.
+        """Store *data*; nothing is stored if not all of it is memory.
 
         :raises GuestMemoryError: some of it is not memory, or read-only
         """
-        source = memoryview(data).cast("B")
-        done = 0
-        for view, at, size in self._pieces(gpa, len(source), True):
-            view[at : at + size] = source[done : done + size]
-            done += size
+        size = len(data)
+        try:
+            for start, end, base, readonly in self._spans:
+                if start <= gpa and gpa + size <= end and not readonly:
+                    poke(base + gpa, data)
+                    return
+            source = memoryview(data)
+            done = 0
+            for at, length in self._pieces(gpa, size, True):
+                poke(at, source[done : done + length])
+                done += length
+        except OSError:
+            raise self.fault(gpa, size) from None
 
     def fill(self, gpa: int, size: int, value: int = 0) -> None:
-        """Store *size* bytes of *value*, in steps that need little memory."""
-        for view, at, length in self._pieces(gpa, size, True):
-            block = bytes([value]) * min(length, 1 << 20)
-            for done in range(0, length, len(block) or 1):
-                step = min(len(block), length - done)
-                view[at + done : at + done + step] = block[:step]
+        """Store *size* bytes of *value*."""
+        try:
+            for at, length in self._pieces(gpa, size, True):
+                fill(at, length, value)
+        except OSError:
+            raise self.fault(gpa, size) from None
+
+    def touch(self, gpa: int, size: int, *, writable: bool = True) -> None:
+        """See that the host backs *size* bytes, of which it may have to find some first. What a
+        running guest or device has there stays.
+
+        :param writable: whether they are to be written, which the host may refuse on its own
+        """
+        try:
+            for at, length in self._pieces(gpa, size, writable):
+                if writable:
+                    touch(at, length)
+                else:
+                    for page in range(at & -_PAGE, at + length, _PAGE):
+                        peek(page, 1)
+        except OSError:
+            raise self.fault(gpa, size) from None
+
+    def fault(self, gpa: int | None = None, size: int = 1) -> RamError:
+        """Return the error that says why an access could not be.
+
+        :param gpa: where it began; None if that is not known
+        """
+        regions = [
+            each for each in self.regions
+            if gpa is None or (gpa < each.end and each.gpa < gpa + size)
+        ]  # fmt: skip
+        where = "" if gpa is None else f", guest address {gpa:#x}"
+        reasons = []
+        for region in regions:
+            offset = None
+            if gpa is not None:
+                offset = region.offset + min(gpa + size, region.end) - 1 - region.gpa
+            reason = region.backend.explain(offset, where)
+            if reason not in reasons and not (gpa is None and region.readonly):
+                reasons.append(reason)
+        return RamError("; ".join(reasons))
 
     def view(self, gpa: int, size: int, *, writable: bool = True) -> memoryview:
-        """Return the memory itself, *size* bytes in one region. Release it before the end.
+        """Return the memory itself, *size* bytes in one region, for system calls. Release it
+        before the end.
+
+        :raises GuestMemoryError: not memory, or over a region's border
+        """
+        parts = self.views(gpa, size, writable=writable)
+        if len(parts) > 1:
+            raise GuestMemoryError(gpa, size, "two regions meet")
+        if not parts:
+            return memoryview(bytearray())
+        return parts[0] if writable else parts[0].toreadonly()
+
+    def views(self, gpa: int, size: int, *, writable: bool = True) -> list[memoryview]:
+        """Return the memory itself, *size* bytes, in one part for each region, for system calls.
+
+        :raises GuestMemoryError: some of it is not memory, or read-only
+        """
+        self._pieces(gpa, size, writable)
+        found = []
+        for region in self.regions:
+            start, end = max(gpa, region.gpa), min(gpa + size, region.end)
+            if start < end:
+                delta = region.offset - region.gpa
+                found.append(memoryview(region.backend.view)[start + delta : end + delta])
+        return found
+
+    def host(self, gpa: int, size: int, *, writable: bool = True) -> int:
+        """Return the host address of *size* bytes in one region, for ``_native``.
 
         :raises GuestMemoryError: not memory, or over a region's border
         """
         pieces = self._pieces(gpa, size, writable)
-        if len(pieces) > 1:
+        if len(pieces) != 1:
             raise GuestMemoryError(gpa, size, "two regions meet")
-        if not pieces:
-            return memoryview(bytearray())
-        view, at, _ = pieces[0]
-        whole = memoryview(view)
-        part = whole[at : at + size]
-        return part if writable else part.toreadonly()
-
-    def views(self, gpa: int, size: int, *, writable: bool = True) -> list[memoryview]:
-        """Return the memory itself, *size* bytes, in one part for each region.
-
-        :raises GuestMemoryError: some of it is not memory, or read-only
-        """
-        return [memoryview(view)[at : at + n] for view, at, n in self._pieces(gpa, size, writable)]
+        return pieces[0][0]
 
     def contains(self, gpa: int, size: int, *, writable: bool = True) -> bool:
         """Whether an access of *size* bytes would succeed."""
-        for start, end, _, _, readonly in self._spans:
+        for start, end, _, readonly in self._spans:
             if start <= gpa and gpa + size <= end and size >= 0:
                 return not (writable and readonly)
         try:
@@ -176,15 +241,15 @@ class GuestMemory:
 
     def read_u16(self, gpa: int) -> int:
         """Return a little-endian 16-bit value."""
-        return self._load(_U16, gpa)
+        return int.from_bytes(self.read(gpa, 2), "little")
 
     def read_u32(self, gpa: int) -> int:
         """Return a little-endian 32-bit value."""
-        return self._load(_U32, gpa)
+        return int.from_bytes(self.read(gpa, 4), "little")
 
     def read_u64(self, gpa: int) -> int:
         """Return a little-endian 64-bit value."""
-        return self._load(_U64, gpa)
+        return int.from_bytes(self.read(gpa, 8), "little")
 
     def write_u8(self, gpa: int, value: int) -> None:
         """Store the low 8 bits of *value*."""
@@ -192,50 +257,32 @@ class GuestMemory:
 
     def write_u16(self, gpa: int, value: int) -> None:
         """Store the low 16 bits of *value*, little-endian."""
-        self._store(2, gpa, value)
+        self.write(gpa, (value & 0xFFFF).to_bytes(2, "little"))
 
     def write_u32(self, gpa: int, value: int) -> None:
         """Store the low 32 bits of *value*, little-endian."""
-        self._store(4, gpa, value)
+        self.write(gpa, (value & 0xFFFFFFFF).to_bytes(4, "little"))
 
     def write_u64(self, gpa: int, value: int) -> None:
         """Store the low 64 bits of *value*, little-endian."""
-        self._store(8, gpa, value)
+        self.write(gpa, (value & (1 << 64) - 1).to_bytes(8, "little"))
 
-    def _load(self, kind: struct.Struct, gpa: int) -> int:
-        for start, end, view, delta, _ in self._spans:
-            if start <= gpa and gpa + kind.size <= end:
-                value: int = kind.unpack_from(view, gpa + delta)[0]
-                return value
-        return int.from_bytes(self.read(gpa, kind.size), "little")
-
-    def _store(self, size: int, gpa: int, value: int) -> None:
-        value &= (1 << 8 * size) - 1
-        for start, end, view, delta, readonly in self._spans:
-            if start <= gpa and gpa + size <= end and not readonly:
-                # Not struct.pack_into: it clears the bytes first, and another vCPU would see a
-                # ring index of 0. A typed view stores the item at once.
-                at = gpa + delta
-                memoryview(view)[at : at + size].cast(_FORMATS[size])[0] = value
-                return
-        self.write(gpa, value.to_bytes(size, "little"))
-
-    def _pieces(self, gpa: int, size: int, writing: bool) -> list[tuple[mmap, int, int]]:
-        """Return ``(mapping, offset, length)`` of the parts of an access, in order."""
-        for start, limit, view, delta, readonly in self._spans:
+    def _pieces(self, gpa: int, size: int, writing: bool) -> list[tuple[int, int]]:
+        """Return ``(host address, length)`` of the parts of an access, in order."""
+        for start, limit, base, readonly in self._spans:
             # Nearly all accesses lie within one region.
             if start <= gpa and gpa + size <= limit and size > 0 and not (writing and readonly):
-                return [(view, gpa + delta, size)]
+                return [(base + gpa, size)]
         if gpa < 0 or size < 0 or gpa + size > _END:
             raise GuestMemoryError(gpa, size)
         pieces = []
         at, end = gpa, gpa + size
-        for start, limit, view, delta, readonly in self._spans:  # in rising order
+        for start, limit, base, readonly in self._spans:  # in rising order
             if at < end and start <= at < limit:
                 if writing and readonly:
                     raise GuestMemoryError(gpa, size, "only ROM")
                 length = min(end, limit) - at
-                pieces.append((view, at + delta, length))
+                pieces.append((base + at, length))
                 at += length
         if at < end:
             raise GuestMemoryError(gpa, size)

@@ -124,12 +124,19 @@ class Migration:
         too_many = [
             f"{count} blocks of memory, of which a state names {MAX_BLOCKS}; leave out an -object"
         ]
-        return (too_many if count > MAX_BLOCKS else []) + [
+        unfinished = [
+            f"vCPU {cpu.index} is in the middle of an access to memory that the host cannot back;"
+            " mend that and cont first"
+            for cpu in self.machine.cpus
+            if cpu.is_unfinished
+        ]
+        private = [
             f"Memory region {backend.id} is not compatible with CPR: it is private to this "
             "process; share=on is required for -object, and -machine anon-alloc=memfd"
             for backend in self.machine.backends
             if not backend.is_shared or backend.fd is None
         ]
+        return (too_many if count > MAX_BLOCKS else []) + unfinished + private
 
     # ---- outgoing --------------------------------------------------------------------------
 
@@ -319,6 +326,8 @@ class Migration:
         while machine.has_requests and not machine.loop.stopping:
             machine.serve_requests()
             machine.pause_cpus(DRAIN_S)
+        for reason in self.blockers():
+            raise MigrationError(reason)
         if machine.runstate.state != before or machine.loop.stopping:
             raise MigrationError(f"The guest ended in the meantime ({machine.runstate.state})")
         machine.runstate.set(runstate.FINISH_MIGRATE)

@@ -94,6 +94,7 @@ class FakeCpu:
         self.index = index
         self.thread_id = 31290 + index
         self.vcpu = FakeVcpu()
+        self.is_unfinished = False
 
     def call(self, function: Callable[[Any], Any]) -> Any:
         """Run ``function`` on the vCPU."""

@@ -189,7 +189,9 @@ class VirtioDriver:
     """
 
     def __init__(self, device: VirtioDevice, *, ram_size: int = RAM_SIZE) -> None:
-        self.backend = RamBackend(RamConfig("memory-backend-memfd", "ram0", ram_size))
+        # Not sealed: a test may cut it, which is memory that the host cannot back.
+        config = RamConfig("memory-backend-memfd", "ram0", ram_size, seal=False)
+        self.backend = RamBackend(config)
         self.memory = GuestMemory()
         self.memory.add_ram(self.backend, [(0, ram_size, 0)])
         self.queues: list[DriverQueue] = []

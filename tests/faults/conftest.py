@@ -2,6 +2,7 @@
 
 import pytest
 from faults.tools import TICKER
+from harness.tmpfs import Tmpfs
 
 
 @pytest.fixture
@@ -14,3 +15,17 @@ def ticker(vm):
         return machine
 
     return start
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """Makes a :class:`harness.tmpfs.Tmpfs` of a given size."""
+    made = []
+
+    def make(size):
+        made.append(Tmpfs(tmp_path / f"tmpfs{len(made)}", size))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -20,14 +20,14 @@ PML4, PDPT, PD, GDT, CODE3 = 0x10000, 0x11000, 0x12000, 0x13000, 0x8000
 
 
 class Machine:
-    """A VM with RAM at 0, an irqchip and vCPUs."""
+    """A VM with RAM at 0 (so many bytes, or a mapping), an irqchip and vCPUs."""
 
     def __init__(self, cpus=1, ram=RAM):
         self.system = System.open()
         self.vm = self.system.create_vm()
         self.vm.set_identity_map_addr(0xFEFFC000)
         self.vm.set_tss_addr(0xFEFFD000)
-        self.ram = mmap.mmap(-1, ram)
+        self.ram = mmap.mmap(-1, ram) if isinstance(ram, int) else ram
         self.vm.set_user_memory_region(0, 0, self.ram)
         self.vm.create_irqchip()
         self.vm.create_pit2()
@@ -80,6 +80,7 @@ class Machine:
 class Events(CpuEvents):
     def __init__(self):
         self.errors = []
+        self.lacks = []
         self.happened = Event()
 
     def on_shutdown_exit(self, index):
@@ -87,6 +88,10 @@ class Events(CpuEvents):
 
     def on_cpu_error(self, index, error):
         self.errors.append(error)
+        self.happened.set()
+
+    def on_ram_error(self, error):
+        self.lacks.append(error)
         self.happened.set()
 
 

@@ -9,6 +9,8 @@ calls.
 
 from __future__ import annotations
 
+from pyvmm._native import copy
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,6 +95,7 @@ class NetBackend:
 
         :returns: False if it has to be sent again after ``handle_writable``; what nobody
             takes at the other end is dropped
+        :raises OSError: EFAULT: the host cannot back a part, and nothing was passed on
         """
         raise NotImplementedError
 
@@ -133,3 +136,16 @@ def skip(parts: list[memoryview], count: int) -> list[memoryview]:
             return [part[count:], *parts[index + 1 :]]
         count -= len(part)
     return []
+
+
+def join(parts: list[memoryview]) -> bytes:
+    """The parts as one.
+
+    :raises OSError: EFAULT: the host cannot back one of them
+    """
+    whole = memoryview(bytearray(sum(map(len, parts))))
+    at = 0
+    for part in parts:
+        copy(whole[at : at + len(part)], part)
+        at += len(part)
+    return bytes(whole)

@@ -12,7 +12,7 @@ import _socket
 import errno
 import struct
 
-from pyvmm.backends.net.base import HEADER, MAX_FRAME, NetBackend, skip
+from pyvmm.backends.net.base import HEADER, MAX_FRAME, NetBackend, join, skip
 from pyvmm.chardev.connector import Connector
 from pyvmm.core.eventloop import HANGUP, READABLE, WRITABLE
 from pyvmm.errors import VmStateError
@@ -88,7 +88,12 @@ class StreamBackend(NetBackend):
             taken = self._write(parts)
             if taken:
                 if taken < LENGTH + size:
-                    self._unsent = b"".join(skip(parts, taken))
+                    try:
+                        self._unsent = join(skip(parts, taken))
+                    except OSError:
+                        # The host cannot back the rest of a frame that is half sent.
+                        self._lose()
+                        return True
                     self._set_full()
                 return True
             if self._sock is None:
@@ -197,6 +202,8 @@ class StreamBackend(NetBackend):
         except BlockingIOError:
             return 0
         except OSError as error:  # EPIPE, ECONNRESET
+            if error.errno == errno.EFAULT:
+                raise
             if error.errno in _SHORT:
                 self._rest()
             else:

@@ -8,6 +8,7 @@ Left out: vhost, several queues, interface scripts.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -159,8 +160,10 @@ class TapBackend(NetBackend):
             self._full = True
             self._poll()
             return False
-        except OSError:  # EINVAL: a header that makes no sense; EIO: the interface is down
-            pass
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise
+            # EINVAL: a header that makes no sense; EIO: the interface is down
         return True
 
     def start(self) -> None:

@@ -13,7 +13,8 @@ that it changes meanwhile (it harms its own data), and resets with requests unde
 wait for these). None of them allocates what the guest chose.
 
 What the host could not do is told to the guest, or pauses it (``werror``, ``rerror``): the
-request waits in ``retries``, and with it the driver, until the guest goes on.
+request waits in ``retries``, and with it the driver, until the guest goes on. So does one whose
+buffers the host cannot back.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from pyvmm.core.threads import report_crash
 from pyvmm.core.workers import Workers
 from pyvmm.devices.virtio.device import VirtioDevice
-from pyvmm.errors import ConfigError, GuestError, HostError
+from pyvmm.errors import ConfigError, GuestError, HostError, RamError
 from pyvmm.vmstate.fields import Description, StructArray, boolean, u16, u32, u64
 
 TYPE_CHECKING = False
@@ -272,6 +273,11 @@ class VirtioBlk(VirtioDevice):
 
     def _fail(self, kind: int, error: OSError, chain: Chain) -> int | None:
         """The host could not do it: the status for the guest; None if it is tried again."""
+        if error.errno == errno.EFAULT:
+            # Not the image's: the host cannot back the guest's buffers.
+            self.retries.append(chain)
+            self.memory.report(chain.find_lack())
+            return None
         action = self._rerror if kind == T_IN else self._werror
         if action == "enospc":
             action = "stop" if error.errno == errno.ENOSPC else "report"
@@ -288,10 +294,15 @@ class VirtioBlk(VirtioDevice):
             return  # the next resume sees to it
         waiting, self.retries = self.retries, []
         queue = self.queues[0]
-        for one in waiting:
-            chain = queue.retake(one.head)
-            if chain is not None:
-                self.handle_chain(queue, chain)
+        try:
+            while waiting:
+                chain = queue.retake(waiting[0].head)
+                if chain is not None:
+                    self.handle_chain(queue, chain)
+                waiting.pop(0)
+        except RamError:
+            self.retries += waiting
+            raise
         self.notify_used(0)
 
     def _read(self, chain: Chain, sector: int, size: int) -> int | None:
@@ -394,7 +405,11 @@ class VirtioBlk(VirtioDevice):
     def _return(self, chain: Chain, kind: int, failure: OSError | None) -> None:
         status = S_OK if failure is None else self._fail(kind, failure, chain)
         if status is not None:
-            self._finish(self.queues[0], chain, status)
+            try:
+                self._finish(self.queues[0], chain, status)
+            except RamError:
+                self.retries.append(chain)
+                raise
             self.notify_used(0)
 
     def _report(self, kind: int, error: OSError, action: str) -> None:

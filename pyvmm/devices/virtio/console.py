@@ -21,6 +21,7 @@ import struct
 
 from pyvmm.chardev.base import CLOSED, OPENED, RESIZED, Frontend
 from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.errors import RamError
 from pyvmm.vmstate.fields import Buffer, Description, Record, StructArray, boolean, u8, u16, u32
 
 TYPE_CHECKING = False
@@ -134,9 +135,13 @@ class Port(Frontend):
         with device.lock:
             if not device.running or self.unread or (device.multiport and not self.guest_open):
                 return 0
-            waiting = queue.waiting
-            if not waiting and queue.enable_notifications():
+            try:
                 waiting = queue.waiting
+                if not waiting and queue.enable_notifications():
+                    waiting = queue.waiting
+            except RamError as error:
+                device.memory.report(error)
+                return 0
         return min(waiting * BUFFER, MOST_INPUT)
 
     def receive(self, data: bytes) -> None:
@@ -166,17 +171,17 @@ class Port(Frontend):
         """Give input to the driver, as far as there are buffers."""
         queue = self.device.queues[self.input_index]
         data = self.unread + data
-        for _ in range(queue.size):
-            chain = queue.pop() if data else None
-            if chain is not None:
-                taken = chain.write(data)
-                queue.push(chain.head, taken)
-                data = data[taken:]
-            elif not data or not queue.enable_notifications():
-                break
-        else:
-            self.device.kick(self.input_index)
-        self.unread = data[:MOST_INPUT]
+        try:
+            for _ in range(queue.size):
+                chain = queue.pop() if data else None
+                if chain is not None:
+                    data = data[queue.answer(chain, data) :]
+                elif not data or not queue.enable_notifications():
+                    break
+            else:
+                self.device.kick(self.input_index)
+        finally:
+            self.unread = data[:MOST_INPUT]
         self.device.notify_used(self.input_index)
 
     def take_output(self) -> None:
@@ -215,16 +220,22 @@ class Port(Frontend):
         sizes: list[int] = []
         parts: list[bytes] = []
         room = CHUNK
-        while room > 0 and len(heads) < queue.size and (chain := queue.pop()) is not None:
-            size = chain.readable_size
-            if not heads:
-                # The driver may have changed the one that was begun.
-                self.sent = min(self.sent, size)
-            part = chain.read(room, 0 if heads else self.sent)
-            heads.append(chain.head)
-            sizes.append(size)
-            parts.append(part)
-            room -= len(part)
+        taken = 0
+        try:
+            while room > 0 and len(heads) < queue.size and (chain := queue.pop()) is not None:
+                taken += 1
+                size = chain.readable_size
+                if not heads:
+                    # The driver may have changed the one that was begun.
+                    self.sent = min(self.sent, size)
+                part = chain.read(room, 0 if heads else self.sent)
+                heads.append(chain.head)
+                sizes.append(size)
+                parts.append(part)
+                room -= len(part)
+        except RamError:
+            queue.unpop(taken)
+            raise
         return heads, sizes, b"".join(parts)
 
 
@@ -379,8 +390,8 @@ class VirtioConsole(VirtioDevice):
                     break
                 continue
             port, event = owed.pop(0)
+            queue.answer(chain, _message(port, event))
             port.owed &= ~(1 << event)
-            queue.push(chain.head, chain.write(_message(port, event)))
         self.notify_used(CONTROL_IN)
 
     # ---- life ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ threads. Whoever else works on queues (a chardev's input, an I/O worker's end) g
 from __future__ import annotations
 
 from pyvmm.core.threads import Lock, report_crash
-from pyvmm.errors import GuestError
+from pyvmm.errors import GuestError, RamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class VirtioDevice:
         driver that never stops must not keep the loop for itself.
 
         :raises GuestError: the driver broke the rules; the device goes to DEVICE_NEEDS_RESET
+        :raises RamError: the host cannot back memory; the queue is served again when it can
         """
         queue = self.queues[index]
         queue.disable_notifications()
@@ -100,7 +101,11 @@ class VirtioDevice:
             left -= 1  # whatever follows: a driver may move its index to and fro
             chain = queue.pop()
             if chain is not None:
-                self.handle_chain(queue, chain)
+                try:
+                    self.handle_chain(queue, chain)
+                except RamError:
+                    queue.unpop()
+                    raise
             elif not queue.enable_notifications():
                 break
         else:
@@ -113,7 +118,7 @@ class VirtioDevice:
         return 0
 
     def handle_chain(self, queue: Queue, chain: Chain) -> None:
-        """Serve one request and ``push`` it."""
+        """Serve one request and ``push`` it. After a RamError it comes again."""
         raise NotImplementedError
 
     def on_activate(self) -> None:
@@ -176,11 +181,14 @@ class VirtioDevice:
 
     def work(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call under the lock, if the device is active. A broken rule of the guest's ends in
-        DEVICE_NEEDS_RESET, and so does a bug of ours: the others go on. Any thread."""
+        DEVICE_NEEDS_RESET, and so does a bug of ours: the others go on. Memory that the host
+        cannot back pauses the guest. Any thread."""
         with self.lock:
             if self.active:
                 try:
                     function(*arguments)
+                except RamError as error:
+                    self.memory.report(error)
                 except GuestError as error:
                     self.fail(str(error))
                 except Exception as error:

@@ -16,11 +16,12 @@ it all others, in the host).
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from pyvmm.backends.net.base import HEADER, MAX_FRAME, MAX_PARTS, NetFrontend
 from pyvmm.devices.virtio.device import VirtioDevice
-from pyvmm.errors import GuestError
+from pyvmm.errors import GuestError, RamError
 from pyvmm.vmstate.fields import Buffer, Description, Record, u16
 
 TYPE_CHECKING = False
@@ -288,15 +289,15 @@ class VirtioNet(VirtioDevice, NetFrontend):
                 break
             used.append((chain.head, min(size, rest)))
             rest -= used[-1][1]
-            self._room -= size
         frame[_NUM_BUFFERS] = len(used).to_bytes(2, "little")
         at = 0
         for (chain, _), (_, written) in zip(self._parked, used, strict=False):
             chain.write(frame[at : at + written])
             at += written
-        del self._parked[: len(used)]
         # The driver takes num_buffers of them at once (5.1.6.3.2).
         queue.push_all(used)
+        self._room -= sum([size for _, size in self._parked[: len(used)]])
+        del self._parked[: len(used)]
 
     def _transmit(self, queue: Queue) -> None:
         queue.disable_notifications()
@@ -310,9 +311,15 @@ class VirtioNet(VirtioDevice, NetFrontend):
             if chain is None:
                 if not queue.enable_notifications():
                     break
-            elif self._send(chain):
-                queue.push(chain.head, 0)
-            else:
+                continue
+            try:
+                sent = self._send(chain)
+                if sent:
+                    queue.push(chain.head, 0)
+            except RamError:
+                queue.unpop()
+                raise
+            if not sent:
                 queue.unpop()  # until handle_writable
                 break
         else:
@@ -327,8 +334,13 @@ class VirtioNet(VirtioDevice, NetFrontend):
             return True
         parts = chain.readable_views()
         if len(parts) >= MAX_PARTS:
-            parts = [memoryview(b"".join(parts))]
-        return self.backend.send(parts)
+            parts = [memoryview(chain.read(size))]
+        try:
+            return self.backend.send(parts)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise chain.find_lack() from None
 
     # ---- what the driver was told ----------------------------------------------------------
 

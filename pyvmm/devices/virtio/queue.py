@@ -6,6 +6,9 @@ descriptor is read once and judged by that copy, an index is never used before i
 with the size, and a chain's length is bounded before it is walked. What breaks the rules is a
 :class:`QueueError`, never a chain that is merely shorter. Left out: packed rings, in-order use.
 
+Where the host cannot back the memory of a ring or buffer it is a RamError, and the queue is as it
+was before the call.
+
 Not locked: the caller holds the device's lock.
 """
 
@@ -13,8 +16,8 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm._native import ffi, lib, memory_barrier
-from pyvmm.errors import GuestError
+from pyvmm._native import ffi, lib, load, memory_barrier, peek, store
+from pyvmm.errors import GuestError, RamError
 from pyvmm.memory.guest import GuestMemoryError
 
 TYPE_CHECKING = False
@@ -108,13 +111,26 @@ class Chain:
         return done
 
     def readable_views(self) -> list[memoryview]:
-        """The memory of the readable buffers itself. The driver may still change it."""
+        """The memory of the readable buffers itself, for system calls. The driver may still
+        change it."""
         views = self._memory.views
         return [part for entry in self.readable for part in views(*entry, writable=False)]
 
     def writable_views(self) -> list[memoryview]:
-        """The memory of the writable buffers itself."""
+        """The memory of the writable buffers itself, for system calls."""
         return [part for entry in self.writable for part in self._memory.views(*entry)]
+
+    def find_lack(self) -> RamError:
+        """Say why a system call could not touch the buffers (EFAULT)."""
+        try:
+            for gpa, length in self.readable:
+                self._memory.touch(gpa, length, writable=False)
+            for gpa, length in self.writable:
+                self._memory.touch(gpa, length)
+        except RamError as error:
+            return error
+        # It can by now: the same call once more will tell.
+        return self._memory.fault()
 
 
 class Queue:
@@ -135,8 +151,7 @@ class Queue:
     __slots__ = (
         *("max_size", "size", "ready", "desc", "avail", "used", "last_avail_idx", "used_idx"),
         *("event_idx", "indirect"),
-        *("_memory", "_table", "_avail_ring", "_used_ring", "_used_elements", "_signalled"),
-        "_native",
+        *("_memory", "_table", "_avail_ring", "_used_ring", "_native", "_signalled"),
     )
 
     def __init__(self, memory: GuestMemory, max_size: int) -> None:
@@ -159,6 +174,7 @@ class Queue:
         """Begin to use the rings where the driver says that they are.
 
         :raises QueueError: a size or address that cannot be
+        :raises RamError: the host cannot back the device area
         """
         self._map()
         self._signalled = self.used_idx
@@ -199,17 +215,21 @@ class Queue:
         """
         if not self.ready:
             return None
-        ring = self._avail_ring
         last = self.last_avail_idx
-        waiting = ring[1] - last & 0xFFFF
-        if not waiting:
-            return None
-        if waiting > self.size:
-            raise QueueError(f"available index {ring[1]} is too far beyond {last}")
-        # Nothing else bounds what is under way if a driver never looks at the used ring.
-        if self.in_flight >= self.size:
-            raise QueueError(f"more than {self.size} chains under way")
-        chain = self._read_chain(ring[2 + (last & self.size - 1)])
+        try:
+            index = load(self._avail_ring + 2, 2)
+            waiting = index - last & 0xFFFF
+            if not waiting:
+                return None
+            if waiting > self.size:
+                raise QueueError(f"available index {index} is too far beyond {last}")
+            # Nothing else bounds what is under way if a driver never looks at the used ring.
+            if self.in_flight >= self.size:
+                raise QueueError(f"more than {self.size} chains under way")
+            head = load(self._avail_ring + 4 + 2 * (last & self.size - 1), 2)
+            chain = self._read_chain(head)
+        except OSError:
+            raise self._lack() from None
         self.last_avail_idx = last + 1 & 0xFFFF
         return chain
 
@@ -218,7 +238,10 @@ class Queue:
 
         :raises QueueError: it is malformed (by now)
         """
-        return self._read_chain(head) if self.ready else None
+        try:
+            return self._read_chain(head) if self.ready else None
+        except OSError:
+            raise self._lack() from None
 
     @property
     def waiting(self) -> int:
@@ -226,7 +249,7 @@ class Queue:
         what it says."""
         if not self.ready:
             return 0
-        return min(self._avail_ring[1] - self.last_avail_idx & 0xFFFF, self.size)
+        return min(self._available_index() - self.last_avail_idx & 0xFFFF, self.size)
 
     def unpop(self, count: int = 1) -> None:
         """Put the chains back that were taken last and not returned: the next :meth:`pop` gives
@@ -240,24 +263,37 @@ class Queue:
         """
         if not self.ready:
             return
-        at = 2 * (self.used_idx & self.size - 1)
-        self._used_elements[at + 1] = head
-        self._used_elements[at + 2] = written
-        self.used_idx = self.used_idx + 1 & 0xFFFF
-        # The element before the index: x86 keeps the order of stores.
-        self._used_ring[1] = self.used_idx
+        self.push_all([(head, written)])
+
+    def answer(self, chain: Chain, data: bytes) -> int:
+        """Fill the chain that was taken last and return it; how much fitted.
+
+        :raises RamError: it is put back
+        """
+        try:
+            written = chain.write(data)
+            self.push(chain.head, written)
+        except RamError:
+            self.unpop()
+            raise
+        return written
 
     def push_all(self, chains: list[tuple[int, int]]) -> None:
         """Return several chains, ``(head, written)`` each, that the driver must find together."""
         if not self.ready:
             return
-        elements = self._used_elements
-        for head, written in chains:
-            at = 2 * (self.used_idx & self.size - 1)
-            elements[at + 1] = head
-            elements[at + 2] = written
-            self.used_idx = self.used_idx + 1 & 0xFFFF
-        self._used_ring[1] = self.used_idx
+        index, ring = self.used_idx, self._used_ring
+        try:
+            for head, written in chains:
+                # An element of two words is stored at once.
+                at = ring + 4 + 8 * (index & self.size - 1)
+                store(at, 8, head | written << 32)
+                index = index + 1 & 0xFFFF
+            # The elements before the index: x86 keeps the order of stores.
+            store(ring + 2, 2, index)
+        except OSError:
+            raise self._lack() from None
+        self.used_idx = index
 
     def spread(self, frame: memoryview, *, mergeable: bool) -> int:
         """Put a network frame, which begins with its header, into the next chains and return
@@ -274,9 +310,12 @@ class Queue:
             self._ring(), *indices, ffi.from_buffer(frame), len(frame), mergeable
         )
         if count > 0:
-            self._advance(count)
             # All at once: the driver takes num_buffers of them (5.1.6.3.2).
-            self._used_ring[1] = self.used_idx
+            try:
+                store(self._used_ring + 2, 2, self.used_idx + count)
+            except OSError:
+                raise self._lack() from None
+            self._advance(count)
         return count
 
     def receive(
@@ -364,20 +403,24 @@ class Queue:
         old, new = self._signalled, self.used_idx
         if old == new or not self.ready:
             return False
-        self._signalled = new
         # The driver writes what it waits for and then looks at the used index once more; here
         # the same crosswise. x86 lets a load overtake an earlier store.
         memory_barrier()
+        at = self._avail_ring + (4 + 2 * self.size if self.event_idx else 0)
+        try:
+            wish = load(at, 2)  # the flags, or the used_event
+        except OSError:
+            raise self._lack() from None
+        self._signalled = new
         if not self.event_idx:
-            return not self._avail_ring[0] & AVAIL_F_NO_INTERRUPT
-        used_event = self._avail_ring[2 + self.size]
-        return (new - used_event - 1 & 0xFFFF) < (new - old & 0xFFFF)
+            return not wish & AVAIL_F_NO_INTERRUPT
+        return (new - wish - 1 & 0xFFFF) < (new - old & 0xFFFF)
 
     def disable_notifications(self) -> None:
         """Ask the driver not to kick: the queue is being looked at anyway."""
         # With event-idx an index that is passed already says so by itself.
         if self.ready and not self.event_idx:
-            self._used_ring[0] = USED_F_NO_NOTIFY
+            self._tell(0, USED_F_NO_NOTIFY)
 
     def enable_notifications(self, known: int = 0) -> bool:
         """Ask for a kick with the next chain; whether there is one already, without a kick.
@@ -388,50 +431,80 @@ class Queue:
             return False
         event = self.last_avail_idx + known & 0xFFFF
         if self.event_idx:
-            self._used_ring[2 + 4 * self.size] = event
+            self._tell(4 + 8 * self.size, event)
         else:
-            self._used_ring[0] = 0
+            self._tell(0, 0)
         memory_barrier()
-        return self._avail_ring[1] != event
+        return self._available_index() != event
+
+    def _available_index(self) -> int:
+        try:
+            return load(self._avail_ring + 2, 2)
+        except OSError:
+            raise self._lack() from None
+
+    def _tell(self, offset: int, value: int) -> None:
+        try:
+            store(self._used_ring + offset, 2, value)
+        except OSError:
+            raise self._lack() from None
+
+    def _lack(self) -> RamError:
+        """Why the host cannot back the rings."""
+        areas = (
+            (self.desc, 16 * self.size, False),
+            (self.avail, 6 + 2 * self.size, False),
+            (self.used, 6 + 8 * self.size, True),
+        )
+        try:
+            for gpa, size, writable in areas:
+                self._memory.touch(gpa, size, writable=writable)
+        except RamError as error:
+            return error
+        return self._memory.fault(self.used)
 
     def _map(self) -> None:
         self.check()
-        view, size = self._memory.view, self.size
+        memory, size = self._memory, self.size
         try:
-            self._table = view(self.desc, 16 * size, writable=False)
-            self._avail_ring = view(self.avail, 6 + 2 * size, writable=False).cast("H")
-            used = view(self.used, 6 + 8 * size)
+            self._table = memory.host(self.desc, 16 * size, writable=False)
+            self._avail_ring = memory.host(self.avail, 6 + 2 * size, writable=False)
+            self._used_ring = memory.host(self.used, 6 + 8 * size)
+            # The driver need not have written there. What a device does must not be undone for
+            # want of a place to say so.
+            memory.touch(self.used, 6 + 8 * size)
         except GuestMemoryError as error:
             self._unmap()
             raise QueueError(str(error)) from None
-        # Typed, so that an index is stored at once.
-        self._used_ring = used.cast("H")
-        self._used_elements = used[:-2].cast("I")
+        except RamError:
+            self._unmap()
+            raise
 
     def _ring(self) -> Any:
         """The ``struct pyvmm_ring *`` of the ready queue."""
         if self._native is None:
-            ram = [region for region in self._memory.regions if not region.readonly]
-            hosts = [ffi.from_buffer(self._memory.view(each.gpa, each.size)) for each in ram]
-            spans = [(each.gpa, each.end, host) for each, host in zip(ram, hosts, strict=True)]
-            # Pointers alone keep nothing alive.
-            kept = (
-                ffi.new("struct pyvmm_span[]", spans),
-                ffi.from_buffer("uint64_t *", self._table),
-                ffi.from_buffer("uint16_t *", self._avail_ring),
-                ffi.from_buffer("uint32_t *", self._used_elements),
+            host = self._memory.host
+            ram = [
+                (each.gpa, each.end, ffi.cast("uint8_t *", host(each.gpa, each.size)))
+                for each in self._memory.regions
+                if not each.readonly
+            ]
+            spans, count = ffi.new("struct pyvmm_span[]", ram), len(ram)
+            areas = (
+                ffi.cast("uint64_t *", self._table),
+                ffi.cast("uint16_t *", self._avail_ring),
+                ffi.cast("uint32_t *", self._used_ring),
             )
-            ring = (kept[0], len(spans), self.size, self.indirect, *kept[1:])
-            self._native = ffi.new("struct pyvmm_ring *", ring), kept, hosts
+            ring = (spans, count, self.size, self.indirect, *areas)
+            self._native = ffi.new("struct pyvmm_ring *", ring), spans
         return self._native[0]
 
     def _unmap(self) -> None:
         self._native = None
-        nothing = memoryview(b"")
-        self._table = self._avail_ring = self._used_ring = self._used_elements = nothing
+        self._table = self._avail_ring = self._used_ring = 0
 
     def _read_chain(self, head: int) -> Chain:
-        table: memoryview | bytes = self._table
+        table: bytes | None = None  # an indirect one
         count = self.size  # entries of the table
         left = count  # entries that the chain may still have
         index = head
@@ -445,7 +518,11 @@ class Queue:
             if not left:
                 raise QueueError("a chain that is too long, or a loop")
             left -= 1
-            gpa, length, flags, index = _DESC.unpack_from(table, 16 * index)
+            if table is None:
+                entry = peek(self._table + 16 * index, 16)
+            else:
+                entry = table[16 * index : 16 * index + 16]
+            gpa, length, flags, index = _DESC.unpack(entry)
             if flags & DESC_F_INDIRECT:
                 table = self._read_table(table, gpa, length, flags)
                 index, count = 0, length // 16
@@ -468,10 +545,10 @@ class Queue:
             raise QueueError(f"a chain of {total} bytes")
         return Chain(self._memory, head, readable, writable)
 
-    def _read_table(self, table: memoryview | bytes, gpa: int, length: int, flags: int) -> bytes:
+    def _read_table(self, table: bytes | None, gpa: int, length: int, flags: int) -> bytes:
         if not self.indirect:
             raise QueueError("an indirect descriptor, which was not negotiated")
-        if table is not self._table:
+        if table is not None:
             raise QueueError("an indirect descriptor in an indirect table")
         if flags & DESC_F_NEXT:
             raise QueueError("an indirect descriptor with a next one")

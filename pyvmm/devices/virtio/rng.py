@@ -63,7 +63,7 @@ class VirtioRng(VirtioDevice):
             if wanted and not data:
                 queue.unpop()  # until there is something
                 break
-            queue.push(chain.head, chain.write(data))
+            queue.answer(chain, data)
         else:
             self.kick(index)
         self.notify_used(index)
