@@ -151,7 +151,8 @@ def vmlinux(package=OUTER_KERNEL):
 
 def busybox():
     """A static busybox."""
-    return unpacked("busybox-static") / "bin" / "busybox"
+    (path,) = unpacked("busybox-static").glob("**/bin/busybox")
+    return path
 
 
 def _write(path, data):
