@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from harness import Vm
+from harness import Vm, needs
 
 pytest_plugins = ["nested.plugin"]
 
@@ -19,6 +19,10 @@ MACHINES = pytest.StashKey()
 # How long an example takes says more about the host's load than about the code.
 hypothesis.settings.register_profile("pyvmm", deadline=None)
 hypothesis.settings.load_profile("pyvmm")
+
+
+def pytest_configure():
+    needs.take_disk_for_temporary_files()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -34,13 +38,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("kvm") is None:
         return
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        reason = f"/dev/kvm: {error.strerror}"
-        if os.environ.get("PYVMM_REQUIRE_KVM") == "1":
-            pytest.fail(f"{reason}, and PYVMM_REQUIRE_KVM=1 demands it", pytrace=False)
-        pytest.skip(reason)
+    needs.device("/dev/kvm")
 
 
 @pytest.fixture
