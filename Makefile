@@ -9,29 +9,35 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-PACKAGES := python3 python3-venv python3-dev gcc binutils libc6-dev linux-libc-dev tmux acpica-tools
+PACKAGES := python3 python3-venv python3-dev gcc binutils libc6-dev linux-libc-dev
 
 # Start-up is inside the pause of a live update, so bytecode must be cached whatever the caller's
 # environment says (Python takes the empty string as unset).
 export PYTHONDONTWRITEBYTECODE =
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# With pip's growing pauses, half a minute without an answer; its own five are over after 8 s.
+export PIP_RETRIES ?= 7
 MAKEFLAGS += --no-print-directory
 
 .PHONY: help
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: run test test-linux check lint types fix bench soak build venv guests firmware wheel clean
+.PHONY: run test test-linux needs check lint types fix bench soak build venv guests firmware wheel clean
 
 run: build  ## boot the built-in guest, console and monitor on this terminal (Ctrl-a h helps)
 	@PATH="$(abspath $(BIN)):$$PATH" exec pyvmm run -serial mon:stdio $(ARGS)
 
-test: build  ## lint, types and all tests, with the real /dev/kvm where there is one
+test: build needs  ## lint, types and all tests, with the real /dev/kvm where there is one
 	@failed=0; \
 	$(MAKE) lint || failed=1; \
 	$(MAKE) types || failed=1; \
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS) || failed=1; \
 	exit $$failed
+
+# At every run, since it takes no longer than to see whether it is necessary.
+needs: venv  ## install the Debian packages that tests use, or name them
+	@$(BIN)/python tests/harness/needs.py
 
 test-linux: build  ## the tests with a Linux guest alone; where KVM cannot run it, in an emulated machine
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest tests/linux $(ARGS)
@@ -94,11 +100,11 @@ $(BIN)/python:
 	@$(prerequisites)
 	@$(PYTHON) -m venv --clear $(VENV)
 
-# Debian's packages are installed where that is possible and otherwise named. Only tests need
-# tmux and iasl.
+# Debian's packages are installed where that is possible and otherwise named. Look-ups of a mirror
+# fail now and then; a list that is not to be had is an error to apt only if it is told so.
 define prerequisites
 lacking() { \
-	for command in $(PYTHON) gcc ld "$$@"; do \
+	for command in $(PYTHON) gcc ld; do \
 		command -v $$command >/dev/null || echo $$command; \
 	done; \
 	for header in stdio.h linux/kvm.h; do \
@@ -108,10 +114,14 @@ lacking() { \
 	$(PYTHON) -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' \
 		2>/dev/null || echo Python.h; \
 }; \
-if [ -n "$$(lacking tmux iasl)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+apt() { DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=120 "$$@" >/dev/null; }; \
+install() { apt install -y --no-install-recommends $(PACKAGES); }; \
+if [ -n "$$(lacking)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	echo "installing $(PACKAGES)"; \
-	{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive \
-		apt-get -qq install -y --no-install-recommends $(PACKAGES); } >/dev/null || true; \
+	for pause in 0 2 10; do \
+		sleep $$pause; \
+		apt -o APT::Update::Error-Mode=any update && install && break; \
+	done || install || true; \
 fi; \
 lack=$$(lacking | tr '\n' ' '); \
 if [ -n "$$lack" ]; then \

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from harness import Vm
+from harness import Vm, needs
 
 from pyvmm._native import lib
 
@@ -23,6 +23,10 @@ hypothesis.settings.register_profile("pyvmm", deadline=None)
 hypothesis.settings.load_profile("pyvmm")
 
 
+def pytest_configure():
+    needs.take_disk_for_temporary_files()
+
+
 def pytest_collection_modifyitems(config, items):
     root = Path(__file__).parent
     for item in items:
@@ -36,13 +40,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup(item):
     if item.get_closest_marker("kvm") is None:
         return
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        reason = f"/dev/kvm: {error.strerror}"
-        if os.environ.get("PYVMM_REQUIRE_KVM") == "1":
-            pytest.fail(f"{reason}, and PYVMM_REQUIRE_KVM=1 demands it", pytrace=False)
-        pytest.skip(reason)
+    needs.device("/dev/kvm")
 
 
 @pytest.fixture

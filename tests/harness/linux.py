@@ -60,14 +60,15 @@ def module_tree():
     their folders, and depmod's tables, by which modprobe finds them.
     """
     package = packages.unpacked(CLOUD_KERNEL)
-    (release,) = (package / "lib" / "modules").iterdir()
-    paths = {path.stem.replace("-", "_"): path for path in release.rglob("*.ko")}
+    (release,) = package.glob("**/lib/modules/*")
+    paths = image.module_paths(release)
     alias = re.compile(rb"\0alias=(acpi|virtio:)")
-    wanted = [name for name, path in paths.items() if alias.search(path.read_bytes())]
+    wanted = [name for name, path in paths.items() if alias.search(image.read_module(path))]
     files = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, data in image.modules(release, wanted).items():
-            path = paths[name].relative_to(package)
+            path = Path("lib/modules", release.name, paths[name].relative_to(release))
+            path = path.with_name(path.name.removesuffix(".xz"))
             files[str(path)] = data
             Path(scratch, path).parent.mkdir(parents=True, exist_ok=True)
             Path(scratch, path).write_bytes(data)

@@ -6,8 +6,7 @@ import os
 import struct
 import subprocess
 
-import pytest
-
+from harness import needs
 from harness.stream import Peer
 
 GUEST_MAC = bytes.fromhex("525400123456")
@@ -87,16 +86,21 @@ def echo_of(frame):
 
 @contextlib.contextmanager
 def namespace():
-    """This thread, and what it starts, is in a network namespace of its own; root only."""
-    if os.geteuid():
-        pytest.skip("needs root, for a network namespace")
+    """This thread, and what it starts, is in a network namespace of its own; root only, with
+    what makes taps there."""
+    needs.root("network namespaces")
+    needs.program("ip")
+    needs.device("/dev/net/tun")
     libc = ctypes.CDLL(None, use_errno=True)
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         if libc.unshare(CLONE_NEWNET):
-            pytest.skip("the host allows no network namespace")
-        yield
-        assert libc.setns(before, CLONE_NEWNET) == 0
+            needs.missing(f"network namespaces: {os.strerror(ctypes.get_errno())}")
+        try:
+            yield
+        finally:
+            # Behind a failure, too: this thread fetches packages later, which takes the network.
+            assert libc.setns(before, CLONE_NEWNET) == 0
     finally:
         os.close(before)
 

@@ -2,12 +2,11 @@
 
 import os
 import re
-import shutil
 import struct
 import subprocess
 
 import pytest
-from harness import process
+from harness import needs, process
 
 SIZE = 1 << 20
 
@@ -209,16 +208,15 @@ def test_evil_guest_and_updates(vm, tmp_path):
 @pytest.fixture
 def loop_device(tmp_path):
     """A block device of 1 MiB."""
-    if os.getuid() or not shutil.which("losetup"):
-        pytest.skip("needs root and losetup")
+    needs.root("loop devices")
     made = subprocess.run(
-        ["losetup", "--show", "-f", image(tmp_path, "loop.img")],
+        [needs.program("losetup"), "--show", "-f", image(tmp_path, "loop.img")],
         capture_output=True,
         text=True,
         check=False,
     )
     if made.returncode:
-        pytest.skip(f"losetup: {made.stderr.strip()}")
+        needs.missing(f"loop devices: {made.stderr.strip()}")
     yield made.stdout.strip()
     subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
 
@@ -234,11 +232,10 @@ def test_block_device_over_an_update(loop_device, vm):
     machine.expect(r"pass \d+ ok")
 
 
-@pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="needs QEMU")
 def test_qemu_and_pyvmm_keep_each_other_from_an_image(vm, tmp_path):
     path = image(tmp_path)
-    qemu = ["qemu-system-x86_64", "-display", "none", "-nodefaults", "-machine", "microvm", "-S"]
-    qemu += ["-global", "virtio-mmio.force-legacy=false", "-qmp", "stdio"]
+    qemu = [needs.program("qemu-system-x86_64"), "-display", "none", "-nodefaults", "-S"]
+    qemu += ["-machine", "microvm", "-global", "virtio-mmio.force-legacy=false", "-qmp", "stdio"]
     qemu += ["-drive", f"file={path},format=raw,if=none,id=d", "-device"]
     qemu += ["virtio-blk-device,drive=d"]
     machine = vm(*drive(path), append="virtio-blk")

@@ -5,13 +5,16 @@ import os
 import struct
 from pathlib import Path
 
+import zstandard
+
 HERE = Path(__file__).parent
 #: For the root on 9p, the command port, KVM, and the network devices that tests use.
 MODULES = "virtio_pci 9pnet_virtio 9p overlay virtio_console kvm_amd tun".split()
 
 
 def vmlinux(bzimage):
-    """The ELF file inside a bzImage whose payload is packed with xz, as Debian's amd64 kernel is.
+    """The ELF file inside a bzImage whose payload is packed with zstd or xz, as Debian's kernel
+    for amd64 is since release 13 and was before.
 
     A machine that enters it directly does not spend seconds on unpacking it with emulated
     instructions. Boot protocol: Documentation/arch/x86/boot.rst, payload_offset.
@@ -19,19 +22,38 @@ def vmlinux(bzimage):
     setup_sectors = bzimage[0x1F1] or 4
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
-    # Behind the xz stream there are four more bytes, which tell its unpacked size.
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(bzimage[start : start + length])
+    # Behind the stream there are four more bytes, which tell its unpacked size.
+    payload = bzimage[start : start + length]
+    if payload.startswith(zstandard.FRAME_HEADER):
+        return zstandard.ZstdDecompressor().decompressobj().decompress(payload)
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload)
+
+
+def module_paths(tree):
+    """Module files below ``tree``, by the names that the kernel has for them."""
+    paths = [path for path in Path(tree).rglob("*.ko*") if path.suffix in (".ko", ".xz")]
+    return {path.name.partition(".ko")[0].replace("-", "_"): path for path in paths}
+
+
+def read_module(path):
+    """A module, unpacked if it is packed, as Debian's are since release 13."""
+    data = path.read_bytes()
+    return lzma.decompress(data) if path.suffix == ".xz" else data
 
 
 def modules(tree, wanted):
-    """Module files below ``tree``, each behind all that it depends on, by name."""
-    paths = {path.stem.replace("-", "_"): path for path in Path(tree).rglob("*.ko")}
+    """The contents of module files below ``tree``, each behind all that it depends on, by name;
+    without those that are part of the kernel.
+    """
+    paths = module_paths(tree)
+    lists = [path.read_text().split() for path in Path(tree).rglob("modules.builtin")]
+    builtin = {Path(name).stem.replace("-", "_") for names in lists for name in names}
     ordered = {}
 
     def add(name):
-        if name in ordered:
+        if name in ordered or name in builtin:
             return
-        data = paths[name].read_bytes()
+        data = read_module(paths[name])
         start = data.index(b"\0depends=") + len(b"\0depends=")
         for dependency in data[start : data.index(b"\0", start)].decode().split(","):
             if dependency:

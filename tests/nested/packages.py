@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from harness import needs
+
 from nested import image
 
 OUTER_KERNEL = "linux-image-amd64"
@@ -47,9 +49,8 @@ def need_programs():
     def lacking():
         return [package for program, package in PROGRAMS.items() if not shutil.which(program)]
 
-    if (lack := lacking()) and os.geteuid() == 0 and shutil.which("apt-get"):
-        install = ("apt-get", "install", "-q", "-y", "--no-install-recommends", *lack)
-        _with_lists(lambda: _run(*install))
+    if (lack := lacking()) and needs.may_install():
+        needs.install(lack)
     if lack := lacking():
         raise MissingError(f"missing; as root: apt-get install {' '.join(lack)}")
 
@@ -109,7 +110,7 @@ def _download_newer_qemu(folder):
             *("-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=/dev/null"),
             *("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}/cache"),
         ]
-        _run("apt-get", "update", "-q", *NO_SANDBOX, *options)
+        _apt_get("update", *NO_SANDBOX, *options)
         _download(folder, *QEMU_PACKAGES, "-t", f"{codename}-backports", *options)
 
 
@@ -151,7 +152,8 @@ def vmlinux(package=OUTER_KERNEL):
 
 def busybox():
     """A static busybox."""
-    return unpacked("busybox-static") / "bin" / "busybox"
+    (path,) = unpacked("busybox-static").glob("**/bin/busybox")
+    return path
 
 
 def _write(path, data):
@@ -168,7 +170,7 @@ def _with_lists(action):
     except MissingError:
         if os.geteuid() != 0:
             raise
-        _run("apt-get", "update", "-q")
+        _apt_get("update")
         return action()
 
 
@@ -179,15 +181,22 @@ def _real_name(package):
 
 
 def _download(folder, *packages_and_options):
-    _run("apt-get", "download", "-q", *NO_SANDBOX, *packages_and_options, cwd=folder)
+    _apt_get("download", *NO_SANDBOX, *packages_and_options, cwd=folder)
 
 
-def _run(*command, cwd=None):
-    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+def _apt_get(*arguments, cwd=None):
+    return _output(lambda: needs.apt_get(*arguments, cwd=cwd))
+
+
+def _run(*command):
+    return _output(lambda: subprocess.run(command, capture_output=True, text=True))
+
+
+def _output(run):
     try:
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+        done = run()
     except FileNotFoundError as error:
         raise MissingError(f"missing: {error.filename}") from None
     if done.returncode:
-        raise MissingError(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
+        raise MissingError(f"{' '.join(map(str, done.args))}: {done.stderr.strip()}")
     return done.stdout

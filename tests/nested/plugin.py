@@ -18,6 +18,7 @@ import threading
 import time
 
 import pytest
+from harness import needs
 
 from nested import kvm, packages
 from nested.machine import NestedMachine
@@ -120,7 +121,7 @@ class _Outside:
 
     def _missing(self, nodeid, why):
         """There can be no machine for a test."""
-        if os.environ.get("PYVMM_REQUIRE_KVM") == "1":
+        if needs.demanded():
             self._end(nodeid, "failed", why)
         else:
             item = self._items[nodeid]

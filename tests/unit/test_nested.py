@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import zstandard
 from nested import image, port
 
 
@@ -154,10 +155,20 @@ def test_modules_come_behind_what_they_need(tmp_path):
     assert list(image.modules(tmp_path, ["a"])) == ["c_d", "b", "a"]
     with pytest.raises(KeyError):
         image.modules(tmp_path, ["missing"])
+    (tmp_path / "modules.builtin").write_text("kernel/drivers/mis-sing.ko\nkernel/fs/d.ko\n")
+    assert list(image.modules(tmp_path, ["mis_sing", "b"])) == ["c_d", "b"]
 
 
-def test_vmlinux_is_unpacked():
-    payload = lzma.compress(b"\x7fELF and the rest")
+def test_packed_modules_are_unpacked(tmp_path):
+    data = b"x\0depends=\0y"
+    (tmp_path / "a-b.ko.xz").write_bytes(lzma.compress(data))
+    (tmp_path / "modules.dep").touch()
+    assert image.modules(tmp_path, ["a_b"]) == {"a_b": data}
+
+
+@pytest.mark.parametrize("compress", [lzma.compress, zstandard.compress])
+def test_vmlinux_is_unpacked(compress):
+    payload = compress(b"\x7fELF and the rest")
     header = bytearray(3 * 512)
     header[0x1F1] = 2
     struct.pack_into("<II", header, 0x248, 64, len(payload) + 4)

@@ -1,10 +1,10 @@
 """The network device over live updates: no frame lost, repeated, reordered or torn."""
 
-import shutil
 import socket
 import subprocess
 
 import pytest
+from harness import needs
 from harness.network import (
     GUEST_IP,
     PEER_IP,
@@ -131,8 +131,7 @@ def test_tap_lives_through_updates(vm):
 
 
 def test_passt_lives_through_updates_and_ends_with_the_vm(vm):
-    if shutil.which("passt") is None:
-        pytest.skip("passt is not installed")
+    needs.program("passt")
     with namespace():
         make_tap("up0")
         for command in (f"route add default via {GUEST_IP} dev up0", "link set lo up"):

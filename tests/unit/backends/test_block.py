@@ -4,11 +4,11 @@ import errno
 import mmap
 import os
 import resource
-import shutil
 import subprocess
 import sys
 
 import pytest
+from harness import needs
 
 from pyvmm.backends import locking
 from pyvmm.backends.block import BlockFile
@@ -45,15 +45,17 @@ def image(tmp_path):
 @pytest.fixture
 def loop(tmp_path):
     """A block device of 1 MiB."""
-    if os.getuid() or not shutil.which("losetup"):
-        pytest.skip("needs root and losetup")
+    needs.root("loop devices")
     path = tmp_path / "loop.img"
     path.write_bytes(bytes(SIZE))
     made = subprocess.run(
-        ["losetup", "--show", "-f", path], capture_output=True, text=True, check=False
+        [needs.program("losetup"), "--show", "-f", path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if made.returncode:
-        pytest.skip(f"losetup: {made.stderr.strip()}")
+        needs.missing(f"loop devices: {made.stderr.strip()}")
     yield made.stdout.strip()
     subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
 
@@ -341,7 +343,8 @@ def test_an_update_keeps_the_file_and_its_lock(image, tmp_path):
         image("moved")
 
 
-def test_an_update_may_change_the_cache_mode(image):
+def test_an_update_may_change_the_cache_mode(image, tmp_path):
+    needs.disk(tmp_path)
     old = image()
     new = image(fds=hand_over(old), direct=True)
     assert new.alignment >= 512

@@ -1,12 +1,11 @@
 """The tables as a kernel finds them in memory; iasl has the last word on their form."""
 
-import os
 import re
-import shutil
 import struct
 import subprocess
 
 import pytest
+from harness import needs
 
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import layout, tables
@@ -67,10 +66,7 @@ def written(memory, hardware):
 @pytest.fixture(scope="session")
 def iasl():
     """Runs iasl with arguments; fails on any error, warning or remark."""
-    program = shutil.which("iasl")
-    if program is None:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing("iasl is not installed (Debian: acpica-tools)")
+    program = needs.program("iasl")
 
     def run(*args):
         done = subprocess.run([program, *args], capture_output=True, text=True, check=False)

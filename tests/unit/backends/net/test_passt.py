@@ -2,13 +2,13 @@
 
 import os
 import select
-import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from harness import needs
 
 from pyvmm.backends.net.base import HEADER
 from pyvmm.backends.net.passt import PasstBackend
@@ -24,8 +24,7 @@ DEADLINE_S = 20
 @pytest.fixture
 def routed(namespace):
     """A namespace with an address and a default route, which passt takes its own from."""
-    if shutil.which("passt") is None:
-        pytest.skip("passt is not installed")
+    needs.program("passt")
     for command in (
         "tuntap add d0 mode tap",
         "addr add 10.9.0.2/24 dev d0",

@@ -5,6 +5,7 @@ import os
 import struct
 
 import pytest
+from harness import needs
 from harness.virtio_disk import DEADLINE_S, SECTORS, SIZE, Disk, pattern, segment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,9 @@ from pyvmm.errors import HostError, VmStateError
 # ---- what the host cannot do ----------------------------------------------------------------
 
 
-def test_errors_of_the_host(disk, kind, monkeypatch, python_only):
+def test_errors_of_the_host(disk, kind, monkeypatch, python_only, tmp_path):
+    if kind == "disk":
+        needs.disk(tmp_path)
     one = disk()
 
     def broken(*_arguments):
@@ -235,7 +238,9 @@ def test_an_update_loses_nothing_and_repeats_nothing(disk, kind):
     assert one.ask(blk.T_IN, 8, room=4096) == (0, pattern(4096, 8))
 
 
-def test_an_update_does_not_forget_that_a_flush_failed(disk, monkeypatch):
+def test_an_update_does_not_forget_that_a_flush_failed(disk, monkeypatch, tmp_path):
+    needs.disk(tmp_path)
+
     def broken(_fd):
         raise OSError(errno.EIO, "broken")
 
