@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from faults.tools import QMP, Qmp, update
-from harness import VmExitedError, guests, run_cli
+from harness import VmExitedError, guests, needs, run_cli
 from harness.tmpfs import memory
 
 LACK = r"memory ram0 \('.*ram'\)(, guest address 0x[0-9a-f]+)?: the host cannot back it: "
@@ -242,10 +242,10 @@ def test_without_huge_pages(vm):
     try:
         huge_pages().write_text("8")
     except OSError:
-        pytest.skip("huge pages cannot be reserved")
+        needs.missing("huge pages cannot be reserved")
     try:
         if int(huge_pages().read_text()) != 8:
-            pytest.skip("there are no 8 huge pages")
+            needs.another_host("there are no 8 huge pages")
         machine = vm(
             "-object", "memory-backend-memfd,id=ram0,size=64M,hugetlb=on,share=off",
             append="memhash passes=2",
@@ -255,7 +255,7 @@ def test_without_huge_pages(vm):
         assert "no huge page is left; reserve more in /proc/sys/vm/nr_hugepages" in machine.stderr()
         huge_pages().write_text("40")
         if int(huge_pages().read_text()) != 40:
-            pytest.skip("there are no 40 huge pages")
+            needs.another_host("there are no 40 huge pages")
         machine.hmp("cont")
         machine.expect("memhash PASS")
         machine.close()

@@ -21,6 +21,7 @@ PACKAGES = {
     "passt": "passt",
     "ping": "iputils-ping",
     "qemu-system-x86_64": "qemu-system-x86",
+    "strace": "strace",
 }
 #: Seconds to wait before what the network failed is tried again, beside apt's own few tries.
 PAUSES_S = (2, 10)
@@ -43,6 +44,14 @@ def missing(what):
     if demanded():
         pytest.fail(f"{what}; CI or PYVMM_REQUIRE_KVM=1 demands it", pytrace=False)
     pytest.skip(what)
+
+
+def another_host(why):
+    """End this test, which the processor, the KVM or the memory of this host cannot show anything
+    in; others can."""
+    import pytest
+
+    pytest.skip(f"{why}: a host of another kind shows it")
 
 
 def device(path):

@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-import pytest
+from harness import needs
 
 PAGE = 4096
 
@@ -11,7 +11,7 @@ PAGE = 4096
 class Tmpfs:
     """A tmpfs of its own at ``path``, with a file ``filler`` that takes the room away.
 
-    Skips the test where nothing may be mounted.
+    The test is left out where nothing may be mounted.
     """
 
     def __init__(self, path, size):
@@ -20,7 +20,7 @@ class Tmpfs:
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted: {done.stderr.strip()}")
+            needs.missing(f"a tmpfs cannot be mounted: {done.stderr.strip()}")
         self._filler = os.open(path / "filler", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
 
     @property

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from harness import needs
 from harness.kvm_machine import RAM, Machine
 
 from pyvmm._native import ffi, lib
@@ -211,7 +212,7 @@ def enter_pae(machine):
     machine.vcpu.set_regs(regs)
     exit = machine.vcpu.run()
     if isinstance(exit, exits.Shutdown):
-        pytest.skip("this KVM has no paging outside of long mode")
+        needs.another_host("this KVM has no paging outside of long mode")
     assert exit.data[0] == 0x77
 
 
@@ -221,7 +222,7 @@ def test_registers_of_pae_paging_come_over(machine, other):
     enter_pae(other)
     other.ram[PDPT + 16 : PDPT + 24] = bytes(8)
     if isinstance(other.vcpu.run(), exits.Shutdown):
-        pytest.skip("this CPU reads them from memory whenever it needs them, as AMD's do")
+        needs.another_host("this CPU reads them from memory whenever it needs them, as AMD's do")
     enter_pae(machine)
     assert machine.vcpu.get_pdptrs() == [PD | 1, 0, OTHER_PD | 1, 0]
     machine.ram[PDPT + 16 : PDPT + 24] = bytes(8)
@@ -287,7 +288,7 @@ def test_one_register(machine):
     try:
         value = machine.vcpu.get_one_reg(page_attributes)
     except KvmError:
-        pytest.skip("this host's KVM lacks KVM_GET_ONE_REG, which Linux has since 6.18")
+        needs.another_host("this host's KVM lacks KVM_GET_ONE_REG, which Linux has since 6.18")
     assert value == machine.vcpu.get_msrs([0x277])[0x277]
     machine.vcpu.set_one_reg(page_attributes, 0x0007_0406_0007_0406)
     assert machine.vcpu.get_msrs([0x277]) == {0x277: 0x0007_0406_0007_0406}
@@ -325,7 +326,7 @@ def test_shadow_stack_pointer_comes_over(machine, other, monkeypatch):
 def test_a_vcpu_without_a_shadow_stack_refuses_its_pointer(machine):
     state = vcpu_state.read(machine.vcpu)
     if hasattr(state, "ssp"):
-        pytest.skip("this host's KVM offers shadow stacks")
+        needs.another_host("this host's KVM offers shadow stacks")
     state.ssp = 8
     with pytest.raises(MigrationError, match=r"vCPU 0 .*KVM_SET_ONE_REG"):
         vcpu_state.write(machine.vcpu, state)

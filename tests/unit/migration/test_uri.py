@@ -7,12 +7,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from harness import needs
 
 from pyvmm.errors import MigrationError
 from pyvmm.migration.uri import FileUri
 
 DATA = bytes(range(256)) * 20
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root changes owners")
+
+
+@pytest.fixture
+def as_root():
+    needs.root("only root changes owners")
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +100,7 @@ def test_symbolic_link_stays(tmp_path, exists):
 @pytest.mark.parametrize("linked", [False, True])
 def test_file_keeps_its_mode(tmp_path, mode, linked):
     if mode == 0o400 and os.geteuid():
-        pytest.skip("only root writes to it")
+        needs.root("only root writes to it")
     target, link = tmp_path / "vm.state", tmp_path / "link"
     target.touch()
     target.chmod(mode)
@@ -106,7 +111,7 @@ def test_file_keeps_its_mode(tmp_path, mode, linked):
     assert target.read_bytes() == DATA
 
 
-@needs_root
+@pytest.mark.usefixtures("as_root")
 def test_file_keeps_its_owner(tmp_path):
     target = tmp_path / "vm.state"
     target.write_bytes(b"old")
@@ -162,7 +167,7 @@ def become_nobody():
     os.seteuid(65534)
 
 
-@needs_root
+@pytest.mark.usefixtures("as_root")
 def test_file_that_is_not_ours_to_write(nobody):
     nobody.chmod(0o777)
     become_nobody()
@@ -171,7 +176,7 @@ def test_file_that_is_not_ours_to_write(nobody):
         uri(nobody / "vm.state").open_write()
 
 
-@needs_root
+@pytest.mark.usefixtures("as_root")
 @pytest.mark.parametrize("mode", [0o755, 0o777, 0o1777])
 def test_file_of_another_that_we_may_write(nobody, mode):
     target = nobody / "vm.state"
@@ -185,7 +190,7 @@ def test_file_of_another_that_we_may_write(nobody, mode):
     assert os.listdir(nobody) == ["vm.state"]
 
 
-@needs_root
+@pytest.mark.usefixtures("as_root")
 def test_folder_in_which_we_may_only_write_the_file(nobody):
     target = nobody / "vm.state"
     os.chown(target, 65534, 65534)
