@@ -303,7 +303,7 @@ def import_ahead(machine: Machine, paths: dict[str, bytes]) -> None:
         from pyvmm.boot import loader  # noqa: F401
         from pyvmm.machine import firmware  # noqa: F401
 
-        machine.keep_boot_files(paths)
+        machine.kernel.keep(paths)
     except Exception as error:
         machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
     try:

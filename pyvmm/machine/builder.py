@@ -96,7 +96,7 @@ def build(
         )
         # In a live update memory has it all already, the kernel, its data and its changes.
         if not config.incoming:
-            machine.load_guest()
+            machine.kernel.load()
     except BaseException:
         # What was inherited stays open: the old image needs it for its return.
         if not fds.is_incoming:

@@ -17,6 +17,7 @@ from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
 from pyvmm.errors import HostError, InternalError, PyvmmError, RamError, StateError, place
 from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu, CpuEvents
+from pyvmm.machine.kernel import GuestKernel
 from pyvmm.vmstate.section import Section
 
 TYPE_CHECKING = False
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from pyvmm.backends.block import BlockFile
     from pyvmm.backends.net.factory import NetdevSet
-    from pyvmm.boot.files import BootFiles
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
@@ -87,8 +87,7 @@ class Machine(CpuEvents):
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.netdevs: NetdevSet | None = None
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
-        # What a reset loads; none in an updated machine until its guest runs.
-        self.boot_files: BootFiles | None = None
+        self.kernel = GuestKernel(self)
         self.cpus: list[Cpu] = []
         self.pic_watch: PicWatch | None = None
         self.exit_code = 0
@@ -167,7 +166,7 @@ class Machine(CpuEvents):
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
-        self.keep_boot_files({})
+        self.kernel.keep({})
         return None
 
     def _reset_later(self, reason: str, error: HostError) -> None:
@@ -370,45 +369,7 @@ class Machine(CpuEvents):
         for device in self.devices:
             device.reset()
         self.prepare_devices()
-        self.load_guest()
-
-    def load_guest(self) -> None:
-        """Put the firmware's tables and the kernel into memory.
-
-        :raises ConfigError: a file or the command line cannot be used
-        """
-        # An update does without them: memory has it all already.
-        from pyvmm.boot import loader
-        from pyvmm.boot.files import BootFiles
-        from pyvmm.machine import firmware
-
-        files = self.boot_files = self.boot_files or BootFiles(self.fds)
-        rsdp = firmware.write_tables(self)
-        try:
-            loader.load(self.memory, self.config.kernel, rsdp, files.open)
-        except BaseException:
-            files.forget_unkept()
-            raise
-
-    def keep_boot_files(self, paths: dict[str, bytes]) -> None:
-        """See to it that a reset finds what the guest was booted from. Not before the guest runs,
-        whose start and whose updates are not delayed for it.
-
-        :param paths: what :meth:`save_boot_files` returned in the image before
-        """
-        from pyvmm.boot.files import BootFiles
-
-        if self.boot_files is None:
-            self.boot_files = BootFiles(self.fds)
-            problems = self.boot_files.take_over(self.config.kernel, paths)
-        else:
-            problems = self.boot_files.keep(self.config.kernel)
-        for problem in problems:
-            self.warn(problem)
-
-    def save_boot_files(self) -> dict[str, bytes]:
-        """What the next image has to know of what is kept for a reset, as CPR values."""
-        return self.boot_files.save_state() if self.boot_files else {}
+        self.kernel.load()
 
     # ---- state -----------------------------------------------------------------------------
 
@@ -598,8 +559,7 @@ class Machine(CpuEvents):
         self.chardevs.close()
         for drive in self.drives.values():
             drive.close()
-        if self.boot_files is not None:
-            self.boot_files.close()
+        self.kernel.close()
         if hasattr(self, "platform"):
             self.platform.close()
         if hasattr(self, "system"):

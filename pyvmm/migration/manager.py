@@ -385,7 +385,7 @@ class Migration:
             **{f"chardev/{id}": value for id, value in chardevs.items()},
             **{f"netdev/{id}": value for id, value in netdevs.items()},
             **{f"monitor/{id}": value for id, value in monitors.items()},
-            **self.machine.save_boot_files(),
+            **self.machine.kernel.save_state(),
             **{f"{ADDED}{id}": value for id, value in self.machine.chardevs.save_added().items()},
         }
 
