@@ -5,6 +5,7 @@ import os
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,16 @@ def run_cli(*arguments, timeout=DEADLINE_S, cwd=None, stdin=subprocess.DEVNULL, 
         timeout=timeout,
         env=environment(**changes),
     )
+
+
+def end_session(child):
+    """End what a pexpect.spawn started, which itself waits a tenth of a second for that and then
+    raises an error.
+    """
+    if child.isalive():
+        child.kill(signal.SIGKILL)
+        child.wait()
+    child.close()
 
 
 class Deadline:

@@ -316,8 +316,10 @@ def monitor_session(name, state_home):
     """``pyvmm monitor NAME`` on a terminal."""
     environment = process.environment(TERM="xterm", XDG_STATE_HOME=str(state_home))
     terminal = pexpect.spawn(pyvmm(), ["monitor", name], env=environment, timeout=DEADLINE_S)
-    with contextlib.closing(terminal):
+    try:
         yield terminal
+    finally:
+        process.end_session(terminal)
 
 
 def test_monitor_session_lives_through_an_update(ticking, tmp_path):

@@ -82,7 +82,7 @@ class Terminal:
         assert re.fullmatch(rf" {re.escape(line)}\n{output}(?s:.*)", shown), self.text
 
     def close(self):
-        self.child.close(force=True)
+        process.end_session(self.child)
 
 
 @pytest.fixture
