@@ -86,7 +86,7 @@ struct kvm_userspace_memory_region {
 };
 struct kvm_enable_cap {
 	uint32_t cap, flags;
-	uint64_t args[4];
+	unsigned long long args[4];
 	...;
 };
 struct kvm_irq_level {
