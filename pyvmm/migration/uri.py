@@ -79,6 +79,9 @@ class FileUri:
             fd = self._open()
             try:
                 os.lseek(fd, self.offset, os.SEEK_SET)
+                # What may be opened and never written to, as much of /proc, says so.
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    os.write(fd, b"")
             except OSError:
                 os.close(fd)
                 raise

@@ -239,6 +239,11 @@ def test_fifo_with_a_reader_is_refused_too(tmp_path):
         os.close(reader)
 
 
+def test_file_that_nobody_writes_to():
+    with pytest.raises(MigrationError, match="Could not create '/proc/self/status': "):
+        uri("/proc/self/status").open_write()
+
+
 def test_folder_that_cannot_be_written_to():
     # Nobody can create files in /proc, root included.
     with pytest.raises(MigrationError, match=r"^Could not (create|write) '/proc/vm.state': "):
