@@ -174,6 +174,7 @@ def restore_terminal(carried: CprState) -> None:
 
 def serve(argv: list[str], started: int, carried: CprState | None = None) -> int:
     """Build the machine, start or load the guest, and run the main loop; the exit code."""
+    from pyvmm import wayback
     from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.fdstore import FdStore
@@ -235,6 +236,8 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         gc.enable()
         tell_drops(machine.loop)
         machine.loop.run()
+        # Also of one that still waits for its state: who ends it does not want the old image back.
+        wayback.close()
         return machine.exit_code
     finally:
         migration.close()

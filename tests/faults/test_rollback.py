@@ -3,6 +3,7 @@
 import os
 import select
 import shutil
+import signal
 import socket
 import stat
 import sys
@@ -471,6 +472,22 @@ def test_package_broken_after_the_preflight(vm, tmp_path, module):
     reply = update(machine, [sys.executable, "-B", str(launcher), "run", *machine.argv[2:]])
     assert reply == f"Error: ZeroDivisionError: division by zero {BACK}\n"
     check_alive(machine)
+
+
+@pytest.mark.parametrize("end", ["quit", "signal"])
+def test_end_of_an_image_that_waits_for_its_uri(ticker, end):
+    # Who ends it does not want the old image back.
+    machine = ticker()
+    machine.set_update([*machine.argv, "-incoming", "defer"])
+    machine.hmp_send("migrate memfd:")
+    wait_until(lambda: machine.cmdline[-1] == "defer", "the new image")
+    machine.hmp_reply()
+    if end == "quit":
+        assert machine.hmp_quit() == 0
+    else:
+        machine.kill()
+        assert machine.wait_exit() == 128 + signal.SIGTERM
+    assert "way back" not in machine.stderr()
 
 
 def test_incoming_that_waits_for_its_uri(ticker):
