@@ -117,10 +117,14 @@ class Qmp:
         self.events = []
         self._sock = socket.socket(socket.AF_UNIX)
         self._sock.settimeout(DEADLINE_S)
-        self._sock.connect(str(path))
         self._file = self._sock.makefile("rw")
-        assert "QMP" in json.loads(self._file.readline())
-        self.execute("qmp_capabilities")
+        try:
+            self._sock.connect(str(path))
+            assert "QMP" in self.next()
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self):
         return self
