@@ -299,7 +299,7 @@ def import_ahead(machine: Machine, paths: dict[str, bytes]) -> None:
     """Not when an update or a reset comes: the package on disk may be another version by then,
     and so may be the kernel; *paths* is what the image before says of those that it kept."""
     try:
-        from pyvmm.migration import preflight  # noqa: F401
+        from pyvmm.migration import preflight, program, quiesce, uri  # noqa: F401
     except Exception as error:
         machine.warn(f"there can be no update: {type(error).__name__}: {error}")
     try:

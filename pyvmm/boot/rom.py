@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pyvmm.boot.image import ImageFile
 from pyvmm.memory.guest import MemoryRegion
 from pyvmm.x86 import layout
 
@@ -17,6 +16,9 @@ def read(path: str) -> bytes:
 
     :raises ConfigError: the file cannot be read, or has another size
     """
+    # A new image of an update has the ROM already.
+    from pyvmm.boot.image import ImageFile
+
     with ImageFile(path, "-bios", layout.ROM_MAX) as image:
         if image.size % layout.PAGE:
             raise image.error(f"{image.size} bytes are not a multiple of 4K; pad the image")

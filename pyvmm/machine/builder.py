@@ -12,10 +12,9 @@ import os
 from pyvmm._util.keyval import parse_int
 from pyvmm.boot import builtin, rom
 from pyvmm.chardev.config import ChardevConfig
-from pyvmm.chardev.null import NullChardev
 from pyvmm.core.bus import Bus
 from pyvmm.core.irq import IrqLine
-from pyvmm.devices import acpi_pm, debugcon, debugexit, i8042, pvpanic
+from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.errors import ConfigError, InternalError, MigrationError
@@ -180,6 +179,8 @@ def add_devices(machine: Machine) -> None:
     for number, chardev_config in enumerate(config.serials):
         ports, irq = COM_PORTS[number]
         if chardev_config is None:
+            from pyvmm.chardev.null import NullChardev
+
             chardev: Chardev = NullChardev("null", machine.loop, machine.fds)
         else:
             chardev = machine.chardevs.claim(chardev_config)
@@ -210,12 +211,17 @@ def add_device(machine: Machine, config: DeviceConfig) -> None:
         where = f"-device {config.driver}"
         return parse_int(properties[key], where, key, 0, 0xFFFF) if key in properties else default
 
+    # Each is imported where it is wanted: that is time of an update's pause.
     if config.driver == "isa-debug-exit":
+        from pyvmm.devices import debugexit
+
         iobase = number("iobase", debugexit.IOBASE)
         iosize = number("iosize", debugexit.IOSIZE)
         exit = debugexit.DebugExit(machine.request_exit, iobase=iobase, iosize=iosize)
         _add(machine, exit, iobase, iosize, debugexit.WIDTH)
     elif config.driver == "isa-debugcon":
+        from pyvmm.devices import debugcon
+
         iobase = number("iobase", debugcon.IOBASE)
         chardev = None
         if "chardev" in properties:
@@ -223,6 +229,8 @@ def add_device(machine: Machine, config: DeviceConfig) -> None:
             chardev = machine.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
         _add(machine, debugcon.DebugConsole(chardev, iobase=iobase), iobase, 1)
     else:
+        from pyvmm.devices import pvpanic
+
         ioport = number("ioport", pvpanic.IOPORT)
         _add(machine, pvpanic.PvPanic(machine.report_panic, ioport=ioport), ioport, 1)
 

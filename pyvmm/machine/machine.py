@@ -17,7 +17,6 @@ from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
 from pyvmm.errors import HostError, InternalError, PyvmmError, RamError, StateError, place
 from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu, CpuEvents
-from pyvmm.machine.kernel import GuestKernel
 from pyvmm.vmstate.section import Section
 
 TYPE_CHECKING = False
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.base import Device
     from pyvmm.kvm.system import System
     from pyvmm.machine.config import MachineConfig, MonitorConfig
+    from pyvmm.machine.kernel import GuestKernel
     from pyvmm.memory.backend import RamBackend
     from pyvmm.memory.guest import GuestMemory
     from pyvmm.x86.irqchip import PicWatch
@@ -87,7 +87,7 @@ class Machine(CpuEvents):
         self.chardevs = ChardevSet(loop, fds, self.quit)
         self.netdevs: NetdevSet | None = None
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
-        self.kernel = GuestKernel(self)
+        self._kernel: GuestKernel | None = None
         self.cpus: list[Cpu] = []
         self.pic_watch: PicWatch | None = None
         self.exit_code = 0
@@ -371,6 +371,15 @@ class Machine(CpuEvents):
         self.prepare_devices()
         self.kernel.load()
 
+    @property
+    def kernel(self) -> GuestKernel:
+        """What the guest boots; an update has no use for it before its guest runs."""
+        if self._kernel is None:
+            from pyvmm.machine.kernel import GuestKernel
+
+            self._kernel = GuestKernel(self)
+        return self._kernel
+
     # ---- state -----------------------------------------------------------------------------
 
     def sections_to_save(self) -> list[Section]:
@@ -559,7 +568,8 @@ class Machine(CpuEvents):
         self.chardevs.close()
         for drive in self.drives.values():
             drive.close()
-        self.kernel.close()
+        if self._kernel is not None:
+            self._kernel.close()
         if hasattr(self, "platform"):
             self.platform.close()
         if hasattr(self, "system"):

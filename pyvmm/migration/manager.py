@@ -19,7 +19,7 @@ import time
 from pyvmm import _native, wayback
 from pyvmm.core import runstate
 from pyvmm.errors import CommandError, ConfigError, MigrationError, PyvmmError
-from pyvmm.migration import params, program, rollback, savevm
+from pyvmm.migration import params, rollback, savevm
 from pyvmm.migration.progress import Progress
 from pyvmm.migration.target import MemoryTarget, Target, parse
 from pyvmm.vmstate.stream import MAX_BLOCKS
@@ -206,7 +206,7 @@ class Migration:
         for reason in self.blockers():
             raise MigrationError(reason)
         try:
-            from pyvmm.migration import preflight, quiesce
+            from pyvmm.migration import preflight, program, quiesce
         except (ImportError, OSError) as error:
             problem = getattr(error, "strerror", None) or error
             raise MigrationError(f"The preflight cannot be made: {problem}") from None
@@ -495,8 +495,6 @@ class Migration:
             self.untold = None
         elif self.progress.note:
             self.machine.warn(f"update: {self.progress.note}")
-        # Off the pause, and before the package on disk becomes that of the next version.
-        from pyvmm.migration import quiesce  # noqa: F401
 
     def _release_memory(self) -> None:
         while self._way_back_fds:

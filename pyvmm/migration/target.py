@@ -6,7 +6,6 @@ import os
 
 from pyvmm.core.threads import Event, report_crash, spawn
 from pyvmm.errors import HostError, MigrationError
-from pyvmm.migration.uri import FileUri
 from pyvmm.vmstate.stream import MAX_SIZE
 
 TYPE_CHECKING = False
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.migration.uri import FileUri
 
 STATE_FD = "cpr/vmstate"
 # How long the guest stands for a disk that the state is written to. It takes the page cache less
@@ -108,6 +108,8 @@ class FileTarget:
 
     def matches(self, incoming: str) -> bool:
         """Whether ``-incoming`` names the same place."""
+        from pyvmm.migration.uri import FileUri
+
         try:
             return FileUri(incoming) == self._uri
         except MigrationError:
@@ -179,7 +181,12 @@ def parse(uri: str) -> Target:
 
     :raises MigrationError: with QEMU's texts
     """
-    return MemoryTarget() if uri == MemoryTarget.text else FileTarget(FileUri(uri))
+    if uri == MemoryTarget.text:
+        return MemoryTarget()
+    # Time of an update's pause for those that need none; imported ahead by ``cli``.
+    from pyvmm.migration.uri import FileUri
+
+    return FileTarget(FileUri(uri))
 
 
 def _read_memory(fd: int) -> bytes:
