@@ -28,7 +28,7 @@ ROLE = "PYVMM_NESTED"
 #: Before each report in the second pytest's output; what else is there, tests printed.
 MARK = "\x1enested-report "
 #: Seconds that a test may take inside, and that its own deadlines are set to.
-TEST_S, DEADLINE_S = 900, 240
+TEST_S, DEADLINE_S = 1500, 240
 #: A machine keeps one of the host's processors busy.
 MACHINES = min(2, os.cpu_count() or 1)
 
