@@ -28,7 +28,9 @@ ROLE = "PYVMM_NESTED"
 #: Before each report in the second pytest's output; what else is there, tests printed.
 MARK = "\x1enested-report "
 #: Seconds that a test may take inside, and that its own deadlines are set to.
-TEST_S, DEADLINE_S = 1500, 240
+TEST_S, DEADLINE_S = 1200, 240
+#: So long after a report without another one, the machine must hang, whatever pytest does in there.
+SILENCE_S = TEST_S + 60
 #: A machine keeps one of the host's processors busy.
 MACHINES = min(2, os.cpu_count() or 1)
 
@@ -156,6 +158,7 @@ class _Share:
         self._folder = folder
         self._pending = b""
         self._machine = None
+        self._silence = None
         self._is_up = self._stopped = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -201,12 +204,16 @@ class _Share:
         with self._machine:
             self._is_up = True
             self._tell("_show", f"nested machine: up after {time.monotonic() - started:.1f} s")
-            done = self._machine.run(
-                self._command(),
-                len(self._items) * TEST_S,
-                env=self._environment(),
-                on_output=self._take,
-            )
+            self._watch()
+            try:
+                done = self._machine.run(
+                    self._command(),
+                    len(self._items) * TEST_S,
+                    env=self._environment(),
+                    on_output=self._take,
+                )
+            finally:
+                self._silence.cancel()
         # What has no report by now will have none in another machine either.
         while self._items:
             why = f"pytest ended with status {done.code}:\n{done.output}"
@@ -226,12 +233,21 @@ class _Share:
             "PYVMM_REQUIRE_KVM": "1",
         }
 
+    def _watch(self):
+        """End the machine if it says nothing from now on."""
+        if self._silence is not None:
+            self._silence.cancel()
+        self._silence = threading.Timer(SILENCE_S, self._machine.kill)
+        self._silence.daemon = True
+        self._silence.start()
+
     def _take(self, data):
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
             text = line.decode(errors="replace")
             if text.startswith(MARK):
                 report = json.loads(text.removeprefix(MARK))
+                self._watch()
                 if report["when"] == "teardown":
                     self._items.remove(report["nodeid"])
                 self._tell("_report", report)

@@ -59,6 +59,7 @@ def pytest_configure(config):
     plugin.NestedMachine = Machine
     plugin.packages.qemu = fetch
     plugin.packages.fetch = lambda: None
+    plugin.SILENCE_S = float(os.environ.get("SILENCE_S", plugin.SILENCE_S))
 """
 
 MODULE = """
@@ -146,6 +147,24 @@ def test_machine_that_ends_has_one_more_chance(run):
     )
     assert outcomes == wanted | {"test_ends_it": "failed"}
     assert output.count("once more, ended") == 2
+
+
+def test_machine_that_says_nothing_any_more_is_ended(run):
+    # It has to come up within that time, too.
+    status, outcomes, output = run(
+        """
+    def test_before(self):
+        assert once("before"), "it was done already"
+    def test_hangs_once(self):
+        if once("hangs_once"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            signal.pause()
+""",
+        SILENCE_S="10",
+    )
+    assert status == 0
+    assert outcomes == dict.fromkeys(["test_here", "test_before", "test_hangs_once"], "passed")
+    assert output.count("once more, ended") == 1
 
 
 def test_machine_that_does_not_come_up(run, tmp_path):
