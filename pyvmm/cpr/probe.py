@@ -64,22 +64,8 @@ class Task:
                 found = 0
             if found != self.inode:
                 raise _closed(fd)
-        self._check_descriptors()
+        check_free_descriptors(self.fresh, "it")
         self._check_threads()
-
-    def _check_descriptors(self) -> None:
-        opened: list[int] = []
-        try:
-            while len(opened) < self.fresh:
-                opened.append(os.eventfd(0, os.EFD_CLOEXEC))
-        except OSError as error:
-            raise MigrationError(
-                f"{error.strerror}: it needs {self.fresh} free descriptors; raise the limit "
-                "(ulimit -n)"
-            ) from None
-        finally:
-            for fd in opened:
-                os.close(fd)
 
     def _check_threads(self) -> None:
         import _thread
@@ -94,6 +80,25 @@ class Task:
                 "what unshares process ids"
             ) from None
         lock.acquire()
+
+
+def check_free_descriptors(count: int, who: str) -> None:
+    """See that this process can open ``count`` more files than it has open. Either image.
+
+    :param who: needs them, for the message
+    :raises MigrationError: it cannot
+    """
+    opened: list[int] = []
+    try:
+        while len(opened) < count:
+            opened.append(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError as error:
+        raise MigrationError(
+            f"{error.strerror}: {who} needs {count} free descriptors; raise the limit (ulimit -n)"
+        ) from None
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def check_environment() -> None:

@@ -157,18 +157,7 @@ def check_descriptors(fds: FdStore) -> None:
         state.decode(state.encode(state.CprState(fds.kept(), {})))
     except VmStateError as error:
         raise MigrationError(f"{error}; close what is not needed") from None
-    opened: list[int] = []
-    try:
-        while len(opened) < SPARE_FDS:
-            opened.append(os.eventfd(0, os.EFD_CLOEXEC))
-    except OSError as error:
-        raise MigrationError(
-            f"{error.strerror}: an update needs {SPARE_FDS} free descriptors; raise the limit "
-            "(ulimit -n)"
-        ) from None
-    finally:
-        for fd in opened:
-            os.close(fd)
+    probe.check_free_descriptors(SPARE_FDS, "an update")
 
 
 class Probe:
