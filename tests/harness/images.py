@@ -3,6 +3,7 @@
 import os
 import time
 
+from harness.process import descriptors
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.cpr.fdstore import FdStore
 
@@ -59,8 +60,8 @@ def making(kind):
         made.append(kind(inherited))
         return made[-1]
 
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors("self")
     yield make
     for image in made:
         image.close()
-    assert set(os.listdir("/proc/self/fd")) == before, "descriptors leaked"
+    assert descriptors("self") == before, "descriptors leaked"

@@ -93,7 +93,7 @@ def _each(folder, read):
 
 
 def descriptors(pid):
-    """The open descriptors: number -> link target."""
+    """The open descriptors of a process, or of "self": number -> link target."""
     return {int(name): target for name, target in _each(f"/proc/{pid}/fd", os.readlink)}
 
 

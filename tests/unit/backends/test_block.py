@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from harness import needs
+from harness.process import descriptors
 
 from pyvmm.backends import locking
 from pyvmm.backends.block import BlockFile
@@ -230,11 +231,11 @@ def test_other_formats_are_found_unless_raw_is_stated(image, magic):
 
 
 def test_no_file_stays_open_after_a_refusal(image):
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors("self")
     for attributes in ({"driver": "host_device"}, {"stated": False}):
         with pytest.raises(ConfigError):
             image(contents=b"QFI\xfb".ljust(512), **attributes)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors("self") == before
 
 
 def test_block_device(loop):

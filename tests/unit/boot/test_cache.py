@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+from harness.process import descriptors
 
 from pyvmm.boot import cache, linux
 from pyvmm.boot.config import KernelConfig
@@ -83,10 +84,10 @@ def shorten(path):
 )
 def test_what_is_damaged_or_not_to_be_trusted_is_absent(folder, damage):
     cache.put("name", DATA)
-    before = os.listdir("/proc/self/fd")
+    before = descriptors("self")
     damage(folder / "name")
     assert kept("name") is None
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors("self") == before
 
 
 def test_what_is_damaged_is_put_anew(folder):

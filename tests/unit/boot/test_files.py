@@ -4,6 +4,7 @@ import fcntl
 import os
 
 import pytest
+from harness.process import descriptors
 
 from pyvmm.boot.config import KernelConfig
 from pyvmm.boot.files import BootFiles
@@ -30,7 +31,7 @@ def config(tmp_path):
 def make():
     """Makes :class:`BootFiles`, as of an image that inherited descriptors; closes them in the end,
     and none is left."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors("self")
     made = []
 
     def start(inherited=None):
@@ -43,7 +44,7 @@ def make():
         files.close()
         store.close_unclaimed()
         assert store.kept() == {}
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert descriptors("self") == before
 
 
 def boot(files, config):

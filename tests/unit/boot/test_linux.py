@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 from construct import Const, Int8ul, Int16ul, Int32ul, Int64ul, Padding, Struct
+from harness.process import descriptors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -347,7 +348,7 @@ def test_dictionary_is_bounded(memory, kernel):
 
 
 def test_no_descriptor_is_left(memory, kernel):
-    before = os.listdir("/proc/self/fd")
+    before = descriptors("self")
     path = kernel(bzimage(pack(KERNEL, "gzip")))
     for _ in range(2):
         load(memory, KernelConfig(path))
@@ -355,7 +356,7 @@ def test_no_descriptor_is_left(memory, kernel):
     for _ in range(2):
         with pytest.raises(ConfigError, match="where nothing is loaded"):
             load(memory, KernelConfig(bad))
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors("self") == before
 
 
 MEMORY = guest_memory(20 * M)

@@ -3,6 +3,7 @@ from itertools import pairwise
 
 import pytest
 from construct import Const, Int32ul, Int64ul, Padding, Struct
+from harness.process import descriptors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -338,12 +339,12 @@ def test_file_that_shrinks_or_trickles(memory, kernel, monkeypatch):
 
 
 def test_no_descriptor_is_left(memory, kernel):
-    before = os.listdir("/proc/self/fd")
+    before = descriptors("self")
     load(memory, KernelConfig(kernel(elf(notes=pvh_note(M)), "k"), kernel(CODE, "initrd")))
     for data in (b"\x7fELF", elf(wide=False), elf(notes=pvh_note(0))):
         with pytest.raises(ConfigError):
             load(memory, KernelConfig(kernel(data)))
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors("self") == before
 
 
 MEMORY = guest_memory(4 * M)

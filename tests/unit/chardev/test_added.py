@@ -1,11 +1,13 @@
 """Chardevs that are made while the guest runs: the loop waits for nobody."""
 
 import contextlib
+import os
 import socket
 import threading
 import time
 
 import pytest
+from harness import wait_until
 
 from pyvmm.chardev.config import parse_chardev
 from pyvmm.errors import ConfigError
@@ -73,12 +75,17 @@ def test_server_that_is_there(image):
         assert add(image, "socket,id=c,path=s")[1].connected
 
 
+def threads():
+    return set(os.listdir("/proc/self/task"))
+
+
 @pytest.fixture
 def names(monkeypatch):
-    """A name server that does not answer until ``go`` is set."""
+    """A name server that does not answer until ``go`` is set. In the end nobody waits for it."""
     import _socket
 
     real, go = _socket.getaddrinfo, threading.Event()
+    before = threads()
 
     def look_up(host, *rest):
         if host == b"server.example":
@@ -94,6 +101,8 @@ def names(monkeypatch):
     monkeypatch.setattr(_socket, "getaddrinfo", look_up)
     yield names
     go.set()
+    # The library opens descriptors when it looks up: the next test counts its own.
+    wait_until(lambda: threads() <= before, "the look-up returns")
 
 
 def test_name_is_looked_up_in_the_background(image, names):

@@ -3,6 +3,7 @@ import signal
 import time
 
 import pytest
+from harness.process import descriptors
 
 from pyvmm.core.eventloop import HANGUP, READABLE, WRITABLE, EventLoop
 from pyvmm.core.threads import Event, spawn
@@ -10,11 +11,11 @@ from pyvmm.core.threads import Event, spawn
 
 @pytest.fixture
 def loop():
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors("self")
     loop = EventLoop()
     yield loop
     loop.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors("self") == before
 
 
 @pytest.fixture

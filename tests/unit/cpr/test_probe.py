@@ -5,6 +5,7 @@ import os
 import resource
 
 import pytest
+from harness.process import descriptors
 
 from pyvmm.cpr import probe
 from pyvmm.errors import MigrationError
@@ -66,7 +67,7 @@ def test_limit_of_descriptors(monkeypatch, pipe):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)
-    opened = set(os.listdir("/proc/self/fd"))
+    opened = descriptors("self")
     task = told(monkeypatch, probe.Task(*pipe, 40, "x"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + 20, limits[1]))
     try:
@@ -74,7 +75,7 @@ def test_limit_of_descriptors(monkeypatch, pipe):
             task.check()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert set(os.listdir("/proc/self/fd")) == opened
+    assert descriptors("self") == opened
 
 
 def test_no_threads(monkeypatch, pipe):

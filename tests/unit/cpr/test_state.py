@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from harness.process import descriptors
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -172,10 +173,10 @@ def test_repeated_value_is_refused():
     ],
 )
 def test_what_could_not_be_read_is_not_published(state):
-    before = os.listdir("/proc/self/fd")
+    before = descriptors("self")
     with pytest.raises(VmStateError):
         cpr.publish(state.fds, state.values)
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors("self") == before
 
 
 def test_published_descriptor_closes_on_exec():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from harness import needs
+from harness.process import descriptors
 
 from pyvmm.errors import MigrationError
 from pyvmm.migration.uri import FileUri
@@ -22,9 +23,9 @@ def as_root():
 
 @pytest.fixture(autouse=True)
 def nothing_stays_open():
-    before = os.listdir("/proc/self/fd")
+    before = descriptors("self")
     yield
-    assert os.listdir("/proc/self/fd") == before
+    assert descriptors("self") == before
 
 
 def write(uri, data=DATA):

@@ -6,6 +6,7 @@ import os
 import socket
 
 import pytest
+from harness.process import descriptors
 
 from pyvmm.chardev.address import UnixAddress
 from pyvmm.chardev.config import parse_chardev
@@ -238,7 +239,7 @@ def pipe():
 
 
 def open_fds():
-    return len(os.listdir("/proc/self/fd"))
+    return len(descriptors("self"))
 
 
 def text(reply):
