@@ -306,7 +306,7 @@ class Queue:
         if not self.ready:
             return 0
         indices = self.last_avail_idx, self.used_idx
-        count: int = lib.pyvmm_spread(
+        count = lib.pyvmm_spread(
             self._ring(), *indices, ffi.from_buffer(frame), len(frame), mergeable
         )
         if count > 0:
@@ -359,7 +359,7 @@ class Queue:
         if not self.ready:
             return 0
         indices = self.last_avail_idx, self.used_idx
-        count: int = lib.pyvmm_send(self._ring(), *indices, fd, shortest, longest, most)
+        count = lib.pyvmm_send(self._ring(), *indices, fd, shortest, longest, most)
         self._advance(count)
         return count
 
@@ -385,11 +385,9 @@ class Queue:
         """
         if not self.ready:
             return 0
-        image = ffi.new(
-            "struct pyvmm_image *", (fd, read_flags, writable, block, longest, capacity)
-        )
+        disk = ffi.new("struct pyvmm_disk *", (fd, read_flags, writable, block, longest, capacity))
         indices = self.last_avail_idx, self.used_idx
-        count: int = lib.pyvmm_serve(self._ring(), *indices, image, most)
+        count = lib.pyvmm_serve(self._ring(), *indices, disk, most)
         self._advance(count)
         return count
 
