@@ -217,7 +217,7 @@ class VirtioDriver:
     def _go(self) -> None:
         # In the order of a machine that starts, or goes on after an update.
         self.transport.start()
-        self.transport.resume()
+        self.transport.attach()
         self.device.loop.run_once(0)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import HostError
+from pyvmm.kvm.vm import Vm
 from pyvmm.vmstate.section import Section
 from pyvmm.x86 import cpuid, irqchip, layout, msrs, vcpu_state
 
@@ -36,7 +37,7 @@ class Platform:
         if count > most:
             raise HostError(f"-smp {count}: KVM on this host allows {most} vCPUs")
         self.system = system
-        self.vm = system.create_vm()
+        self.vm = Vm.create(system)
         self.vcpus: list[Vcpu] = []
         try:
             self._set_up(memory, topology, cpu_changes)

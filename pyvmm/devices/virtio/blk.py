@@ -226,7 +226,7 @@ class VirtioBlk(VirtioDevice):
                     except OSError as error:
                         self._report(T_FLUSH, error, "report")
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         self.writeback = self._default_writeback
         self.retries.clear()
 
@@ -293,7 +293,7 @@ class VirtioBlk(VirtioDevice):
 
     def _retry(self) -> None:
         if not self.running:
-            return  # the next resume sees to it
+            return  # the next start sees to it
         waiting, self.retries = self.retries, []
         queue = self.queues[0]
         try:
@@ -421,7 +421,7 @@ class VirtioBlk(VirtioDevice):
             self._told_at = now
             self._on_error("read" if kind == T_IN else "write", error, action)
 
-    def resume(self) -> None:
+    def start(self) -> None:
         self.io_status = "ok"
         if self.retries:
             self.loop.call_soon(lambda: self.work(self._retry))

@@ -124,7 +124,7 @@ class VirtioDevice:
     def on_activate(self) -> None:
         """The driver is ready (DRIVER_OK). vCPU thread, with the lock held."""
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         """Forget what belongs to the driver that was. With the lock held, after a
         :meth:`drain`."""
 
@@ -135,18 +135,18 @@ class VirtioDevice:
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Wait until no request is under way. No queue is served from before this call until
-        :meth:`resume`. Without the lock; must not depend on the main loop, which waits.
+        :meth:`start`. Without the lock; must not depend on the main loop, which waits.
 
         :param timeout_s: how long; None: as long as the device finds good
         :raises HostError: that was not enough
         """
 
-    def resume(self) -> None:
-        """The device goes to work (again), after whatever kept it from that: after this every
-        queue is served as if it had been kicked."""
+    def start(self) -> None:
+        """Work, at first or again: nothing keeps the device from it any more. After this every
+        queue is served as if it had been kicked. Main loop thread or a vCPU's."""
 
     def attach(self) -> None:
-        """Take input from the host: once in each process, when the state is complete. Main loop
+        """Take input from the host, once in each process: the state is complete. Main loop
         thread."""
 
     def close(self) -> None:

@@ -386,7 +386,7 @@ class VirtioMmio(Device):
         try:
             wait()
             with self.device.lock:
-                self.device.on_reset()
+                self.device.reset()
                 self._clear()
         finally:
             self.holds_cpu = False
@@ -452,12 +452,12 @@ class VirtioMmio(Device):
         self._reset_device(self._wait)
         self.config_generation = 0
 
-    def resume(self) -> None:
+    def attach(self) -> None:
         """Serve kicks from now on."""
-        self.device.loop.call_soon(self._attach)
+        self.device.loop.call_soon(self._watch_kicks)
         self.device.attach()
 
-    def _attach(self) -> None:
+    def _watch_kicks(self) -> None:
         for index, fd in enumerate(self._kick_fds):
             self.device.loop.add(
                 fd,
@@ -520,7 +520,7 @@ class VirtioMmio(Device):
     def _go(self) -> None:
         """One reason to stand is gone: if it was the last one, make up for the kicks."""
         if self.running:
-            self.device.resume()
+            self.device.start()
             if self.active:
                 for index in range(len(self.queues)):
                     self.kick(index)

@@ -148,7 +148,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self._set_offloads(self.driver_features)
         self.kick(RX)  # there may be frames, and there is no kick if there are buffers already
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         self._parked.clear()
         self._room = 0
         self._set_offloads(0)
@@ -160,7 +160,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
             self._parked.clear()
             self._room = 0
 
-    def resume(self) -> None:
+    def start(self) -> None:
         # Not now: this may be a vCPU's thread, and a new image must not touch the host's side
         # before there is no way back.
         self.loop.call_soon(self.backend.start)

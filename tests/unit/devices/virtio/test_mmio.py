@@ -44,15 +44,15 @@ class Echo(VirtioDevice):
     def on_activate(self):
         self.acts.append("activate")
 
-    def on_reset(self):
+    def reset(self):
         assert not self.active
         self.acts.append("reset")
 
     def drain(self, timeout_s=None):
         self.acts.append("drain")
 
-    def resume(self):
-        self.acts.append("resume")
+    def start(self):
+        self.acts.append("start")
 
     def close(self):
         self.acts.append("close")
@@ -121,7 +121,7 @@ def test_request_goes_round_by_kick_and_interrupt(echo):
     echo.write(mmio.INTERRUPT_ACK, mmio.INT_USED)
     assert echo.read(mmio.INTERRUPT_STATUS) == 0
     assert ask(echo, b"second queue", 1) == b"second queue"
-    assert echo.device.acts == ["resume", "drain", "reset", "resume", "activate"]
+    assert echo.device.acts == ["start", "drain", "reset", "start", "activate"]
 
 
 def test_nothing_is_served_and_nobody_interrupted_before_driver_ok(loop, plug):
@@ -231,7 +231,7 @@ def test_status_bits_are_cleared_by_reset_alone(echo):
 def test_reset_forgets_the_driver(echo):
     ask(echo, b"x")
     echo.write(mmio.STATUS, 0)
-    assert echo.device.acts[-3:] == ["drain", "reset", "resume"]
+    assert echo.device.acts[-3:] == ["drain", "reset", "start"]
     assert echo.read(mmio.INTERRUPT_STATUS) == 0
     echo.write(mmio.QUEUE_SEL, 0)
     assert echo.read(mmio.QUEUE_READY) == 0
@@ -361,7 +361,7 @@ def test_reset_waits_for_the_queue_that_is_being_served(echo):
     assert reset.wait(10)
     assert done.wait(10)
     assert failures == []
-    assert echo.device.acts[-2:] == ["reset", "resume"]
+    assert echo.device.acts[-2:] == ["reset", "start"]
 
 
 def test_device_whose_thread_crashed_works_after_a_reset_of_the_machine(capsys):
