@@ -140,11 +140,11 @@ def slots(devices: list[DeviceConfig]) -> list[tuple[DeviceConfig, int, int]]:
 
 def descriptions(devices: list[DeviceConfig]) -> dict[tuple[str, int], Description]:
     """What the virtio devices write into a state, by section and instance."""
-    from pyvmm.devices.virtio.mmio import description
+    from pyvmm.devices.virtio.mmio import VirtioMmio
 
     found: dict[tuple[str, int], Description] = {}
     for device, _, _ in slots(devices):
-        own = description(DRIVERS[device.driver].load())
+        own = VirtioMmio.description(DRIVERS[device.driver].load())
         instance = sum(name == own.name for name, _ in found)
         found[(own.name, instance)] = own
     return found
