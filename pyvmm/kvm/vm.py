@@ -15,7 +15,6 @@ from pyvmm.kvm.vcpu import Vcpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any, Protocol
 
     from pyvmm.kvm.system import System
@@ -126,30 +125,21 @@ class Vm:
         request.level = level
         ioctl(self.fd, "KVM_IRQ_LINE", request)
 
-    def ioeventfd(self, gpa: int, fd: int, value: int) -> None:
+    def ioeventfd(self, gpa: int, fd: int, value: int, *, assign: bool = True) -> None:
         """KVM_IOEVENTFD: signal an eventfd, instead of an exit, when the guest writes the 32-bit
-        ``value`` to ``gpa``."""
+        ``value`` to ``gpa``.
+
+        :param assign: False to have the exits again, with the same values
+        """
         request = ffi.new("struct kvm_ioeventfd *")
         request.addr = gpa
         request.len = 4
         request.fd = fd
         request.datamatch = value
         request.flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if not assign:
+            request.flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")
-
-    def pulser(self, gsi: int) -> Callable[[], None]:
-        """What pulses an input of the IOAPIC, which the guest must have set to edge. One call at
-        a time. The interrupt is delivered when it returns; that of an irqfd would be by a kernel
-        thread, which on a busy host comes late."""
-        ends = ffi.new("struct kvm_irq_level[2]")
-        ends[0].irq = ends[1].irq = gsi
-        ends[0].level = True
-
-        def pulse() -> None:
-            ioctl(self.fd, "KVM_IRQ_LINE", ends)
-            ioctl(self.fd, "KVM_IRQ_LINE", ends + 1)
-
-        return pulse
 
     def get_irqchip(self, chip: str) -> Any:
         """KVM_GET_IRQCHIP: the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""

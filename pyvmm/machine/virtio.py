@@ -165,14 +165,14 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
     thread = IoThread(f"virtio-{slot}", machine.on_thread_error) if driver.own_thread else None
     device = driver.create(machine, config.properties, thread.loop if thread else machine.loop)
     kick_fds = [_eventfd() for _ in device.queue_sizes]
-    vm = machine.platform.vm
+    irqs = machine.platform.irqs
     transport = mmio.VirtioMmio(
         device,
         machine.memory,
         base=base,
         gsi=gsi,
         kick_fds=kick_fds,
-        pulse=vm.pulser(gsi),
+        pulse=irqs.pulse(gsi, device.name),
         thread=thread,
     )
     transport.id = config.properties.get("id", "")
@@ -180,7 +180,7 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
     machine.virtio_mmio.append((base, mmio.SIZE, gsi))
     machine.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
     for index, fd in enumerate(kick_fds):
-        vm.ioeventfd(base + mmio.QUEUE_NOTIFY, fd, index)
+        irqs.kick(base + mmio.QUEUE_NOTIFY, index, fd, device.name)
 
 
 def _eventfd() -> int:

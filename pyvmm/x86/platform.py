@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.errors import HostError
+from pyvmm.kvm.irq import IrqRouting
 from pyvmm.kvm.vm import MemorySlots
 from pyvmm.vmstate.section import Section
 from pyvmm.x86 import cpuid, irqchip, layout, msrs, vcpu_state
@@ -22,6 +23,7 @@ class Platform:
 
     :param memory: what the guest sees of it follows its changes
     :param cpu_changes: features by QEMU's names that ``-cpu`` wants or does not want
+    :ivar irqs: gives devices their interrupts
     :raises ConfigError: KVM does not offer one that is wanted
     :raises KvmError: naming the ioctl that failed
     """
@@ -39,6 +41,7 @@ class Platform:
             raise HostError(f"-smp {count}: KVM on this host allows {most} vCPUs")
         self.system = system
         self.vm = system.create_vm()
+        self.irqs = IrqRouting(self.vm)
         self._memory = memory
         self._slots = MemorySlots(self.vm)
         self.vcpus: list[Vcpu] = []
@@ -63,6 +66,7 @@ class Platform:
         self.vm.set_tss_addr(layout.TSS)
         self.vm.create_irqchip()
         self.vm.create_pit2()
+        self.irqs.claim(irqchip.PIT_GSI, "the PIT (in KVM)")
         for index in range(topology.count):
             self.vcpus.append(self.vm.create_vcpu(index))
         tsc_khz = self.vcpus[0].get_tsc_khz()

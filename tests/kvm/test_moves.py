@@ -1,6 +1,7 @@
-"""What comes, goes and moves under a vCPU that runs: memory slots, a bus region."""
+"""What comes, goes and moves under a vCPU that runs: memory slots, a bus region, kicks."""
 
 import mmap
+import os
 
 import pytest
 from harness import wait_until
@@ -8,7 +9,8 @@ from harness.kvm_machine import CODE3, PD, Events, Machine
 
 from pyvmm.core.bus import Bus, BusDevice
 from pyvmm.core.threads import Lock
-from pyvmm.errors import KvmError
+from pyvmm.errors import InternalError, KvmError
+from pyvmm.kvm.irq import IrqRouting
 from pyvmm.machine.cpu import Cpu
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
@@ -22,6 +24,7 @@ OUT = b"\xe6" + bytes((PORT,))  # out %al, $PORT
 LOAD = b"\x8a\x03"  # mov (%rbx), %al
 LOAD_NEXT = b"\x8a\x83\x00\x10\x00\x00"  # mov 0x1000(%rbx), %al
 COUNT = b"\xff\x03"  # incl (%rbx)
+STORE = b"\xc7\x03\x07\x00\x00\x00"  # movl $7, (%rbx)
 NOBODY = 0xFF
 
 
@@ -174,3 +177,34 @@ def test_bus_region_moves(moving):
     moving.mmio.remove(region)
     assert set(moving.port.next_values()) == {NOBODY}
     assert device.offsets == {0}
+
+
+def test_kicks_are_taken_from_kvm(moving):
+    """Before an exec that the VM outlives: the guest's writes are exits then."""
+    device = Answers()
+    moving.mmio.add(AT, 4, device, "device", width=4)
+    irqs = IrqRouting(moving.machine.vm)
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    irqs.kick(AT, 7, fd, "queue 0")
+    assert irqs.assigned == [f"ioeventfd {fd} of queue 0: 7 at 0x200000"]
+    moving.run(STORE + OUT)
+    moving.port.next_values()
+    assert os.eventfd_read(fd) > 1
+    assert device.written == []
+    irqs.deassign()
+    assert irqs.assigned == []
+    moving.port.next_values()
+    assert set(device.written) == {7}
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(fd), os.eventfd_read(fd)
+    irqs.kick(AT, 7, fd, "queue 0")  # as another VM may now
+    os.close(fd)
+
+
+def test_gsi_has_one_user(moving):
+    irqs = IrqRouting(moving.machine.vm)
+    assert irqs.line(4, "serial 0").number == 4
+    for take in (irqs.claim, irqs.line, irqs.pulse):
+        with pytest.raises(InternalError, match="GSI 4 of rtc is that of serial 0"):
+            take(4, "rtc")
+    irqs.pulse(16, "virtio-rng-device")()
