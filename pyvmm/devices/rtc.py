@@ -113,6 +113,7 @@ class Rtc(Device):
         self._clock = clock
         # When the timer comes, on the host's monotonic clock.
         self._due: float | None = None
+        self._closed = False
         self.cmos_data = bytearray(SIZE)
         self.cmos_data[REG_A] = A_RESET
         self.cmos_data[REG_B] = B_24H
@@ -150,8 +151,13 @@ class Rtc(Device):
     def attach(self) -> None:
         self.handle_timer()
 
+    def close(self) -> None:
+        self._closed = True
+
     def handle_timer(self) -> None:
         """See what has happened, and what to wait for next."""
+        if self._closed:
+            return  # the loop may serve other machines yet
         with self.lock:
             self._catch_up()
             wait = self._next_wait()

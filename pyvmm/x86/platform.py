@@ -48,9 +48,7 @@ class Platform:
         try:
             self._set_up(topology, cpu_changes)
         except BaseException:
-            # Nobody owns them yet, and the memory's owner can only close what is not in use.
-            for vcpu in self.vcpus:
-                vcpu.close()
+            # Nobody owns it yet, and the memory's owner can only close what is not in use.
             self.close()
             raise
         self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
@@ -165,6 +163,8 @@ class Platform:
         vcpu_state.move_tsc_offsets(self.vcpus[0], states)
 
     def close(self) -> None:
-        """Give the VM back. The vCPUs' owners have closed them."""
+        """Give VM and vCPUs back. No thread is in one of them, or may kick it, any more."""
+        for vcpu in self.vcpus:
+            vcpu.close()
         self._memory.forget(self._slots)
         self.vm.close()
