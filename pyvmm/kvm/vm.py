@@ -57,6 +57,11 @@ class Vm:
             if self.enable_cap(capability):
                 self.event_flags |= getattr(lib, flag)
 
+    @classmethod
+    def create(cls, system: System) -> Vm:
+        """KVM_CREATE_VM: a VM without memory or CPUs, tied to this address space."""
+        return cls(ioctl_value(system.fd, "KVM_CREATE_VM"), system)
+
     def enable_cap(self, name: str) -> bool:
         """KVM_ENABLE_CAP: whether this host has the capability, which now is on."""
         request = ffi.new("struct kvm_enable_cap *")

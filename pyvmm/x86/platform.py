@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyvmm.errors import HostError
 from pyvmm.kvm.irq import IrqRouting
-from pyvmm.kvm.vm import MemorySlots
+from pyvmm.kvm.vm import MemorySlots, Vm
 from pyvmm.vmstate.section import Section
 from pyvmm.x86 import cpuid, irqchip, layout, msrs, vcpu_state
 
@@ -40,7 +40,7 @@ class Platform:
         if count > most:
             raise HostError(f"-smp {count}: KVM on this host allows {most} vCPUs")
         self.system = system
-        self.vm = system.create_vm()
+        self.vm = Vm.create(system)
         self.irqs = IrqRouting(self.vm)
         self._memory = memory
         self._slots = MemorySlots(self.vm)

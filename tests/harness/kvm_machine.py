@@ -4,7 +4,7 @@ import mmap
 
 from pyvmm.core.threads import Event
 from pyvmm.kvm.system import System
-from pyvmm.kvm.vm import MemorySlots
+from pyvmm.kvm.vm import MemorySlots, Vm
 from pyvmm.machine.cpu import CpuEvents
 from pyvmm.x86 import cpuid
 
@@ -26,7 +26,7 @@ class Machine:
 
     def __init__(self, cpus=1, ram=RAM, memory=None):
         self.system = System.open()
-        self.vm = self.system.create_vm()
+        self.vm = Vm.create(self.system)
         self.vm.set_identity_map_addr(0xFEFFC000)
         self.vm.set_tss_addr(0xFEFFD000)
         self.ram = mmap.mmap(-1, ram) if isinstance(ram, int) else ram
