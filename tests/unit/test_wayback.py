@@ -108,6 +108,24 @@ def test_way_back_to_an_image_that_wrote_no_record(memfds):
         os.close(armed.state)
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_only_who_reads_it_is_told_by_the_environment(memfds, monkeypatch, is_told):
+    """Another would hand it on, and the next image take it for its own."""
+    executed = []
+    monkeypatch.setattr(wayback.os, "execve", lambda *words: executed.append(words))
+    monkeypatch.setattr(wayback, "_ATTEMPTS", 1)
+    program, state = memfds(), memfds()
+    monkeypatch.setattr(
+        wayback, "_record", wayback.Record(program, state, [state], [b"pyvmm"], is_told=is_told)
+    )
+    wayback.attempt(ValueError("why"))
+    ((_, command, environment),) = executed
+    assert command == [b"pyvmm"]
+    assert environment[wayback.STATE] == str(state)
+    told = environment.get(wayback.FAILURE, "").partition("\n")[0]
+    assert told == ("ValueError: why" if is_told else "")
+
+
 def test_image_that_is_back_has_nowhere_else_to_go(memfds, monkeypatch):
     monkeypatch.setenv(wayback.FAILURE, "why\nwhere")
     rollback.adopt(CprState({(rollback.EXE_FD, 0): memfds()}, {rollback.COMMAND: b"pyvmm"}))

@@ -25,6 +25,7 @@ import time
 
 from pyvmm.core.threads import report_crash
 from pyvmm.core.workers import Workers
+from pyvmm.devices.virtio import fastpath
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import ConfigError, GuestError, HostError, RamError
 from pyvmm.vmstate.fields import Description, StructArray, boolean, u16, u32, u64
@@ -236,7 +237,8 @@ class VirtioBlk(VirtioDevice):
         file = self.file
         if not file.writes_to_cache:
             return 0  # all of it waits
-        return queue.serve(
+        return fastpath.serve(
+            queue,
             file.fd,
             file.read_flags,
             writable=self.is_writeback and not file.read_only,
