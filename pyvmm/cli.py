@@ -124,21 +124,21 @@ def run(argv: list[str], started: int) -> int:
     try:
         if PROBE in os.environ:
             # What an update imports only after the exec must be sound, too.
-            from pyvmm.migration import manager, preflight  # noqa: F401
+            from pyvmm.migration import manager, outgoing, preflight  # noqa: F401
             from pyvmm.monitor import attach  # noqa: F401
 
             return preflight.answer(argv)
         from pyvmm.cpr import state as cpr_state
 
         carried = cpr_state.inherit(keep=wayback.is_open())
-        if carried is not None:
-            from pyvmm.migration import rollback
-
-            rollback.adopt(carried)
-        else:
+        if carried is None:
             from pyvmm.cpr import probe
 
             probe.check_environment()
+        elif not wayback.is_open():
+            from pyvmm.migration import rollback
+
+            rollback.adopt(carried)
         return serve(argv, started, carried)
     except BaseException as error:
         # Until the guest runs any error leads back to the image before: this does not return.
@@ -191,9 +191,9 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         print(help.describe(*request.args), end="")
         return 0
     if carried is None and config.incoming not in ("", "defer"):
-        from pyvmm.migration import target
+        from pyvmm.migration import channel
 
-        target.parse(config.incoming).check()
+        channel.parse(config.incoming).check()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     values = dict(carried.values) if carried else {}
     fds = FdStore(carried.fds if carried else None)
@@ -212,8 +212,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         handle_signals(machine)
         # Whatever started it (python -m, an update): this is how ps shows it.
         name_thread("pyvmm")
-        migration = Migration(machine, values)
-        migration.progress.mark("start", started)
+        migration = Migration(machine, values, started)
         machine.start()
         migration.begin()
     except BaseException:
@@ -229,7 +228,8 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         machine.attempt(unblock_signals, "signals")
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        import_ahead(machine, {name: values[name] for name in values if name.startswith("boot/")})
+        paths = {name: values[name] for name in values if name.startswith("boot/")}
+        import_ahead(machine, migration, paths)
         entry = publication.entry if publication else entry
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
@@ -295,24 +295,24 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         return []
 
 
-def import_ahead(machine: Machine, paths: dict[str, bytes]) -> None:
-    """Not when an update or a reset comes: the package on disk may be another version by then,
-    and so may be the kernel; *paths* is what the image before says of those that it kept."""
-    try:
-        from pyvmm.migration import preflight, program, quiesce, uri  # noqa: F401
-    except Exception as error:
-        machine.warn(f"there can be no update: {type(error).__name__}: {error}")
-    try:
-        from pyvmm.boot import loader  # noqa: F401
-        from pyvmm.machine import firmware  # noqa: F401
+def import_ahead(machine: Machine, migration: Migration, paths: dict[str, bytes]) -> None:
+    """Have each part import what it has use for later: not when an update or a reset comes, for the
+    package on disk may be another version by then, and so may be the kernel.
 
-        machine.kernel.keep(paths)
-    except Exception as error:
-        machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
-    try:
-        from pyvmm.machine import backing  # noqa: F401
-    except Exception as error:
-        machine.warn(f"errors of memory cannot be told: {type(error).__name__}: {error}")
+    :param paths: what the image before says of the kernel that it kept
+    """
+    from pyvmm.machine import cpu
+
+    parts: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("there can be no update", migration.import_ahead),
+        ("there can be no reset", lambda: machine.kernel.keep(paths)),
+        ("errors of memory cannot be told", cpu.import_ahead),
+    )
+    for lost, part in parts:
+        try:
+            part()
+        except Exception as error:
+            machine.warn(f"{lost}: {type(error).__name__}: {error}")
 
 
 def tell_drops(loop: EventLoop) -> None:

@@ -2,7 +2,7 @@
 
 A new image of an update needs none of this before its guest runs, since memory has it all. So the
 loaders are imported when they are used first, or ahead of that, when the guest runs
-(``cli.import_ahead``). Main loop thread.
+(:meth:`GuestKernel.keep`). Main loop thread.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ class GuestKernel:
         :param paths: what :meth:`save_state` returned in the image before
         """
         from pyvmm.boot.files import BootFiles
+
+        # What a reset needs besides: the package on disk may be another version when one comes.
+        from pyvmm.machine import firmware  # noqa: F401
 
         machine = self._machine
         if self._files is None:

@@ -13,6 +13,7 @@ import sys
 
 from pyvmm import wayback
 from pyvmm.cpr import state as cpr_state
+from pyvmm.cpr.state import ERROR, EXE_FD, RECORD_FD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,12 +24,8 @@ if TYPE_CHECKING:
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
-EXE_FD = "cpr/exe"
-RECORD_FD = "cpr/way-back"
-# Values for images before version 1 of the record, which went back by these alone.
+# For images before version 1 of the record, which went back by this value alone.
 COMMAND = "rollback/command"
-ERROR = "rollback/error"
-WHERE = "rollback/where"
 DEADLINE_S = wayback.DEADLINE_S
 REPEAT_S = 1.0  # should something have swallowed the first alarm
 
@@ -111,11 +108,3 @@ def adopt(carried: CprState) -> None:
     state = cpr_state.publish(carried.fds, values)
     fds = [state, *carried.fds.values()]
     wayback.adopt(wayback.Record(program, state, fds, words.split(b"\0"), is_told=False))
-
-
-def failure(values: dict[str, bytes]) -> tuple[str, str]:
-    """In an image that was executed: return why it is back and the function that failed, both
-    empty if it is a new one. They leave environment and ``values``."""
-    why, where = wayback.take_failure()
-    told = [values.pop(name, b"").decode("utf-8", "replace") for name in (ERROR, WHERE)]
-    return (why, where) if why else (told[0], told[1])

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pyvmm.chardev.base import Chardev
     from pyvmm.machine.config import MonitorConfig
     from pyvmm.machine.machine import Machine
-    from pyvmm.migration.manager import Migration, Passenger
+    from pyvmm.migration.manager import Migration
+    from pyvmm.migration.outgoing import Passenger
     from pyvmm.monitor.frontend import MonitorFrontend
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def take_failure(migration: Any) -> str:
     """The reply to a command that waited for an update which failed after the exec; empty if
     there is none, or somebody had it already."""
-    error, migration.untold = migration.untold, None
+    error = migration.take_error()
     return f"Error: {error}\n" if error else ""
 
 

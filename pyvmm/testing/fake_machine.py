@@ -204,7 +204,7 @@ class FakeMigration:
 
     def __init__(self) -> None:
         self.parameters = params.parameters()
-        self.capabilities = params.capabilities()
+        self.capabilities = params.Capabilities(set())
         self.passengers: dict[str, Any] = {}
         self.carried: dict[str, bytes] = {}
         self.refuse: str | None = None
@@ -212,14 +212,18 @@ class FakeMigration:
         self.acts: list[str] = []
         self.finish: Callable[[str | None], None] = lambda _error: None
         self.data: dict[str, Any] = {}
-        self.missed: list[tuple[str, dict[str, Any] | None, int]] = []
+        self.early_events: list[tuple[str, dict[str, Any] | None, int]] = []
         self.status: str | None = None
         self.error: str | None = None
-        self.untold: str | None = None
 
     def info(self) -> dict[str, Any]:
         """What query-migrate returns."""
         return self.data
+
+    def take_error(self) -> str | None:
+        """Return what is wrong with an update, once."""
+        error, self.error = self.error, None
+        return error
 
     def start(self, uri: str, detach: bool, done: Callable[[str | None], None]) -> None:
         """Record the start, or refuse it."""

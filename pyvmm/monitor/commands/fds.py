@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.cpr.state import CLIENT_FDS
 from pyvmm.errors import CommandError
-from pyvmm.migration.manager import CLIENT_FDS
 from pyvmm.monitor.registry import Argument, Command, Context
 
 TYPE_CHECKING = False

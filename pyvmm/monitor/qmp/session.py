@@ -86,7 +86,7 @@ class QmpSession(MonitorFrontend):
             self._open = True
             self._outbox.flush()
             if self.chardev.resumed:
-                for name, data, time_ns in self.context.migration.missed:
+                for name, data, time_ns in self.context.migration.early_events:
                     self._tell(name, data, time_ns)
             self._process()
         elif event == CLOSED:

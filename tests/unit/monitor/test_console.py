@@ -233,10 +233,10 @@ def test_who_waited_for_an_update_that_failed_after_the_exec_is_told_once(opened
     opened.type("migrate file:a\r")
     opened.wait(lambda: opened.context.migration.started)
     first = opened.console
-    opened.context.migration.untold = "it broke (the guest is back in the image before)"
+    opened.context.migration.error = "it broke (the guest is back in the image before)"
     opened.update()
     opened.wait(lambda: any("it broke" in line for line in opened.lines()))
-    assert opened.context.migration.untold is None
+    assert opened.context.migration.error is None
     opened.update()
     opened.type("info kvm\r")
     opened.wait(lambda: "kvm support: enabled" in opened.lines())

@@ -267,7 +267,7 @@ def test_who_waited_for_an_update_that_failed_after_the_exec_is_told_once(link):
     def after_exec(link):
         return Link(link.monitor.context, link.monitor.save_state(), resumed=True)
 
-    link.monitor.context.migration.untold = "it broke"
+    link.monitor.context.migration.error = "it broke"
     assert after_exec(link).heard() == ""  # this one waited for nothing
     assert link.say("migrate file:a\n") == ""
     assert after_exec(link).heard() == f"Error: it broke\r\n{PROMPT}"

@@ -15,8 +15,8 @@ from pyvmm.chardev.rights import MAX_FDS
 from pyvmm.chardev.socket import SocketChardev
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.state import CLIENT_FDS
 from pyvmm.errors import CommandError
-from pyvmm.migration.manager import CLIENT_FDS
 from pyvmm.monitor.qmp.session import QmpSession
 from pyvmm.monitor.registry import DeviceNotFound
 

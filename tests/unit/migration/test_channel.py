@@ -7,9 +7,8 @@ import pytest
 from pyvmm.core.threads import Event
 from pyvmm.cpr.fdstore import FdStore
 from pyvmm.errors import HostError, MigrationError
-from pyvmm.migration import target as target_module
-from pyvmm.migration import uri
-from pyvmm.migration.target import STATE_FD, MemoryTarget, parse
+from pyvmm.migration import file_channel, uri
+from pyvmm.migration.channel import STATE_FD, MemoryChannel, parse
 
 STATE = bytes(range(256)) * 3
 
@@ -20,7 +19,7 @@ def saved(tmp_path):
     path = tmp_path / "vm.state"
     path.write_bytes(STATE)
     fds = FdStore()
-    MemoryTarget().write(STATE, fds)
+    MemoryChannel().write(STATE, fds)
     yield path, FdStore({(STATE_FD, 0): fds.kept()[(STATE_FD, 0)]})
     os.close(fds.kept()[(STATE_FD, 0)])
 
@@ -79,13 +78,13 @@ def test_disk_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
 
     os_unlink = os.unlink
     monkeypatch.setattr(uri, "_pwrite", hang)
-    monkeypatch.setattr(target_module, "PATIENCE_S", 0.01)
-    target = parse(f"file:{path}")
-    target.prepare()
+    monkeypatch.setattr(file_channel, "PATIENCE_S", 0.01)
+    channel = parse(f"file:{path}")
+    channel.prepare()
     monkeypatch.setattr(os, "unlink", unlink)
     with pytest.raises(MigrationError, match=r"vm.state': its disk did not take the state within"):
-        target.write(STATE, FdStore())
-    target.discard(FdStore())
+        channel.write(STATE, FdStore())
+    channel.discard(FdStore())
     assert entered.wait(20)
     go.set()
     assert unlinked.wait(20)
@@ -97,8 +96,8 @@ def test_state_is_written_without_threads_to_be_had(tmp_path, monkeypatch):
     def none(*_arguments):
         raise HostError("no thread")
 
-    monkeypatch.setattr(target_module, "spawn", none)
-    target = parse(f"file:{tmp_path / 'vm.state'}")
-    target.prepare()
-    target.write(STATE, FdStore())
+    monkeypatch.setattr(file_channel, "spawn", none)
+    channel = parse(f"file:{tmp_path / 'vm.state'}")
+    channel.prepare()
+    channel.write(STATE, FdStore())
     assert (tmp_path / "vm.state").read_bytes() == STATE

@@ -1,0 +1,176 @@
+"""The new image of an update, or one that goes on from a file: from the state to the running guest,
+and what is told of that.
+
+What this imports is part of the pause; what is of use only when the guest runs is imported then.
+Main loop thread only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from pyvmm import wayback
+from pyvmm.core import runstate
+from pyvmm.cpr.state import ADDED, CLIENT_FDS, ERROR, EXE_FD, NOTE, RECORD_FD, WHERE
+from pyvmm.errors import CommandError, PyvmmError
+from pyvmm.migration import savevm
+from pyvmm.migration.channel import Channel, parse
+from pyvmm.migration.status import SUPPORTED
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.machine.machine import Machine
+    from pyvmm.migration.holder import Holder
+    from pyvmm.migration.status import Status
+
+
+class Incoming:
+    """The one load of a machine's state, if ``-incoming`` is there.
+
+    :param carried: host-side values from the image before; what is taken leaves them
+    :ivar early_events: name, data and time in ns of each event from before there were monitors to
+        tell of them
+    """
+
+    def __init__(self, machine: Machine, carried: dict[str, bytes], status: Status) -> None:
+        self.early_events: list[tuple[str, dict[str, Any] | None, int]] = []
+        self._error: str | None = None
+        self._machine = machine
+        self._carried = carried
+        self._status = status
+        self._holder: Holder | None = None
+        # Whether an -incoming defer still waits for its URI.
+        self.is_waiting = machine.config.incoming == "defer"
+        self._is_recording = bool(carried)
+        machine.subscribe(self._record)
+        status.note = carried.pop(NOTE, b"").decode("utf-8", "replace")
+        names = carried.pop("capabilities", b"").decode("ascii", "replace").split()
+        status.capabilities |= SUPPORTED.intersection(names)
+        status.quiesced_at = carried.pop("quiesced", b"")
+        status.unpack(carried.pop("progress", b""))
+        self._failure = wayback.take_failure()
+        told = [carried.pop(name, b"").decode("utf-8", "replace") for name in (ERROR, WHERE)]
+        if not self._failure[0]:
+            self._failure = (told[0], told[1])
+
+    @property
+    def holder(self) -> Holder:
+        """What holds the old image's memory, and will hold this one's."""
+        if self._holder is None:
+            from pyvmm.migration.holder import Holder
+
+            self._holder = Holder(self._machine, self._carried.pop("holders", b""))
+        return self._holder
+
+    def begin(self) -> None:
+        """Load what ``-incoming`` names and let the guest go on.
+
+        :raises PyvmmError: the state cannot be loaded; nothing runs
+        """
+        machine = self._machine
+        if self.is_waiting:
+            if wayback.is_open():
+                wayback.stop_timer()
+        elif machine.config.incoming:
+            self._load(parse(machine.config.incoming))
+        # Off the pause, but before the descriptors that nobody took are closed.
+        self._try(self._adopt_added)
+        machine.loop.call_soon(self._end_start)
+
+    def load(self, uri: str) -> None:
+        """Load the state that ``-incoming defer`` waits for. After a failure that changed
+        nothing it may be tried again.
+
+        :raises CommandError: if nothing waits for a state
+        :raises PyvmmError: the state cannot be loaded
+        """
+        if not self._machine.config.incoming:
+            raise CommandError("'-incoming' was not specified on the command line")
+        if not self.is_waiting:
+            raise CommandError("The incoming migration has already been started")
+        source = parse(uri)
+        self._status.error = None
+        try:
+            self._load(source)
+        except PyvmmError as error:
+            self._status.fail(str(error))
+            raise
+        self.is_waiting = False
+
+    def take_error(self) -> str | None:
+        """Return what is wrong with an update that failed after the exec, if nobody was told."""
+        error, self._error = self._error, None
+        return error
+
+    def _load(self, source: Channel) -> None:
+        """The recipe, from the state to the running guest."""
+        machine, status = self._machine, self._status
+        status.mark("load")
+        status.enter("setup")
+        status.enter("active")
+        loaded = savevm.read(machine, source.read(machine.fds))
+        if not machine.fds.is_incoming:
+            savevm.settle_clocks(machine, loaded)
+        state = savevm.apply(machine, loaded)
+        status.mark("resume")
+        if state == runstate.RUNNING and not machine.autostart:
+            state = runstate.PAUSED
+        machine.runstate.set(state)
+        # All that can fail came before (the threads were started with the machine). Behind the
+        # next line nothing opens, allocates, starts a thread or waits: the guest changes its
+        # memory from there on.
+        state_fd = wayback.close()
+        if state == runstate.RUNNING:
+            self._try(lambda: machine.resume(state))
+        status.mark("running")
+        # The rest is not in the pause, and the guest does not end for want of it.
+        self._try(machine.attach_devices)
+        self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
+        self._try(lambda: source.release(machine.fds))
+        failure, status.where = self._failure
+        if failure:
+            self._error = f"{failure} (the guest is back in the image before)"
+            status.fail(self._error)
+        else:
+            status.enter("completed")
+        self._try(lambda: self._close_way_back(state_fd))
+        self._try(self._release_memory)
+
+    def _close_way_back(self, state_fd: int | None) -> None:
+        fds = self._machine.fds
+        for fd in (state_fd, *(fds.take(name) for name in (EXE_FD, RECORD_FD))):
+            if fd is not None:
+                os.close(fd)
+
+    def _release_memory(self) -> None:
+        self.holder.release()
+
+    def _adopt_added(self) -> None:
+        """Go on with what monitors' clients added to the machine."""
+        machine = self._machine
+        machine.fds.keep_all(CLIENT_FDS)
+        added = [name for name in self._carried if name.startswith(ADDED)]
+        for problem in machine.chardevs.load_added({n: self._carried.pop(n) for n in added}):
+            machine.warn(problem)
+
+    def _record(self, name: str, data: dict[str, Any] | None) -> None:
+        if self._is_recording:
+            self.early_events.append((name, data, time.time_ns()))
+
+    def _end_start(self) -> None:
+        # The monitors are there by now.
+        self._is_recording = False
+        self.early_events.clear()
+        error = self.take_error()
+        if error is not None:
+            self._machine.warn(f"update failed: {error}")
+        elif self._status.note:
+            self._machine.warn(f"update: {self._status.note}")
+
+    def _try(self, step: Callable[[], object]) -> None:
+        # Whatever goes wrong with one step, the guest must run on.
+        self._machine.attempt(step, "update")
