@@ -6,7 +6,7 @@ Start-up, in the order in which it happens:
 1. ``cli.run`` reads the CPR state that it left (``cpr.state.inherit``).
 2. ``machine.options.parse`` turns the command line into a ``MachineConfig``.
 3. ``machine.builder.build`` puts the machine together: /dev/kvm, memory, VM and vCPUs,
-   chardevs, devices, kernel. What was inherited is taken from ``cpr.fdstore`` instead of
+   chardevs, devices, kernel. What was inherited is taken from ``cpr.handover`` instead of
    being opened.
 4. ``machine.machine.Machine.start`` starts a thread per vCPU; ``machine.cpu.Cpu`` has the
    exit loop.

@@ -165,11 +165,12 @@ def end(error: BaseException) -> int:
 
 def restore_terminal(carried: CprState) -> None:
     """Give the terminal back that the image before made raw: nobody else knows of it by now."""
-    for name, value in carried.values.items():
-        if name.startswith("chardev/"):
-            from pyvmm.chardev.stdio import restore_terminal
+    from pyvmm.cpr.handover import CHARDEV, Handover
 
-            restore_terminal(value)
+    for state in Handover({}, carried.values).inherited_states(CHARDEV).values():
+        from pyvmm.chardev.stdio import restore_terminal
+
+        restore_terminal(state)
 
 
 def serve(argv: list[str], started: int, carried: CprState | None = None) -> int:
@@ -177,7 +178,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     from pyvmm import wayback
     from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine import builder, options
     from pyvmm.migration.manager import Migration
 
@@ -195,8 +196,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
 
         channel.parse(config.incoming).check()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    values = dict(carried.values) if carried else {}
-    fds = FdStore(carried.fds if carried else None)
+    handover = Handover(carried.fds, carried.values) if carried else Handover()
     if carried is None:
         # Until the main loop is there to end in order; for an update all of them wait.
         for number in ENDING:
@@ -207,16 +207,15 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     monitors: list[MonitorFrontend] = []
     publication: Publication | None = None
     try:
-        states = (_strip(values, prefix) for prefix in ("chardev/", "netdev/"))
-        machine = builder.build(config, EventLoop(), fds, *states)
+        machine = builder.build(config, EventLoop(), handover)
         handle_signals(machine)
         # Whatever started it (python -m, an update): this is how ps shows it.
         name_thread("pyvmm")
-        migration = Migration(machine, values, started)
+        migration = Migration(machine, started)
         machine.start()
         migration.begin()
     except BaseException:
-        if machine is not None and not fds.is_incoming:
+        if machine is not None and not handover.is_incoming:
             machine.close()
         if entry is not None:
             entry.remove()
@@ -228,11 +227,9 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         machine.attempt(unblock_signals, "signals")
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        paths = {name: values[name] for name in values if name.startswith("boot/")}
-        import_ahead(machine, migration, paths)
+        import_ahead(machine, migration)
         entry = publication.entry if publication else entry
-        for name, index in () if migration.waiting else fds.close_unclaimed():
-            machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
+        migration.settle()
         gc.enable()
         tell_drops(machine.loop)
         machine.loop.run()
@@ -295,17 +292,14 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         return []
 
 
-def import_ahead(machine: Machine, migration: Migration, paths: dict[str, bytes]) -> None:
+def import_ahead(machine: Machine, migration: Migration) -> None:
     """Have each part import what it has use for later: not when an update or a reset comes, for the
-    package on disk may be another version by then, and so may be the kernel.
-
-    :param paths: what the image before says of the kernel that it kept
-    """
+    package on disk may be another version by then, and so may be the kernel."""
     from pyvmm.machine import cpu
 
     parts: tuple[tuple[str, Callable[[], None]], ...] = (
         ("there can be no update", migration.import_ahead),
-        ("there can be no reset", lambda: machine.kernel.keep(paths)),
+        ("there can be no reset", machine.kernel.keep),
         ("errors of memory cannot be told", cpu.import_ahead),
     )
     for lost, part in parts:
@@ -345,9 +339,3 @@ def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publ
 
 def _handle(machine: Machine, number: int, handler: Callable[[], None]) -> None:
     _signal.signal(number, lambda _number, _frame: machine.loop.call_soon(handler))
-
-
-def _strip(values: dict[str, bytes], prefix: str) -> dict[str, bytes]:
-    # The values under a prefix, without it; they leave the rest.
-    found = {name: values.pop(name) for name in list(values) if name.startswith(prefix)}
-    return {name.removeprefix(prefix): value for name, value in found.items()}

@@ -24,16 +24,6 @@ MAX_SIZE = 64 << 20
 MAX_ENTRIES = 4096
 MAX_NAME = 256
 
-NOTE = "note"  # what made the update slower than it should be
-ADDED = "chardev-added/"  # begins the names of chardevs that no command line has
-CLIENT_FDS = "client-fd/"  # begins the names of what monitors' clients handed over
-# What the way back needs, until it is given up.
-EXE_FD = "cpr/exe"
-RECORD_FD = "cpr/way-back"
-# Why an image is back, from images before version 1 of the way back's record.
-ERROR = "rollback/error"
-WHERE = "rollback/where"
-
 
 class CprState:
     """What goes from one image to the next.

@@ -2,7 +2,7 @@
 
 :func:`build` reads top to bottom: each step a paragraph, with a comment where the order
 matters. The same function serves a live update's new image: whatever was inherited is taken
-from the store of descriptors instead of being opened.
+from the hand-over instead of being opened.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from pyvmm.boot import builtin, rom
 from pyvmm.chardev.config import ChardevConfig
 from pyvmm.core.bus import Bus
 from pyvmm.core.irq import IrqLine
+from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
 from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
-from pyvmm.errors import ConfigError, InternalError, MigrationError
+from pyvmm.errors import ConfigError, InternalError
 from pyvmm.kvm.system import System
 from pyvmm.machine.cpu import Cpu
 from pyvmm.machine.machine import Machine
@@ -31,37 +32,27 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.devices.base import Device
     from pyvmm.machine.config import DeviceConfig, MachineConfig
     from pyvmm.vmstate.fields import Description
 
-# Memory is handed over under the bare id of its object, as in QEMU; all else but these has a
-# prefix with a slash, which no id has.
-KVM_FD = "kvm"
 ROM_BLOCK = "pc.bios"
 RAM_BLOCK = "pc.ram"
 
 COM_PORTS = ((layout.COM1, layout.IRQ_COM1), (layout.COM2, layout.IRQ_COM2))
 
 
-def build(
-    config: MachineConfig,
-    loop: EventLoop,
-    fds: FdStore,
-    chardev_states: dict[str, bytes],
-    netdev_states: dict[str, bytes],
-) -> Machine:
+def build(config: MachineConfig, loop: EventLoop, handover: Handover) -> Machine:
     """A machine ready to start, or to have a state loaded into it.
 
-    :param chardev_states: host-side state that the image before left, by chardev id
-    :param netdev_states: the same of network back ends
+    :param handover: what the image before left, and what the next one takes
     :raises PyvmmError: naming the option or what the host lacks; nothing is left behind
     """
-    machine = Machine(config, loop, fds)
+    machine = Machine(config, loop, handover)
     try:
         # The permission to use KVM is checked before anything is created on disk.
-        machine.system = open_system(fds)
+        machine.system = open_system(handover)
         # Memory before the VM: a wrong -object is found while there is nothing to undo.
         machine.memory = add_memory(machine)
         machine.platform = Platform(
@@ -74,7 +65,7 @@ def build(
         if config.netdevs:
             from pyvmm.machine import netdev
 
-            netdev.add_netdevs(machine, netdev_states)
+            netdev.add_netdevs(machine)
         add_devices(machine)
         # The serial ports come first on a mux: the console begins with the focus.
         machine.monitors = [
@@ -82,7 +73,7 @@ def build(
         ]
         # All chardevs are there, and nobody reads them yet: what they did in the image before
         # goes on.
-        machine.chardevs.load_state(chardev_states)
+        machine.chardevs.load_state()
         # An update's guest stands still: it waits for nobody.
         if not config.incoming:
             machine.chardevs.wait_connected()
@@ -98,7 +89,7 @@ def build(
             machine.kernel.load()
     except BaseException:
         # What was inherited stays open: the old image needs it for its return.
-        if not fds.is_incoming:
+        if not handover.is_incoming:
             machine.close()
         raise
     return machine
@@ -125,21 +116,22 @@ def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
 def block_name(config: MachineConfig, id: str) -> str:
     """What the memory of the object ``id`` is called in states and in what an exec hands over:
     the id, unless that is a name of the machine's own."""
-    own = [KVM_FD, ROM_BLOCK]
+    own = [*RESERVED, ROM_BLOCK]
     if not config.memory_backend:
         own.append(RAM_BLOCK)
     return f"ram/{id}" if id in own else id
 
 
-def open_system(fds: FdStore) -> System:
+def open_system(handover: Handover) -> System:
     """/dev/kvm: the inherited descriptor, or a fresh one."""
-    inherited = fds.take(KVM_FD)
+    parcel = handover.parcel(OWN, KVM)
+    inherited = parcel.take()
     if inherited is None:
         system = System.open()
     else:
         system = System(inherited)
         system.check("The inherited /dev/kvm")
-    fds.keep(KVM_FD, system.fd)
+    parcel.keep(system.fd)
     return system
 
 
@@ -168,7 +160,7 @@ def add_drives(machine: Machine) -> None:
         from pyvmm.backends.block import BlockFile
 
         for drive in machine.config.drives:
-            machine.drives[drive.id] = BlockFile(drive, machine.fds)
+            machine.drives[drive.id] = BlockFile(drive, machine.handover)
 
 
 def add_devices(machine: Machine) -> None:
@@ -181,7 +173,7 @@ def add_devices(machine: Machine) -> None:
         if chardev_config is None:
             from pyvmm.chardev.null import NullChardev
 
-            chardev: Chardev = NullChardev("null", machine.loop, machine.fds)
+            chardev: Chardev = NullChardev("null", machine.loop, machine.handover)
         else:
             chardev = machine.chardevs.claim(chardev_config)
         serial = Serial(_irq(machine, irq), chardev, iobase=ports[0], index=number)
@@ -249,28 +241,31 @@ def _irq(machine: Machine, number: int) -> IrqLine:
 
 def _add_rom(machine: Machine) -> RamBackend:
     # Preserved like RAM, whatever the new image brings: the guest may be executing it.
-    inherited = machine.fds.take(ROM_BLOCK)
+    inherited = _take_block(machine, ROM_BLOCK, ROM_BLOCK)
     if inherited is None:
         image = rom.read(machine.config.bios or builtin.path(builtin.ROM))
         size = len(image)
     else:
         size = os.fstat(inherited).st_size
     config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
-    backend = _add_backend(machine, config, ROM_BLOCK, inherited)
+    backend = _insert_backend(machine, RamBackend(config, inherited, ROM_BLOCK))
     if inherited is None:
         backend.write(0, image)
     return backend
 
 
-def _add_backend(
-    machine: Machine, config: RamConfig, name: str, inherited: int | None = None
-) -> RamBackend:
-    fd = machine.fds.take(name) if inherited is None else inherited
-    if fd is None and machine.fds.is_incoming:
-        # A fresh block would be empty, and the guest's memory lost.
-        raise MigrationError(f"The memory of {config.id} was not handed over by the image before")
-    backend = RamBackend(config, fd, name)
+def _add_backend(machine: Machine, config: RamConfig, name: str) -> RamBackend:
+    fd = _take_block(machine, name, config.id)
+    return _insert_backend(machine, RamBackend(config, fd, name))
+
+
+def _take_block(machine: Machine, name: str, id: str) -> int | None:
+    # A fresh block would be empty, and the guest's memory lost.
+    return machine.handover.parcel(RAM, name).require(f"memory of {id}")
+
+
+def _insert_backend(machine: Machine, backend: RamBackend) -> RamBackend:
     machine.backends.append(backend)
     if backend.fd is not None and backend.is_shared:
-        machine.fds.keep(name, backend.fd)
+        machine.handover.parcel(RAM, backend.name).keep(backend.fd)
     return backend

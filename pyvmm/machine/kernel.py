@@ -35,7 +35,7 @@ class GuestKernel:
         from pyvmm.machine import firmware
 
         machine = self._machine
-        files = self._files = self._files or BootFiles(machine.fds)
+        files = self._files = self._files or BootFiles(machine.handover)
         rsdp = firmware.write_tables(machine)
         try:
             loader.load(machine.memory, machine.config.kernel, rsdp, files.open)
@@ -43,12 +43,9 @@ class GuestKernel:
             files.forget_unkept()
             raise
 
-    def keep(self, paths: dict[str, bytes]) -> None:
+    def keep(self) -> None:
         """See to it that a reset finds what the guest was booted from. Not before the guest runs,
-        whose start and whose updates are not delayed for it.
-
-        :param paths: what :meth:`save_state` returned in the image before
-        """
+        whose start and whose updates are not delayed for it."""
         from pyvmm.boot.files import BootFiles
 
         # What a reset needs besides: the package on disk may be another version when one comes.
@@ -56,16 +53,12 @@ class GuestKernel:
 
         machine = self._machine
         if self._files is None:
-            self._files = BootFiles(machine.fds)
-            problems = self._files.take_over(machine.config.kernel, paths)
+            self._files = BootFiles(machine.handover)
+            problems = self._files.take_over(machine.config.kernel)
         else:
             problems = self._files.keep(machine.config.kernel)
         for problem in problems:
             machine.warn(problem)
-
-    def save_state(self) -> dict[str, bytes]:
-        """What the next image has to know of what is kept for a reset, as CPR values."""
-        return self._files.save_state() if self._files else {}
 
     def close(self) -> None:
         """Give the files back."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.base import Device
     from pyvmm.kvm.system import System
@@ -74,17 +74,17 @@ class Machine(CpuEvents):
     mmio: Bus
     power: AcpiPm
 
-    def __init__(self, config: MachineConfig, loop: EventLoop, fds: FdStore) -> None:
+    def __init__(self, config: MachineConfig, loop: EventLoop, handover: Handover) -> None:
         self.config = config
         self.loop = loop
-        self.fds = fds
+        self.handover = handover
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.backends: list[RamBackend] = []
         self.drives: dict[str, BlockFile] = {}
         self.devices: list[Device] = []
         # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
         self.virtio_mmio: list[tuple[int, int, int]] = []
-        self.chardevs = ChardevSet(loop, fds, self.quit)
+        self.chardevs = ChardevSet(loop, handover, self.quit)
         self.netdevs: NetdevSet | None = None
         self.monitors: list[tuple[MonitorConfig, Chardev]] = []
         self._kernel: GuestKernel | None = None
@@ -166,7 +166,7 @@ class Machine(CpuEvents):
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
-        self.kernel.keep({})
+        self.kernel.keep()
         return None
 
     def _reset_later(self, reason: str, error: HostError) -> None:

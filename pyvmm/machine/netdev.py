@@ -74,17 +74,14 @@ def parse_mac(text: str, where: str) -> bytes:
     )
 
 
-def add_netdevs(machine: Machine, states: dict[str, bytes]) -> None:
-    """Make the back ends.
-
-    :param states: host-side state that the image before left, by id
-    """
+def add_netdevs(machine: Machine) -> None:
+    """Make the back ends."""
     from pyvmm.backends.net.factory import NetdevSet
 
-    machine.netdevs = NetdevSet(machine.loop, machine.fds)
+    machine.netdevs = NetdevSet(machine.loop, machine.handover)
     for config in machine.config.netdevs:
         machine.netdevs.create(config)
-    machine.netdevs.load_state(states)
+    machine.netdevs.load_state()
 
 
 def load() -> type[VirtioDevice]:

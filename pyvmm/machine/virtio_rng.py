@@ -32,7 +32,7 @@ def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> Vir
 
     where = f"-device {DRIVER}"
     config = next((one for one in machine.config.rngs if one.id == properties.get("rng")), None)
-    source = RngFile(config, loop, machine.fds) if config and config.filename else None
+    source = RngFile(config, loop, machine.handover) if config and config.filename else None
     limits = {}
     if "max-bytes" in properties:
         limits["max_bytes"] = parse_int(properties["max-bytes"], where, "max-bytes", *MAX_BYTES)

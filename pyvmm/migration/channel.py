@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.cpr.handover import CPR
 from pyvmm.errors import MigrationError
 from pyvmm.vmstate.stream import MAX_SIZE
 
@@ -15,9 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.cpr.fdstore import FdStore
-
-STATE_FD = "cpr/vmstate"
+    from pyvmm.cpr.handover import Handover, Parcel
 
 
 class Channel:
@@ -44,24 +43,24 @@ class Channel:
         :raises MigrationError: if that cannot be
         """
 
-    def write(self, data: bytes, fds: FdStore) -> None:
+    def write(self, data: bytes, handover: Handover) -> None:
         """Write the state; whole or not at all. The guest stands.
 
         :raises MigrationError: e.g. when the disk is full, or does not answer
         """
         raise NotImplementedError
 
-    def discard(self, fds: FdStore) -> None:
+    def discard(self, handover: Handover) -> None:
         """The update does not take place: give back what it took. Idempotent."""
 
-    def read(self, fds: FdStore) -> bytes:
+    def read(self, handover: Handover) -> bytes:
         """Return the whole state, which a way back can still read.
 
         :raises MigrationError: if it cannot be read, or is not what was saved
         """
         raise NotImplementedError
 
-    def release(self, fds: FdStore) -> None:
+    def release(self, handover: Handover) -> None:
         """The guest runs: no way back needs the state any more."""
 
     def append(self, make: Callable[[], bytes]) -> None:
@@ -79,34 +78,32 @@ class MemoryChannel(Channel):
     is_lasting = False
 
     def __init__(self) -> None:
-        self._fd = -1
+        self._fd: int | None = None
 
     def check(self) -> None:
         raise _nothing_handed_over()
 
-    def write(self, data: bytes, fds: FdStore) -> None:
+    def write(self, data: bytes, handover: Handover) -> None:
         fd = os.memfd_create("vmstate", os.MFD_CLOEXEC)
-        fds.keep(STATE_FD, fd)
+        memory(handover).keep(fd)
         while data:
             data = data[os.write(fd, data) :]
 
-    def discard(self, fds: FdStore) -> None:
-        fd = fds.kept().get((STATE_FD, 0))
+    def discard(self, handover: Handover) -> None:
+        fd = memory(handover).kept()
         if fd is not None:
-            fds.forget(STATE_FD)
-            os.close(fd)
+            memory(handover).close(fd)
 
-    def read(self, fds: FdStore) -> bytes:
-        fd = fds.take(STATE_FD)
-        if fd is None:
+    def read(self, handover: Handover) -> bytes:
+        self._fd = memory(handover).take()
+        if self._fd is None:
             raise _nothing_handed_over()
-        self._fd = fd
-        return read_memory(fd)
+        return read_memory(self._fd)
 
-    def release(self, fds: FdStore) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    def release(self, handover: Handover) -> None:
+        if self._fd is not None:
+            memory(handover).close(self._fd)
+            self._fd = None
 
 
 def parse(uri: str) -> Channel:
@@ -120,6 +117,11 @@ def parse(uri: str) -> Channel:
     from pyvmm.migration.file_channel import FileChannel
 
     return FileChannel(uri)
+
+
+def memory(handover: Handover) -> Parcel:
+    """Return the parcel of the state in memory: the state itself, or a copy for the way back."""
+    return handover.parcel(CPR, "vmstate")
 
 
 def read_memory(fd: int) -> bytes:

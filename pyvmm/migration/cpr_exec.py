@@ -78,23 +78,22 @@ class CprExec:
         except HostError as error:
             self._status.note = f"the old memory was taken apart in the pause ({error})"
 
-    def execute(self, path: str, argv: list[str], values: dict[str, bytes]) -> None:
+    def execute(self, path: str, argv: list[str]) -> None:
         """Replace this program by the next; return only by an exception.
 
-        :param values: host-side values for the next image
         :raises MigrationError: it cannot be executed
         """
-        machine, fds, undo = self._machine, self._machine.fds, self._undo
-        undo.append(lambda: rollback.disarm(fds))
-        rollback.arm(fds)
+        machine, handover, undo = self._machine, self._machine.handover, self._undo
+        undo.append(lambda: rollback.disarm(handover))
+        rollback.arm(handover)
         if machine.signalled:
             raise MigrationError(f"Signal {machine.signalled} ends the VMM")
-        cpr_fd, environment = rollback.publish(fds, values, MemoryChannel.text)
+        cpr_fd, environment = rollback.publish(handover, MemoryChannel.text)
         undo.append(lambda: os.close(cpr_fd))
         os.set_inheritable(cpr_fd, True)
         # The very last act: a helper forked earlier must not inherit guest memory.
-        undo.append(lambda: fds.set_inheritable(False))
-        fds.set_inheritable(True)
+        undo.append(lambda: handover.set_inheritable(False))
+        handover.set_inheritable(True)
         try:
             os.execve(path, argv, os.environ | environment)
         except OSError as error:

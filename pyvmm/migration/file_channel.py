@@ -7,14 +7,14 @@ import os
 
 from pyvmm.core.threads import Event, report_crash, spawn
 from pyvmm.errors import HostError, MigrationError
-from pyvmm.migration.channel import STATE_FD, Channel, read_memory
+from pyvmm.migration.channel import Channel, memory, read_memory
 from pyvmm.migration.uri import FileUri
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 # How long the guest stands for a disk that the state is written to. It takes the page cache less
 # than a millisecond, and a disk that is out of breath some more.
@@ -38,7 +38,7 @@ class FileChannel(Channel):
     def prepare(self) -> None:
         self._fd = self._uri.open_write()
 
-    def write(self, data: bytes, fds: FdStore) -> None:
+    def write(self, data: bytes, handover: Handover) -> None:
         """The same. By a thread, which is left alone with it if the disk hangs."""
         fd, self._fd = self._fd, -1
         ended, is_wanted = Event(), True
@@ -66,25 +66,25 @@ class FileChannel(Channel):
         if failures:
             raise failures[0]
 
-    def discard(self, fds: FdStore) -> None:
+    def discard(self, handover: Handover) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def read(self, fds: FdStore) -> bytes:
+    def read(self, handover: Handover) -> bytes:
         """The same. The way back's copy tells whether others reached the file: a bit that was
         flipped in a register's value looks like any other state."""
         data = self._uri.read()
-        copy_fd = fds.peek(STATE_FD)
+        copy_fd = memory(handover).peek()
         if copy_fd is not None and data != read_memory(copy_fd):
             raise MigrationError(f"'{self._uri.path}' is not the state that was saved")
         return data
 
-    def release(self, fds: FdStore) -> None:
+    def release(self, handover: Handover) -> None:
         # The copy. The file stays.
-        fd = fds.take(STATE_FD)
+        fd = memory(handover).take()
         if fd is not None:
-            os.close(fd)
+            memory(handover).close(fd)
 
     def append(self, make: Callable[[], bytes]) -> None:
         self._uri.append(make())

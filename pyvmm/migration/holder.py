@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 from pyvmm import _native
+from pyvmm.cpr.handover import CPR, OWN, Passenger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,22 +19,22 @@ if TYPE_CHECKING:
 
     from pyvmm.machine.machine import Machine
 
-HOLDER_FD = "cpr/holder"
 REAP_INTERVAL_S = 0.05
 _WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
 
 
-class Holder:
-    """The holders of one machine.
+class Holder(Passenger):
+    """The holders of one machine."""
 
-    :param pids: what :meth:`save_state` returned in the image before
-    """
-
-    def __init__(self, machine: Machine, pids: bytes) -> None:
+    def __init__(self, machine: Machine) -> None:
         self._machine = machine
         # By process id: the pipe that it waits for.
-        self._pipes = machine.fds.take_all(HOLDER_FD)
+        self._parcel = machine.handover.parcel(CPR, "holder")
+        self._pipes = self._parcel.take_all()
         # Those of earlier updates, if one came before they were waited for.
+        ended = machine.handover.parcel(OWN, "holders")
+        ended.board(self)
+        pids = ended.take_state()
         self._ended = [int.from_bytes(pids[at : at + 4]) for at in range(0, len(pids), 4)]
 
     def hold(self) -> Callable[[], None]:
@@ -51,11 +52,10 @@ class Holder:
             raise
         finally:
             os.close(read_fd)
-        machine.fds.keep(HOLDER_FD, write_fd, pid)
+        self._parcel.keep(write_fd, pid)
 
         def undo() -> None:
-            machine.fds.forget(HOLDER_FD, pid)
-            os.close(write_fd)
+            self._parcel.close(write_fd, pid)
             os.waitpid(pid, _WALL)
 
         return undo

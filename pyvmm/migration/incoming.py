@@ -12,11 +12,11 @@ import time
 
 from pyvmm import wayback
 from pyvmm.core import runstate
-from pyvmm.cpr.state import ADDED, CLIENT_FDS, ERROR, EXE_FD, NOTE, RECORD_FD, WHERE
+from pyvmm.cpr.handover import CLIENT, CPR, OWN, ROLLBACK
 from pyvmm.errors import CommandError, PyvmmError
 from pyvmm.migration import savevm
 from pyvmm.migration.channel import Channel, parse
-from pyvmm.migration.status import SUPPORTED
+from pyvmm.migration.status import PACKED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,31 +31,28 @@ if TYPE_CHECKING:
 class Incoming:
     """The one load of a machine's state, if ``-incoming`` is there.
 
-    :param carried: host-side values from the image before; what is taken leaves them
     :ivar early_events: name, data and time in ns of each event from before there were monitors to
         tell of them
     """
 
-    def __init__(self, machine: Machine, carried: dict[str, bytes], status: Status) -> None:
+    def __init__(self, machine: Machine, status: Status) -> None:
         self.early_events: list[tuple[str, dict[str, Any] | None, int]] = []
         self._error: str | None = None
         self._machine = machine
-        self._carried = carried
         self._status = status
         self._holder: Holder | None = None
         # Whether an -incoming defer still waits for its URI.
         self.is_waiting = machine.config.incoming == "defer"
-        self._is_recording = bool(carried)
+        handover = machine.handover
+        self._is_recording = handover.is_incoming
         machine.subscribe(self._record)
-        status.note = carried.pop(NOTE, b"").decode("utf-8", "replace")
-        names = carried.pop("capabilities", b"").decode("ascii", "replace").split()
-        status.capabilities |= SUPPORTED.intersection(names)
-        status.quiesced_at = carried.pop("quiesced", b"")
-        status.unpack(carried.pop("progress", b""))
+        status.unpack({name: handover.parcel(OWN, name).take_state() for name in PACKED})
         self._failure = wayback.take_failure()
-        told = [carried.pop(name, b"").decode("utf-8", "replace") for name in (ERROR, WHERE)]
+        # Images that go back by the CPR state say it there.
+        told = [handover.parcel(ROLLBACK, name).take_state() for name in ("error", "where")]
         if not self._failure[0]:
-            self._failure = (told[0], told[1])
+            error, where = (text.decode("utf-8", "replace") for text in told)
+            self._failure = (error, where)
 
     @property
     def holder(self) -> Holder:
@@ -63,7 +60,7 @@ class Incoming:
         if self._holder is None:
             from pyvmm.migration.holder import Holder
 
-            self._holder = Holder(self._machine, self._carried.pop("holders", b""))
+            self._holder = Holder(self._machine)
         return self._holder
 
     def begin(self) -> None:
@@ -100,6 +97,14 @@ class Incoming:
             self._status.fail(str(error))
             raise
         self.is_waiting = False
+        self._try(self.settle)
+
+    def settle(self) -> None:
+        """All is there that goes on with something: close the rest, unless a state is still waited
+        for, since the way back needs it."""
+        if not self.is_waiting:
+            for name, index in self._machine.handover.settle():
+                self._machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
 
     def take_error(self) -> str | None:
         """Return what is wrong with an update that failed after the exec, if nobody was told."""
@@ -112,8 +117,8 @@ class Incoming:
         status.mark("load")
         status.enter("setup")
         status.enter("active")
-        loaded = savevm.read(machine, source.read(machine.fds))
-        if not machine.fds.is_incoming:
+        loaded = savevm.read(machine, source.read(machine.handover))
+        if not machine.handover.is_incoming:
             savevm.settle_clocks(machine, loaded)
         state = savevm.apply(machine, loaded)
         status.mark("resume")
@@ -130,7 +135,7 @@ class Incoming:
         # The rest is not in the pause, and the guest does not end for want of it.
         self._try(machine.attach_devices)
         self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
-        self._try(lambda: source.release(machine.fds))
+        self._try(lambda: source.release(machine.handover))
         failure, status.where = self._failure
         if failure:
             self._error = f"{failure} (the guest is back in the image before)"
@@ -141,10 +146,13 @@ class Incoming:
         self._try(self._release_memory)
 
     def _close_way_back(self, state_fd: int | None) -> None:
-        fds = self._machine.fds
-        for fd in (state_fd, *(fds.take(name) for name in (EXE_FD, RECORD_FD))):
+        if state_fd is not None:
+            os.close(state_fd)
+        for id in ("exe", "way-back"):
+            parcel = self._machine.handover.parcel(CPR, id)
+            fd = parcel.take()
             if fd is not None:
-                os.close(fd)
+                parcel.close(fd)
 
     def _release_memory(self) -> None:
         self.holder.release()
@@ -152,9 +160,8 @@ class Incoming:
     def _adopt_added(self) -> None:
         """Go on with what monitors' clients added to the machine."""
         machine = self._machine
-        machine.fds.keep_all(CLIENT_FDS)
-        added = [name for name in self._carried if name.startswith(ADDED)]
-        for problem in machine.chardevs.load_added({n: self._carried.pop(n) for n in added}):
+        machine.handover.keep_all(CLIENT)
+        for problem in machine.chardevs.load_added():
             machine.warn(problem)
 
     def _record(self, name: str, data: dict[str, Any] | None) -> None:

@@ -19,25 +19,21 @@ if TYPE_CHECKING:
 
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.channel import Channel
-    from pyvmm.migration.outgoing import Done, Outgoing, Passenger
+    from pyvmm.migration.outgoing import Done, Outgoing
     from pyvmm.migration.params import Capabilities, Settings
 
 
 class Migration:
     """The migrations of one machine.
 
-    :param carried: host-side values from the image before; empty if there was none
     :param started: when this process began, CLOCK_MONOTONIC in ns
-    :ivar passengers: what goes over an exec beside chardevs and network back ends, by name
     :raises ConfigError: ``-only-migratable`` is given, and something is in the way
     """
 
-    def __init__(self, machine: Machine, carried: dict[str, bytes], started: int = 0) -> None:
-        self.carried = carried
-        self.passengers: dict[str, Passenger] = {}
+    def __init__(self, machine: Machine, started: int = 0) -> None:
         self._machine = machine
         self._status = Status(machine.emit)
-        self._incoming = Incoming(machine, carried, self._status)
+        self._incoming = Incoming(machine, self._status)
         self._outgoing: Outgoing | None = None
         self._parameters: Settings | None = None
         self._capabilities: Capabilities | None = None
@@ -52,6 +48,10 @@ class Migration:
         :raises PyvmmError: the state cannot be loaded; nothing runs
         """
         self._incoming.begin()
+
+    def settle(self) -> None:
+        """All of the machine is there, monitors and all: close what nobody goes on with."""
+        self._incoming.settle()
 
     def import_ahead(self) -> None:
         """Import what an update will need, once the guest runs.
@@ -180,7 +180,5 @@ class Migration:
         if self._outgoing is None:
             from pyvmm.migration.outgoing import Outgoing
 
-            self._outgoing = Outgoing(
-                self._machine, self._status, self._incoming.holder, self.passengers
-            )
+            self._outgoing = Outgoing(self._machine, self._status, self._incoming.holder)
         return self._outgoing

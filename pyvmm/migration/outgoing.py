@@ -11,7 +11,7 @@ another version when the update comes.
 
 from __future__ import annotations
 
-from pyvmm.cpr.state import ADDED, NOTE
+from pyvmm.cpr.handover import OWN
 from pyvmm.errors import MigrationError, PyvmmError
 
 # file_channel is used by ``channel.parse``.
@@ -23,45 +23,23 @@ from pyvmm.migration.quiesce import Quiesce
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Any
 
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.channel import Channel
     from pyvmm.migration.holder import Holder
     from pyvmm.migration.status import Status
 
-    class Passenger(Protocol):
-        """What has host-side state to carry over an exec beside the chardevs: a monitor."""
-
-        def quiesce(self) -> None:
-            """The exec is about to come."""
-
-        def restart(self) -> None:
-            """It did not come: go on."""
-
-        def save_state(self) -> bytes:
-            """What the new image has to know."""
-
     Done = Callable[[str | None], None]
 
 
 class Outgoing:
-    """The updates of one machine to a next image, one at a time.
+    """The updates of one machine to a next image, one at a time."""
 
-    :param passengers: what else goes over the exec, by name; it changes as they come and go
-    """
-
-    def __init__(
-        self,
-        machine: Machine,
-        status: Status,
-        holder: Holder,
-        passengers: dict[str, Passenger],
-    ) -> None:
+    def __init__(self, machine: Machine, status: Status, holder: Holder) -> None:
         self._machine = machine
         self._status = status
         self._holder = holder
-        self._passengers = passengers
         self._done: Done | None = None
         self._probe: preflight.Probe | None = None
         self._quiesce: Quiesce | None = None
@@ -77,7 +55,7 @@ class Outgoing:
         """
         machine, status = self._machine, self._status
         argv = argv or rollback.own_command(channel.text)
-        preflight.check_descriptors(machine.fds)
+        preflight.check_descriptors(machine.handover)
         if any("\0" in word for word in argv):
             raise MigrationError("A word of a command cannot contain NUL")
         path = program.find(argv[0])
@@ -91,7 +69,7 @@ class Outgoing:
                 if isinstance(result, MigrationError):
                     raise result
                 preflight.compare(own, result, channel)
-                preflight.check_descriptors(machine.fds)
+                preflight.check_descriptors(machine.handover)
             except Exception as error:
                 # Another program's answer may be of any form, and the guest runs.
                 end(error)
@@ -110,7 +88,7 @@ class Outgoing:
                 end(error)
 
         def end(error: Exception | None) -> None:
-            channel.discard(machine.fds)
+            channel.discard(machine.handover)
             if error is None or status.state == "cancelling":
                 status.enter("cancelled")
                 self._tell(None)
@@ -119,10 +97,10 @@ class Outgoing:
                 self._tell(status.error)
 
         try:
-            kept = machine.fds.kept().values()
+            kept = machine.handover.kept().values()
             self._probe = preflight.Probe(machine.loop, path, argv, kept, probed)
         except MigrationError:
-            channel.discard(machine.fds)
+            channel.discard(machine.handover)
             raise
         self._done = done
         status.enter("setup")
@@ -145,7 +123,7 @@ class Outgoing:
 
     def _update(self, argv: list[str], path: str, channel: Channel) -> None:
         """The recipe, from the running guest to the exec."""
-        machine, status, fds = self._machine, self._status, self._machine.fds
+        machine, status, handover = self._machine, self._status, self._machine.handover
         before = machine.runstate.state
         undo: list[Callable[[], None]] = []
         way = CprExec(machine, status, self._holder, before, undo)
@@ -153,7 +131,7 @@ class Outgoing:
             undo.append(self._quiesce.undo)
         try:
             # Terminals are made ready while the guest still runs.
-            for passenger in self._passengers.values():
+            for passenger in handover.passengers.values():
                 undo.append(passenger.restart)
                 passenger.quiesce()
             # A file may be loaded when the host has been started again.
@@ -165,19 +143,20 @@ class Outgoing:
             status.emit("MIGRATION_PASS", {"pass": 2})
             status.enter("device")
             status.mark("save")
-            undo.append(lambda: channel.discard(fds))
+            undo.append(lambda: channel.discard(handover))
             state = savevm.save(machine, before, *boot_id)
-            channel.write(state, fds)
+            channel.write(state, handover)
             if channel.is_lasting:
                 # The way back does not depend on a file that others can reach.
                 copy = MemoryChannel()
-                undo.append(lambda: copy.discard(fds))
-                copy.write(state, fds)
+                undo.append(lambda: copy.discard(handover))
+                copy.write(state, handover)
             way.hold_memory()
             # In QEMU's order: the outgoing side is done. If the exec fails, "failed" follows.
             status.enter("completed")
             status.mark("exec")
-            way.execute(path, argv, self._values())
+            self._give_status()
+            way.execute(path, argv)
         except Exception as error:
             text = _explain(error)
             status.fail(text)
@@ -186,23 +165,9 @@ class Outgoing:
                 machine.attempt(undo.pop(), "update")
             self._tell(text)
 
-    def _values(self) -> dict[str, bytes]:
-        machine, status = self._machine, self._status
-        chardevs = machine.chardevs.save_state()
-        netdevs = machine.netdevs.save_state() if machine.netdevs else {}
-        monitors = {id: passenger.save_state() for id, passenger in self._passengers.items()}
-        return {
-            "progress": status.pack(),
-            "quiesced": status.quiesced_at,
-            "capabilities": " ".join(sorted(status.capabilities)).encode(),
-            **({NOTE: status.note.encode()} if status.note else {}),
-            "holders": self._holder.save_state(),
-            **{f"chardev/{id}": value for id, value in chardevs.items()},
-            **{f"netdev/{id}": value for id, value in netdevs.items()},
-            **{f"monitor/{id}": value for id, value in monitors.items()},
-            **machine.kernel.save_state(),
-            **{f"{ADDED}{id}": value for id, value in machine.chardevs.save_added().items()},
-        }
+    def _give_status(self) -> None:
+        for name, state in self._status.pack().items():
+            self._machine.handover.parcel(OWN, name).give(state)
 
     def _tell(self, error: str | None) -> None:
         done, self._done = self._done, None

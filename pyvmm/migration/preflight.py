@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine.config import MachineConfig
     from pyvmm.migration.channel import Channel
 else:
@@ -145,7 +145,7 @@ def _check_version(new: dict[str, Any], what: str, reads: list[int], version: in
         )
 
 
-def check_descriptors(fds: FdStore) -> None:
+def check_descriptors(handover: Handover) -> None:
     """See that what is to be handed over can be, and that the process can open some more files
     than it has open.
 
@@ -154,7 +154,7 @@ def check_descriptors(fds: FdStore) -> None:
     :raises MigrationError: one of them cannot be
     """
     try:
-        state.decode(state.encode(state.CprState(fds.kept(), {})))
+        state.decode(state.encode(state.CprState(handover.kept(), {})))
     except VmStateError as error:
         raise MigrationError(f"{error}; close what is not needed") from None
     probe.check_free_descriptors(SPARE_FDS, "an update")

@@ -38,6 +38,8 @@ EVENTS = "events"
 #: Capabilities that may be on.
 SUPPORTED = {EVENTS}
 
+#: Names of what goes from one image to the next: marks, that of quiesce, and words.
+PACKED = ("progress", "quiesced", "capabilities", "note")
 _PACK = struct.Struct(f">{len(_PACKED)}Q")
 
 
@@ -94,24 +96,24 @@ class Status:
         if EVENTS in self.capabilities:
             self._emit(name, data)
 
-    def pack(self) -> bytes:
-        """Return the marks for the next image, but that of quiesce: :attr:`quiesced_at`."""
-        return _PACK.pack(*(self._marks[step] for step in _PACKED))
+    def pack(self) -> dict[str, bytes]:
+        """Return what the next image has to know of it, by name."""
+        return {
+            "progress": _PACK.pack(*(self._marks[step] for step in _PACKED)),
+            "quiesced": self._marks["quiesce"].to_bytes(8),
+            "capabilities": " ".join(sorted(self.capabilities)).encode(),
+            "note": self.note.encode(),
+        }
 
-    def unpack(self, packed: bytes) -> None:
-        """Add the marks of the image before; anything but marks is ignored."""
-        if len(packed) == _PACK.size:
-            for step, mark in zip(_PACKED, _PACK.unpack(packed), strict=True):
-                self._marks[step] = self._marks[step] or mark
-
-    @property
-    def quiesced_at(self) -> bytes:
-        """The mark of quiesce, for the next image; it is set from the image before's."""
-        return self._marks["quiesce"].to_bytes(8)
-
-    @quiesced_at.setter
-    def quiesced_at(self, packed: bytes) -> None:
-        self._marks["quiesce"] = int.from_bytes(packed[:8])
+    def unpack(self, packed: dict[str, bytes]) -> None:
+        """Go on from what :meth:`pack` returned in the image before, as far as it makes sense."""
+        marks = packed["progress"]
+        if len(marks) == _PACK.size:
+            self._marks |= zip(_PACKED, _PACK.unpack(marks), strict=True)
+        self._marks["quiesce"] = int.from_bytes(packed["quiesced"][:8])
+        names = packed["capabilities"].decode("ascii", "replace").split()
+        self.capabilities |= SUPPORTED.intersection(names)
+        self.note = packed["note"].decode("utf-8", "replace")
 
     def steps_ms(self) -> dict[str, float]:
         """Return the length of each step that ended, in ms."""

@@ -13,7 +13,7 @@ from pyvmm.core.bus import Bus, BusDevice
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.runstate import PAUSED, RUNNING, RunState
 from pyvmm.core.threads import Lock
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import MigrationError, StateError
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
@@ -126,7 +126,7 @@ class FakeMachine:
         self.config = SimpleNamespace(
             name=name, smp=cpus, memory_size=RAM_SIZE, argv=[], only_migratable=False
         )
-        self.fds = FdStore()
+        self.handover = Handover()
         self.loop = EventLoop()
         self.runstate = RunState(RUNNING)
         self.memory = GuestMemory()
@@ -145,7 +145,7 @@ class FakeMachine:
         ]
         self.drives: dict[str, BlockFile] = {}
         self.netdevs: Any = None
-        self.chardevs = ChardevSet(self.loop, self.fds, lambda: None)
+        self.chardevs = ChardevSet(self.loop, self.handover, lambda: None)
         self.cpus = [FakeCpu(index) for index in range(cpus)]
         self.acts: list[str] = []
         self.observers: list[Callable[[str, dict[str, Any] | None], None]] = []
@@ -205,8 +205,6 @@ class FakeMigration:
     def __init__(self) -> None:
         self.parameters = params.parameters()
         self.capabilities = params.Capabilities(set())
-        self.passengers: dict[str, Any] = {}
-        self.carried: dict[str, bytes] = {}
         self.refuse: str | None = None
         self.started: list[tuple[str, bool]] = []
         self.acts: list[str] = []

@@ -42,7 +42,7 @@ STEPS = [
     "pyvmm.cli:serve",
     "pyvmm.machine.options:parse",
     "pyvmm.core.eventloop:EventLoop.__init__",
-    "pyvmm.cpr.fdstore:FdStore.__init__",
+    "pyvmm.cpr.handover:Handover.__init__",
     "pyvmm.machine.builder:build",
     "pyvmm.machine.builder:open_system",
     "pyvmm.machine.builder:add_memory",
@@ -365,7 +365,7 @@ def test_program_that_is_another_after_the_preflight(ticker, change, why):
         "pyvmm.migration.channel:MemoryChannel.write",
         "pyvmm.migration.rollback:arm",
         "pyvmm.cpr.state:publish",
-        "pyvmm.cpr.fdstore:FdStore.set_inheritable",
+        "pyvmm.cpr.handover:Handover.set_inheritable",
     ],
 )
 @pytest.mark.parametrize(

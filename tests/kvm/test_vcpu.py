@@ -14,7 +14,7 @@ from harness.kvm_machine import (
 
 from pyvmm.core.bus import Bus
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import InternalError
 from pyvmm.kvm import exits
 from pyvmm.machine import cpu as cpu_module
@@ -316,7 +316,7 @@ def test_device_that_fails_stops_the_vcpu_with_a_verdict(machine):
 def test_guest_runs_on_if_one_vcpu_cannot_be_stopped(monkeypatch):
     monkeypatch.setattr(cpu_module, "STOP_TIMEOUT_S", 0.05)
     machine = Machine(cpus=2)
-    whole = WholeMachine(MachineConfig(), EventLoop(), FdStore())
+    whole = WholeMachine(MachineConfig(), EventLoop(), Handover())
     hanging, go_on = threading.Event(), threading.Event()
 
     class Hanging(Bus):
@@ -349,7 +349,7 @@ def test_guest_runs_on_if_one_vcpu_cannot_be_stopped(monkeypatch):
 def test_no_vcpu_goes_while_another_may_still_kick_it():
     """The guest may ask for its end on one vCPU while the machine is closed."""
     machine = Machine(cpus=2)
-    whole = WholeMachine(MachineConfig(), EventLoop(), FdStore())
+    whole = WholeMachine(MachineConfig(), EventLoop(), Handover())
     gone, reached = [], threading.Event()
 
     class Exit(Bus):

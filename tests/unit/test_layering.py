@@ -173,7 +173,8 @@ SLOW = {
 OFF_PATH = (
     "pyvmm.__main__",
     "pyvmm._native.build",
-    "pyvmm.migration.preflight",  # runs while the guest does
+    "pyvmm.migration.outgoing",  # this and the next are imported when the guest runs
+    "pyvmm.migration.preflight",
     "pyvmm.monitor.hmp.console",
     "pyvmm.testing",
     "pyvmm.state",

@@ -5,7 +5,7 @@ import pytest
 from pyvmm.core import runstate
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.threads import Event
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.base import Device
 from pyvmm.errors import ConfigError, HostError, StateError
 from pyvmm.machine.config import MachineConfig
@@ -31,7 +31,7 @@ class Hanging(Device):
 
 @pytest.fixture
 def machine():
-    machine = Machine(MachineConfig(), EventLoop(), FdStore())
+    machine = Machine(MachineConfig(), EventLoop(), Handover())
     machine.devices = [Hanging(), Hanging()]
     machine.runstate.set(runstate.RUNNING)
     yield machine

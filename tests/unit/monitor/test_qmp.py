@@ -23,7 +23,7 @@ class Client:
     def __init__(self, context, *, state=b"", negotiate=True, pretty=False):
         self.context = context
         self.chardev = MemoryChardev("qmp0", loop=context.machine.loop)
-        self.chardev.resumed = bool(state)
+        self.chardev.is_inherited = bool(state)
         self.session = QmpSession(self.chardev, context, pretty=pretty)
         if state:
             self.session.load_state(state)
