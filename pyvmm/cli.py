@@ -192,9 +192,9 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         print(help.describe(*request.args), end="")
         return 0
     if carried is None and config.incoming not in ("", "defer"):
-        from pyvmm.migration import channel
+        from pyvmm.migration import open_channel
 
-        channel.parse(config.incoming).check()
+        open_channel(config.incoming).check()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     handover = Handover(carried.fds, carried.values) if carried else Handover()
     if carried is None:

@@ -13,7 +13,6 @@ from pyvmm._util.keyval import parse_int
 from pyvmm.boot import builtin, rom
 from pyvmm.chardev.config import ChardevConfig
 from pyvmm.core.bus import Bus
-from pyvmm.core.irq import IrqLine
 from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
 from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.rtc import Rtc
@@ -176,15 +175,19 @@ def add_devices(machine: Machine) -> None:
             chardev: Chardev = NullChardev("null", machine.loop, machine.handover)
         else:
             chardev = machine.chardevs.claim(chardev_config)
-        serial = Serial(_irq(machine, irq), chardev, iobase=ports[0], index=number)
+        line = machine.platform.irqs.line(irq, f"serial {number}")
+        serial = Serial(line, chardev, iobase=ports[0], index=number)
         _add(machine, serial, *ports)
-    rtc = Rtc(_irq(machine, layout.IRQ_RTC), machine.loop)
+    irqs = machine.platform.irqs
+    rtc = Rtc(irqs.line(layout.IRQ_RTC, Rtc.name), machine.loop)
     low = min(config.memory_size, layout.BELOW_4G_END)
     rtc.set_memory_size(low, config.memory_size - low)
     _add(machine, rtc, *layout.CMOS)
     _add(machine, i8042.I8042(machine.request_reset), layout.I8042_DATA[0], i8042.PORTS)
     _add(machine, i8042.Port92(machine.request_reset), *layout.PORT92)
-    machine.power = acpi_pm.AcpiPm(_irq(machine, acpi_pm.SCI), machine.request_power_off)
+    machine.power = acpi_pm.AcpiPm(
+        irqs.line(acpi_pm.SCI, acpi_pm.AcpiPm.name), machine.request_power_off
+    )
     _add(machine, machine.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
     for device in config.devices:
         if not device.driver.startswith("virt"):
@@ -233,10 +236,6 @@ def _add(machine: Machine, device: Device, port: int, count: int, width: int = 1
         machine.ports.add(port, count, device, device.name, width=width)
     except InternalError as error:
         raise ConfigError(f"-device {device.name}: {error}; choose other ports") from None
-
-
-def _irq(machine: Machine, number: int) -> IrqLine:
-    return IrqLine(number, machine.platform.vm.irq_line)
 
 
 def _add_rom(machine: Machine) -> RamBackend:

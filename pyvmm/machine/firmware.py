@@ -8,6 +8,7 @@ from __future__ import annotations
 from pyvmm.devices import acpi_pm, pvpanic
 from pyvmm.machine.builder import COM_PORTS
 from pyvmm.x86 import tables
+from pyvmm.x86.hardware import Hardware
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def write_tables(machine: Machine) -> int:
     """
     config = machine.config
     panics = [device.ioport for device in machine.devices if isinstance(device, pvpanic.PvPanic)]
-    hardware = tables.Hardware(
+    hardware = Hardware(
         config.smp,
         pm1_base=acpi_pm.IOBASE,
         sci=acpi_pm.SCI,

@@ -252,7 +252,7 @@ class Machine(CpuEvents):
         failures = []
         for device in self.devices:
             try:
-                device.resume()
+                device.attach()
             except Exception as error:
                 failures.append(error)
         if failures:

@@ -140,11 +140,11 @@ def slots(devices: list[DeviceConfig]) -> list[tuple[DeviceConfig, int, int]]:
 
 def descriptions(devices: list[DeviceConfig]) -> dict[tuple[str, int], Description]:
     """What the virtio devices write into a state, by section and instance."""
-    from pyvmm.devices.virtio.mmio import description
+    from pyvmm.devices.virtio.mmio import VirtioMmio
 
     found: dict[tuple[str, int], Description] = {}
     for device, _, _ in slots(devices):
-        own = description(DRIVERS[device.driver].load())
+        own = VirtioMmio.description(DRIVERS[device.driver].load())
         instance = sum(name == own.name for name, _ in found)
         found[(own.name, instance)] = own
     return found
@@ -165,14 +165,14 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
     thread = IoThread(f"virtio-{slot}", machine.on_thread_error) if driver.own_thread else None
     device = driver.create(machine, config.properties, thread.loop if thread else machine.loop)
     kick_fds = [_eventfd() for _ in device.queue_sizes]
-    vm = machine.platform.vm
+    irqs = machine.platform.irqs
     transport = mmio.VirtioMmio(
         device,
         machine.memory,
         base=base,
         gsi=gsi,
         kick_fds=kick_fds,
-        pulse=vm.pulser(gsi),
+        pulse=irqs.pulse(gsi, device.name),
         thread=thread,
     )
     transport.id = config.properties.get("id", "")
@@ -180,7 +180,7 @@ def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
     machine.virtio_mmio.append((base, mmio.SIZE, gsi))
     machine.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
     for index, fd in enumerate(kick_fds):
-        vm.ioeventfd(base + mmio.QUEUE_NOTIFY, fd, index)
+        irqs.kick(base + mmio.QUEUE_NOTIFY, index, fd, device.name)
 
 
 def _eventfd() -> int:

@@ -106,19 +106,6 @@ class MemoryChannel(Channel):
             self._fd = None
 
 
-def parse(uri: str) -> Channel:
-    """Return the channel that a URI names.
-
-    :raises MigrationError: with QEMU's texts
-    """
-    if uri == MemoryChannel.text:
-        return MemoryChannel()
-    # Time of an update's pause for those that need none; ``outgoing`` has imported it.
-    from pyvmm.migration.file_channel import FileChannel
-
-    return FileChannel(uri)
-
-
 def memory(handover: Handover) -> Parcel:
     """Return the parcel of the state in memory: the state itself, or a copy for the way back."""
     return handover.parcel(CPR, "vmstate")

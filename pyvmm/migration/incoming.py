@@ -14,8 +14,7 @@ from pyvmm import wayback
 from pyvmm.core import runstate
 from pyvmm.cpr.handover import CLIENT, CPR, OWN, ROLLBACK
 from pyvmm.errors import CommandError, PyvmmError
-from pyvmm.migration import savevm
-from pyvmm.migration.channel import Channel, parse
+from pyvmm.migration import open_channel, savevm
 from pyvmm.migration.status import PACKED
 
 TYPE_CHECKING = False
@@ -23,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine.machine import Machine
+    from pyvmm.migration.channel import Channel
     from pyvmm.migration.holder import Holder
     from pyvmm.migration.status import Status
 
@@ -47,12 +48,7 @@ class Incoming:
         self._is_recording = handover.is_incoming
         machine.subscribe(self._record)
         status.unpack({name: handover.parcel(OWN, name).take_state() for name in PACKED})
-        self._failure = wayback.take_failure()
-        # Images that go back by the CPR state say it there.
-        told = [handover.parcel(ROLLBACK, name).take_state() for name in ("error", "where")]
-        if not self._failure[0]:
-            error, where = (text.decode("utf-8", "replace") for text in told)
-            self._failure = (error, where)
+        self._failure = take_failure(handover)
 
     @property
     def holder(self) -> Holder:
@@ -73,7 +69,7 @@ class Incoming:
             if wayback.is_open():
                 wayback.stop_timer()
         elif machine.config.incoming:
-            self._load(parse(machine.config.incoming))
+            self._load(open_channel(machine.config.incoming))
         # Off the pause, but before the descriptors that nobody took are closed.
         self._try(self._adopt_added)
         machine.loop.call_soon(self._end_start)
@@ -89,7 +85,7 @@ class Incoming:
             raise CommandError("'-incoming' was not specified on the command line")
         if not self.is_waiting:
             raise CommandError("The incoming migration has already been started")
-        source = parse(uri)
+        source = open_channel(uri)
         self._status.error = None
         try:
             self._load(source)
@@ -181,3 +177,13 @@ class Incoming:
     def _try(self, step: Callable[[], object]) -> None:
         # Whatever goes wrong with one step, the guest must run on.
         self._machine.attempt(step, "update")
+
+
+def take_failure(handover: Handover) -> tuple[str, str]:
+    """In an image that was executed: return, once, why it is back and the function that failed;
+    empty if it is a new one."""
+    why, where = wayback.take_failure()
+    # Images from before version 1 of the way back's record say it there.
+    told = [handover.parcel(ROLLBACK, name).take_state() for name in ("error", "where")]
+    error, function = (text.decode("utf-8", "replace") for text in told)
+    return (why, where) if why else (error, function)

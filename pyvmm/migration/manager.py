@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from pyvmm.core import runstate
 from pyvmm.errors import ConfigError, MigrationError
-from pyvmm.migration.channel import MemoryChannel, parse
+from pyvmm.migration import open_channel
+from pyvmm.migration.channel import MemoryChannel
 from pyvmm.migration.incoming import Incoming
 from pyvmm.migration.status import Status, blockers
 
@@ -116,7 +117,7 @@ class Migration:
         :param done: as of ``Outgoing.begin``
         :raises MigrationError: refused
         """
-        channel = parse(uri)
+        channel = open_channel(uri)
         self._refuse_if_busy()
         mode = self.parameters.get("mode")
         if mode != "cpr-exec":

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pyvmm.cpr.handover import OWN
 from pyvmm.errors import MigrationError, PyvmmError
 
-# file_channel is used by ``channel.parse``.
+# The channel to a file is of use to ``open_channel``.
 from pyvmm.migration import file_channel, preflight, program, rollback, savevm  # noqa: F401
 from pyvmm.migration.channel import MemoryChannel
 from pyvmm.migration.cpr_exec import CprExec

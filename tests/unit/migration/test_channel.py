@@ -7,8 +7,8 @@ import pytest
 from pyvmm.core.threads import Event
 from pyvmm.cpr.handover import Handover
 from pyvmm.errors import HostError, MigrationError
-from pyvmm.migration import file_channel, uri
-from pyvmm.migration.channel import MemoryChannel, memory, parse
+from pyvmm.migration import file_channel, open_channel, uri
+from pyvmm.migration.channel import MemoryChannel, memory
 
 STATE = bytes(range(256)) * 3
 
@@ -26,7 +26,7 @@ def saved(tmp_path):
 
 def test_untouched_file_is_read(saved):
     path, handover = saved
-    assert parse(f"file:{path}").read(handover) == STATE
+    assert open_channel(f"file:{path}").read(handover) == STATE
 
 
 def test_bit_flipped_at_any_byte_is_refused(saved):
@@ -34,7 +34,7 @@ def test_bit_flipped_at_any_byte_is_refused(saved):
     for at in range(len(STATE)):
         path.write_bytes(STATE[:at] + bytes([STATE[at] ^ 1 << at % 8]) + STATE[at + 1 :])
         with pytest.raises(MigrationError, match="is not the state that was saved"):
-            parse(f"file:{path}").read(handover)
+            open_channel(f"file:{path}").read(handover)
 
 
 def test_truncation_at_any_byte_is_refused(saved):
@@ -42,7 +42,7 @@ def test_truncation_at_any_byte_is_refused(saved):
     for size in reversed(range(len(STATE))):
         os.truncate(path, size)
         with pytest.raises(MigrationError, match="is not the state that was saved"):
-            parse(f"file:{path}").read(handover)
+            open_channel(f"file:{path}").read(handover)
 
 
 def test_copy_outlives_a_refusal(saved):
@@ -50,7 +50,7 @@ def test_copy_outlives_a_refusal(saved):
     path, handover = saved
     path.write_bytes(b"")
     with pytest.raises(MigrationError):
-        parse(f"file:{path}").read(handover)
+        open_channel(f"file:{path}").read(handover)
     assert os.pread(memory(handover).peek(), 4096, 0) == STATE
 
 
@@ -58,7 +58,7 @@ def test_state_without_a_copy_is_read(tmp_path):
     """A process that was started afresh has nothing to compare with."""
     path = tmp_path / "vm.state"
     path.write_bytes(STATE)
-    assert parse(f"file:{path}").read(Handover()) == STATE
+    assert open_channel(f"file:{path}").read(Handover()) == STATE
 
 
 def test_disk_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_disk_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     os_unlink = os.unlink
     monkeypatch.setattr(uri, "_pwrite", hang)
     monkeypatch.setattr(file_channel, "PATIENCE_S", 0.01)
-    channel = parse(f"file:{path}")
+    channel = open_channel(f"file:{path}")
     channel.prepare()
     monkeypatch.setattr(os, "unlink", unlink)
     with pytest.raises(MigrationError, match=r"vm.state': its disk did not take the state within"):
@@ -97,7 +97,7 @@ def test_state_is_written_without_threads_to_be_had(tmp_path, monkeypatch):
         raise HostError("no thread")
 
     monkeypatch.setattr(file_channel, "spawn", none)
-    channel = parse(f"file:{tmp_path / 'vm.state'}")
+    channel = open_channel(f"file:{tmp_path / 'vm.state'}")
     channel.prepare()
     channel.write(STATE, Handover())
     assert (tmp_path / "vm.state").read_bytes() == STATE
