@@ -34,7 +34,7 @@ def create(
 
     where = f"-device {DRIVER}"
     config = parts.rngs.get(properties.get("rng", ""))
-    source = RngFile(config, loop, parts.fds) if config and config.filename else None
+    source = RngFile(config, loop, parts.handover) if config and config.filename else None
     limits = {}
     if "max-bytes" in properties:
         limits["max_bytes"] = parse_int(properties["max-bytes"], where, "max-bytes", *MAX_BYTES)
