@@ -40,12 +40,16 @@ class Vcpu:
         self.fd = fd
         self.index = index
         self.event_flags = event_flags
+        # KVM shares it with this process: struct kvm_run, and behind it the page that the data of
+        # port accesses goes through.
         self._size = system.get_vcpu_mmap_size()
         self._base = ffi.cast("char *", lib.pyvmm_map(fd, self._size))
         if self._base == ffi.NULL:
             raise KvmError("mmap of kvm_run", errno.ENOMEM, f"vCPU {index}")
         self._run = ffi.cast("struct pyvmm_run *", self._base)
         self._exits = exits.Decoder(self._base, self._size)
+        # KVM_SET_XSAVE takes no size: KVM reads as much as its own area has. That is a page, or
+        # what KVM_CAP_XSAVE2 tells (since Linux 5.17): more only with AMX.
         self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
         self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
         self.listed_msrs = system.msr_indices
@@ -57,6 +61,7 @@ class Vcpu:
         :raises KvmError: if KVM refuses
         """
         result = lib.pyvmm_run(self.fd)
+        # Only then the mapping tells why: after EINTR it may hold the reason of an earlier exit.
         if result == 0:
             return self._exits.decode()
         # EAGAIN: a vCPU that waited for its start-up message was woken.
@@ -98,6 +103,8 @@ class Vcpu:
         """KVM_SET_SREGS2. KVM_SET_SREGS reads these four from memory, where by now may be others
         than the CPU has read."""
         both = ffi.new("struct kvm_sregs2 *")
+        # The two begin alike. What follows differs: SREGS2 lacks the bitmap of the interrupt that
+        # is being injected, which KVM_SET_VCPU_EVENTS gives.
         ffi.memmove(both, sregs, ffi.offsetof("struct kvm_sregs2", "flags"))
         both.flags = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
         both.pdptrs = pdptrs
@@ -185,8 +192,8 @@ class Vcpu:
         values: dict[int, int] = {}
         while wanted:
             chunk = wanted[:MAX_MSRS_PER_CALL]
-            buffer = _msr_buffer([(index, 0) for index in chunk])
-            # The result is how many were read before the first that could not be.
+            buffer = _msr_buffer(chunk, [0] * len(chunk))
+            # KVM stops at a register that the vCPU lacks: the result is how many came before it.
             done = ioctl(self.fd, "KVM_GET_MSRS", buffer)
             words = ffi.unpack(buffer, 1 + 2 * done)
             values.update(zip(words[1::2], words[2::2], strict=True))
@@ -197,12 +204,14 @@ class Vcpu:
         """KVM_SET_MSRS: the indices that KVM refused. It drops some writes in silence, so
         what matters is read back."""
         refused = []
-        todo = list(values.items())
+        todo = list(values)
         while todo:
             chunk = todo[:MAX_MSRS_PER_CALL]
-            done = ioctl(self.fd, "KVM_SET_MSRS", _msr_buffer(chunk))
+            buffer = _msr_buffer(chunk, [values[index] for index in chunk])
+            # Likewise: those before the first refused one are set, those behind it are not.
+            done = ioctl(self.fd, "KVM_SET_MSRS", buffer)
             if done < len(chunk):
-                refused.append(chunk[done][0])
+                refused.append(chunk[done])
                 done += 1
             todo = todo[done:]
         return refused
@@ -277,10 +286,13 @@ class Vcpu:
         return state
 
 
-def _msr_buffer(values: list[tuple[int, int]]) -> Any:
+def _msr_buffer(indices: list[int], values: list[int]) -> Any:
     # struct kvm_msrs and its entries as words of 64 bits: the number of entries, then of each
-    # the index, whose upper half is reserved, and the value.
-    return ffi.new("uint64_t[]", [len(values), *(word for pair in values for word in pair)])
+    # the index, whose upper half is reserved, and the value. A vCPU has hundreds.
+    words = [len(indices)] * (1 + 2 * len(indices))
+    words[1::2] = indices
+    words[2::2] = values
+    return ffi.new("uint64_t[]", words)
 
 
 def _one_reg(id: int, value: Any) -> Any:

@@ -64,6 +64,11 @@ def carried(listed: Iterable[int]) -> list[int]:
     return list(dict.fromkeys((*filter(is_carried, listed), *UNLISTED)))
 
 
+def present(vcpu: Vcpu) -> list[int]:
+    """Of these the registers that a vCPU, whose CPUID is set, has."""
+    return list(vcpu.get_msrs(carried(vcpu.listed_msrs)))
+
+
 def at_power_on(vcpu: Vcpu) -> dict[int, int]:
     """What a vCPU, whose CPUID is set, has otherwise than KVM makes it."""
     # What firmware leaves: memory is cacheable wherever no range says otherwise.

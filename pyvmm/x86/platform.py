@@ -65,10 +65,15 @@ class Platform:
             self.vcpus.append(self.vm.create_vcpu(index))
         tsc_khz = self.vcpus[0].get_tsc_khz()
         offered = cpuid.host_cpuid(self.system, topology, cpu_changes, tsc_khz)
+        set_identity = cpuid.identity(offered, topology)
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, topology)
+            set_identity(vcpu.index)
             vcpu.set_cpuid2(offered)
             vcpu.set_msrs(msrs.at_power_on(vcpu))
+        # Which registers there are follows from CPUID: what the first lacks all of them lack.
+        present = msrs.present(self.vcpus[0])
+        for vcpu in self.vcpus:
+            vcpu.state_msrs = present
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.
