@@ -26,6 +26,22 @@ REG_GUEST_SSP = 0x2030_0003_0000_0000
 MAX_MSRS_PER_CALL = 255  # KVM refuses MAX_IO_MSRS, which is 256
 
 
+class MsrBlock:
+    """Registers that are read of one vCPU after the other: KVM's requests for them, made once.
+
+    :param indices: which; each vCPU should have all of them
+    """
+
+    __slots__ = ("indices", "requests")
+
+    def __init__(self, indices: list[int]) -> None:
+        self.indices = indices
+        self.requests = []
+        for at in range(0, len(indices), MAX_MSRS_PER_CALL):
+            chunk = indices[at : at + MAX_MSRS_PER_CALL]
+            self.requests.append(bytes(ffi.buffer(_msr_buffer(chunk, [0] * len(chunk)))))
+
+
 class Vcpu:
     """The vCPU descriptor and its kvm_run mapping.
 
@@ -33,7 +49,7 @@ class Vcpu:
     :param index: its number and APIC id
     :param event_flags: of its events what the VM tells and takes besides
     :ivar listed_msrs: what KVM lists as a vCPU's state
-    :ivar state_msrs: what was found to be the state of this one; empty until somebody looked
+    :ivar state_msrs: what was found to be the state of this one; None until somebody looked
     """
 
     def __init__(self, fd: int, index: int, system: System, event_flags: int = 0) -> None:
@@ -53,7 +69,7 @@ class Vcpu:
         self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
         self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
         self.listed_msrs = system.msr_indices
-        self.state_msrs: list[int] = []
+        self.state_msrs: MsrBlock | None = None
 
     def run(self) -> exits.Exit:
         """KVM_RUN: enter the guest until something wants attention. Never retried here.
@@ -199,6 +215,19 @@ class Vcpu:
             values.update(zip(words[1::2], words[2::2], strict=True))
             wanted = wanted[done:] if done == len(chunk) else wanted[done + 1 :]
         return values
+
+    def get_msr_block(self, block: MsrBlock) -> Iterable[tuple[int, int]]:
+        """KVM_GET_MSRS of a block: index and value of each; those that KVM cannot read are left
+        out."""
+        values: list[int] = []
+        for request in block.requests:
+            buffer = bytearray(request)
+            done = ioctl(self.fd, "KVM_GET_MSRS", ffi.from_buffer(buffer))
+            words = memoryview(buffer).cast("Q").tolist()
+            if done < words[0]:
+                return self.get_msrs(block.indices).items()
+            values += words[2::2]
+        return zip(block.indices, values, strict=True)
 
     def set_msrs(self, values: dict[int, int]) -> list[int]:
         """KVM_SET_MSRS: the indices that KVM refused. It drops some writes in silence, so

@@ -356,21 +356,25 @@ class Table(StructArray):
     """The same with the values of all records one after the other, in a tuple: hundreds of
     records would be hundreds of objects. The records are of fixed size."""
 
-    __slots__ = ()
+    __slots__ = ("row",)
+
+    def __init__(self, name: str, inner: Description, size: int | str, maximum: int = 0) -> None:
+        super().__init__(name, inner, size, maximum)
+        self.row = _codes(inner.fields)
 
     def save(self, out: bytearray, state: Any) -> None:
         count = _count(self.size, state)
-        out += struct.pack(">" + count * _codes(self.inner.fields), *getattr(state, self.name))
+        out += struct.pack(">" + count * self.row, *getattr(state, self.name))
 
     def load(self, source: Cursor, into: Record) -> None:
         count = _checked(self, source, into)
-        row = struct.calcsize(">" + _codes(self.inner.fields))
+        row = struct.calcsize(">" + self.row)
         if (whole := (len(source.data) - source.at) // row) < count:
             source.at += whole * row
             source.path.append(f"{self.name}[{whole}]")
             _skip(source, self.inner.fields)
-        codes = count * _codes(self.inner.fields)
-        setattr(into, self.name, struct.unpack(">" + codes, source.take(count * row)))
+        values = struct.unpack(">" + count * self.row, source.take(count * row))
+        setattr(into, self.name, values)
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
         count = _count(self.size, state)

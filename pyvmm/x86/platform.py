@@ -46,7 +46,8 @@ class Platform:
                 vcpu.close()
             self.close()
             raise
-        self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
+        states = vcpu_state.power_on(self.vcpus)
+        self._power_on = list(zip(self.vcpus, states, strict=True))
         self._chips_on = [(section, section.save()) for section in self.chip_sections()]
 
     def _set_up(
@@ -69,10 +70,10 @@ class Platform:
         for vcpu in self.vcpus:
             set_identity(vcpu.index)
             vcpu.set_cpuid2(offered)
-            vcpu.set_msrs(msrs.at_power_on(vcpu))
-        # Which registers there are follows from CPUID: what the first lacks all of them lack.
-        present = msrs.present(self.vcpus[0])
+        # What follows from CPUID is the same for all of them: the first is asked.
+        values, present = msrs.at_power_on(self.vcpus[0]), msrs.present(self.vcpus[0])
         for vcpu in self.vcpus:
+            vcpu.set_msrs(values)
             vcpu.state_msrs = present
 
     def reset(self) -> None:

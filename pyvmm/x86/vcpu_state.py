@@ -46,7 +46,12 @@ MAX_MSRS = 4096
 MAX_XSAVE = 1 << 20
 MAX_CPUID = 256
 
-#: Of these a 0 is not written down.
+#: The register of the LAPIC's page that has its number, in the uppermost byte of four.
+LAPIC_ID = 0x20
+
+# What a reset leaves as it is.
+_STAYING = (msrs.TSC, msrs.DE_CFG)
+# Of these a 0 is not written down.
 _SPARSE = msrs.SPARSE - {msrs.MTRR_DEF_TYPE}
 
 _REGS = Description(
@@ -174,8 +179,9 @@ def read(vcpu: Vcpu) -> Record:
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    values = vcpu.get_msrs(vcpu.state_msrs or msrs.carried(vcpu.listed_msrs))
-    _set_msrs(state, {i: data for i, data in values.items() if data or i not in _SPARSE})
+    block = vcpu.state_msrs or msrs.present(vcpu)
+    values = vcpu.get_msr_block(block)
+    _set_msrs(state, [(i, data) for i, data in values if data or i not in _SPARSE])
     # Last of the registers: the calls above may move an event from one place to another.
     state.events = events = vcpu.get_vcpu_events()
     # What the flags say follows from the fields, and images that know less refuse them; these
@@ -193,20 +199,30 @@ def read(vcpu: Vcpu) -> Record:
     return state
 
 
-def power_on(vcpu: Vcpu) -> Record:
-    """What a reset gives back to ``vcpu``, which has not run yet: all but CPUID and a register
-    that is a part of it, which cannot change any more, and the TSC, which goes on."""
-    state = read(vcpu)
-    state.cpuid = ()
-    state.nent = 0
-    state.has_tsc_offset = False
-    kept = {i: data for i, data in _msrs(state).items() if i not in (msrs.TSC, msrs.DE_CFG)}
-    _set_msrs(state, kept)
-    return state
+def power_on(vcpus: list[Vcpu]) -> list[Record]:
+    """What a reset gives back to each of a machine's vCPUs, which have not run yet: all but CPUID
+    and a register that is a part of it, which cannot change any more, and the TSC, which goes on.
+
+    Only the first, which boots, and the second are read: the others are as the second but for
+    their numbers, which are in their LAPICs.
+    """
+    states = [read(vcpu) for vcpu in vcpus[:2]]
+    for state in states:
+        state.cpuid = ()
+        state.nent = 0
+        state.has_tsc_offset = False
+        kept = [(i, data) for i, data in _msrs(state).items() if i not in _STAYING]
+        _set_msrs(state, kept)
+    for vcpu in vcpus[2:]:
+        state = Record(**states[1].__dict__)
+        head, tail = state.lapic[:LAPIC_ID], state.lapic[LAPIC_ID + 4 :]
+        state.lapic = head + (vcpu.index << 24).to_bytes(4, "little") + tail
+        states.append(state)
+    return states
 
 
 def reset(vcpu: Vcpu, state: Any) -> None:
-    """Put a stopped vCPU back to what :func:`power_on` has read.
+    """Put a stopped vCPU back to what :func:`power_on` has given.
 
     :raises MigrationError: naming the vCPU and what KVM refuses
     """
@@ -229,7 +245,7 @@ def write(vcpu: Vcpu, state: Any) -> None:
 def _write(vcpu: Vcpu, state: Any) -> None:
     # It decides which bits MSRs and XSAVE may have, so it comes first; and only if it is
     # another one, since KVM takes half a millisecond for it.
-    if state.cpuid and _fixed(state.cpuid) != _fixed(_cpuid(vcpu)):
+    if state.cpuid and not _is_same(state.cpuid, _cpuid(vcpu)):
         vcpu.set_cpuid2(_cpuid2(state.cpuid))
     vcpu.set_regs(state.regs)
     # Before the LAPIC: APIC_BASE selects xAPIC or x2APIC.
@@ -322,8 +338,8 @@ def _msrs(state: Any) -> dict[int, int]:
     return dict(zip(state.msrs[::2], state.msrs[1::2], strict=True))
 
 
-def _set_msrs(state: Record, values: dict[int, int]) -> None:
-    state.msrs = tuple([word for pair in values.items() for word in pair])
+def _set_msrs(state: Record, values: list[tuple[int, int]]) -> None:
+    state.msrs = tuple([word for pair in values for word in pair])
     state.nmsrs = len(values)
 
 
@@ -364,6 +380,10 @@ _RUNTIME_BITS = {
     0x7: ((_ECX, 1 << 4),),  # OSPKE
     0xD: ((_EBX, 0xFFFFFFFF),),
 }
+
+
+def _is_same(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return one == other or _fixed(one) == _fixed(other)
 
 
 def _fixed(words: tuple[int, ...]) -> list[int]:
