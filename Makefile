@@ -83,8 +83,8 @@ clean:  ## remove what make made
 
 # setuptools is taken out again because the .pth file that it installs costs every start 2 ms;
 # builds get their own in isolation.
-$(READY): pyproject.toml pyvmm/_native/build.py pyvmm/_native/guard.c pyvmm/_native/shim.c \
-		$(wildcard pyvmm/_native/cdef*.h) | $(BIN)/python
+$(READY): pyproject.toml pyvmm/_native/build.py pyvmm/_native/linux.cdef \
+		$(filter-out %/_kvm.c,$(wildcard pyvmm/_native/*.[ch])) | $(BIN)/python
 	@echo "installing pyvmm into $(VENV)"
 	@rm -f pyvmm/_native/_kvm.*.so
 	@$(BIN)/python -m pip install -q -e '.[test]' || { \

@@ -203,12 +203,13 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
             _signal.signal(number, end_early)
     # Before anything is opened that a running VM of the same name may be using.
     entry = reserve(config.name) if config.name and carried is None else None
+    loop = EventLoop()
     machine: Machine | None = None
     monitors: list[MonitorFrontend] = []
     publication: Publication | None = None
     try:
         states = (_strip(values, prefix) for prefix in ("chardev/", "netdev/"))
-        machine = builder.build(config, EventLoop(), fds, *states)
+        machine = builder.build(config, loop, fds, loop.stop, *states)
         handle_signals(machine)
         # Whatever started it (python -m, an update): this is how ps shows it.
         name_thread("pyvmm")
@@ -224,7 +225,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         raise
     try:
         # The guest runs, perhaps for months: nothing that fails from here on ends it.
-        machine.loop.on_error = machine.handle_error
+        loop.on_error = machine.handle_error
         # They come blocked out of an exec, so that they are not lost on a way back.
         machine.attempt(unblock_signals, "signals")
         monitors = open_monitors(machine, migration)
@@ -234,11 +235,11 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         for name, index in () if migration.waiting else fds.close_unclaimed():
             machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
         gc.enable()
-        tell_drops(machine.loop)
-        machine.loop.run()
+        tell_drops(loop)
+        loop.run()
         # Also of one that still waits for its state: who ends it does not want the old image back.
         wayback.close()
-        return machine.exit_code
+        return machine.end.exit_code
     finally:
         migration.close()
         for monitor in monitors:

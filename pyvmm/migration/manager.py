@@ -120,7 +120,7 @@ class Migration:
 
     def blockers(self) -> list[str]:
         """What keeps this machine from being updated, whatever the command."""
-        count = len(self.machine.backends)
+        count = len(self.machine.ram_blocks)
         too_many = [
             f"{count} blocks of memory, of which a state names {MAX_BLOCKS}; leave out an -object"
         ]
@@ -133,7 +133,7 @@ class Migration:
         private = [
             f"Memory region {backend.id} is not compatible with CPR: it is private to this "
             "process; share=on is required for -object, and -machine anon-alloc=memfd"
-            for backend in self.machine.backends
+            for backend in self.machine.ram_blocks
             if not backend.is_shared or backend.fd is None
         ]
         return (too_many if count > MAX_BLOCKS else []) + unfinished + private
@@ -323,12 +323,12 @@ class Migration:
         # What the guest asked for in its last moments (a reset, its end) is acted on first.
         machine = self.machine
         machine.pause_cpus(DRAIN_S)
-        while machine.has_requests and not machine.loop.stopping:
-            machine.serve_requests()
+        while machine.end.has_requests and not machine.ended:
+            machine.end.serve()
             machine.pause_cpus(DRAIN_S)
         for reason in self.blockers():
             raise MigrationError(reason)
-        if machine.runstate.state != before or machine.loop.stopping:
+        if machine.runstate.state != before or machine.ended:
             raise MigrationError(f"The guest ended in the meantime ({machine.runstate.state})")
         machine.runstate.set(runstate.FINISH_MIGRATE)
         if before == runstate.RUNNING:
@@ -338,10 +338,10 @@ class Migration:
         machine = self.machine
         if machine.runstate.state != runstate.FINISH_MIGRATE:
             # It did not get as far, or the guest ended by itself.
-            if machine.runstate.running and not machine.loop.stopping:
+            if machine.runstate.running and not machine.ended:
                 machine.resume_cpus()
         elif before == runstate.RUNNING:
-            machine.resume(before)
+            machine.set_running()
         else:
             machine.runstate.set(before)
 
@@ -458,7 +458,7 @@ class Migration:
         # memory from there on.
         state_fd = wayback.close()
         if state == runstate.RUNNING:
-            self._try(lambda: machine.resume(state))
+            self._try(lambda: machine.set_running())
         progress.mark("running")
         if state_fd is not None:
             self._way_back_fds.append(state_fd)

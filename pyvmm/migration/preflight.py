@@ -22,7 +22,7 @@ from pyvmm.core.eventloop import READABLE
 from pyvmm.cpr import probe, state
 from pyvmm.cpr.probe import ANSWER_FD
 from pyvmm.errors import MigrationError, PyvmmError, VmStateError
-from pyvmm.machine import builder, options
+from pyvmm.machine import options, shape
 from pyvmm.machine.config import MACHINE_TYPE
 from pyvmm.migration import descendants
 
@@ -58,11 +58,11 @@ def describe(config: MachineConfig) -> dict[str, Any]:
             "host-side values": [state.VALUES_VERSION, state.VALUES_VERSION],
         },
         "incoming": config.incoming,
-        "shape": config.shape(),
-        "chardevs": config.chardev_kinds(),
+        "shape": shape.describe(config),
+        "chardevs": shape.chardev_kinds(config),
         "sections": {
             f"{name}[{instance}]": [description.minimum_version, description.version]
-            for (name, instance), description in builder.descriptions(config).items()
+            for (name, instance), description in shape.descriptions(config).items()
         },
     }
 
@@ -106,11 +106,11 @@ def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
         )
     if new.get("machine") != own["machine"]:
         raise MigrationError(f"the new command builds a machine of type {new.get('machine')}")
-    shape = new.get("shape", {})
+    theirs = new.get("shape", {})
     for option, value in own["shape"].items():
-        if shape.get(option) != value:
+        if theirs.get(option) != value:
             raise MigrationError(
-                f"the new command: {option} is {shape.get(option) or 'nothing'}, this machine "
+                f"the new command: {option} is {theirs.get(option) or 'nothing'}, this machine "
                 f"has {value or 'nothing'}; make them equal"
             )
     chardevs = new.get("chardevs", {})

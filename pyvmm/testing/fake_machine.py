@@ -130,8 +130,8 @@ class FakeMachine:
         self.loop = EventLoop()
         self.runstate = RunState(RUNNING)
         self.memory = GuestMemory()
-        self.backends = [RamBackend(RamConfig("memory-backend-memfd", "ram0", RAM_SIZE))]
-        self.memory.add_ram(self.backends[0], [(0, RAM_SIZE, 0)])
+        self.ram_blocks = [RamBackend(RamConfig("memory-backend-memfd", "ram0", RAM_SIZE))]
+        self.memory.add_ram(self.ram_blocks[0], [(0, RAM_SIZE, 0)])
         self.ports = Bus("I/O", 1 << 16)
         self.mmio = Bus("memory", 1 << 64)
         self.port_recorder = PortRecorder()
@@ -194,7 +194,7 @@ class FakeMachine:
         self.chardevs.close()
         for drive in self.drives.values():
             drive.close()
-        for backend in self.backends:
+        for backend in self.ram_blocks:
             backend.close()
         self.loop.close()
 

@@ -100,7 +100,8 @@ class NetBackend:
         raise NotImplementedError
 
     def start(self) -> None:
-        """Go to work: the state is complete. Frames may be there already."""
+        """Work, at first or again: the state is complete, and the device works. Frames may be there
+        already. Idempotent."""
         raise NotImplementedError
 
     def watch(self, wanted: bool) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.monitor.registry import Context
 
 PROMPT = "(pyvmm) "
+ERASE_LINE = "\r\x1b[J"
 BANNER = f"pyvmm {__version__} monitor - type 'help' for more information\n"
 
 

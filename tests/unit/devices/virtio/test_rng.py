@@ -6,7 +6,7 @@ import pytest
 
 from pyvmm.backends.rng import RngConfig, RngFile
 from pyvmm.cpr.fdstore import FdStore
-from pyvmm.devices.virtio import mmio
+from pyvmm.devices.virtio import mmio, transport
 from pyvmm.devices.virtio.rng import MOST, VirtioRng
 from pyvmm.errors import ConfigError
 
@@ -65,7 +65,7 @@ def test_bug_of_the_device_costs_the_device_only(loop, plug, capfd):
     driver.queues[0].add([], [64])
     driver.queues[0].kick()
     driver.run()
-    assert driver.status & mmio.S_NEEDS_RESET
+    assert driver.status & transport.S_NEEDS_RESET
     assert "injected" in driver.transport.properties()["error"]
     assert "injected" in capfd.readouterr().err
 
