@@ -57,7 +57,7 @@ fix: venv  ## format and repair what ruff can repair
 	@$(BIN)/ruff format .
 
 bench: build  ## measure the pause, start-up and memory; print a table and write JSON
-	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python tests/bench $(ARGS)
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 soak: build  ## a thousand updates in a row: the pause's percentiles, and what must stay constant
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/soak.py $(ARGS)

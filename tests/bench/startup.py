@@ -1,10 +1,10 @@
 """Guests that are one 16-byte program in a ROM, at the reset vector: nothing runs before it.
 
-Start-up: from the spawn of ``pyvmm run`` to the guest's first byte on the serial port. Exits:
-port accesses that Python serves, by the thousand.
+Start-up: from the spawn of ``pyvmm run`` to the guest's first byte on the serial port, and the
+modules that are imported on the way. Exits: port accesses that Python serves, by the thousand.
 """
 
-import os
+import contextlib
 import struct
 import sys
 import tempfile
@@ -12,8 +12,9 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from report import Result, progress
-from vmm import TIMEOUT_S, Stream, Vmm
+from bench.machines import Vmm
+from bench.report import Result, progress
+from bench.spawn import first_output
 
 START_LIMIT_MS = 100.0
 EXITS = 1000  # port accesses between two bytes on the serial port
@@ -21,9 +22,11 @@ ROM_SIZE = 4096
 RESET_VECTOR = ROM_SIZE - 16
 SCRATCH = 0x3FF  # a register of the serial port that does nothing
 THR = 0x3F8
+#: Written by Python for each module that is imported, if it is asked to.
+IMPORT = b"import time:"
 
-# mov dx, THR; out dx, al; hlt; jmp to hlt
-HELLO = struct.pack("<BHB", 0xBA, THR, 0xEE) + b"\xf4\xeb\xfd"
+# mov al, 0; mov dx, THR; out dx, al; hlt; jmp to hlt
+HELLO = struct.pack("<BBBHB", 0xB0, 0, 0xBA, THR, 0xEE) + b"\xf4\xeb\xfd"
 
 
 def exit_loop(opcode):
@@ -38,66 +41,65 @@ def rom(code):
     return b"\xf4" * RESET_VECTOR + code.ljust(16, b"\xf4")
 
 
-def bench_start(runs, quick):
+def bench_start(plan):
     """Fresh start, with the built-in guest loaded into memory but the ROM's program run."""
     bound = "from spawn to the guest's first byte out: an upper bound of exec to first KVM_RUN"
     python = [sys.executable, "-I", "-S", "-c", "import os; os.write(1, b'x')"]
-    yield Result("start python alone", _spawn_times(python, runs), "ms", note="for comparison")
-    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
-        image = Path(folder, "rom")
-        image.write_bytes(rom(HELLO))
-        socket = f"unix:{folder}/monitor,server=on,wait=off"
-        for name, monitor in (("no monitor", "none"), ("monitor on a socket", socket)):
-            progress(f"start, {name}")
-            command = ["pyvmm", "run", "-m", "256M", "-serial", "stdio", "-append", ""]
-            command += ["-bios", str(image), "-monitor", monitor]
-            times = _spawn_times(command, runs)
-            yield Result(f"start {name}", times, "ms", START_LIMIT_MS, bound)
+    yield Result("start python alone", _times(python, plan.runs), "ms", note="for comparison")
+    for name in ("no monitor", "monitor on a socket"):
+        progress(f"start, {name}")
+        with _hello(plan, name) as command:
+            times = _times(command, plan.runs)
+        yield Result(f"start {name}", times, "ms", START_LIMIT_MS, bound)
 
 
-def bench_exits(runs, quick):
+def bench_imports(plan):
+    """What a start imports; each module is some 0.15 ms of every update's pause."""
+    with _hello(plan, "no monitor") as command:
+        counts = [imports(command) for _ in range(plan.runs)]
+    yield Result("modules imported", counts, "", note="until the guest's first byte is out")
+
+
+def bench_exits(plan):
     """The cost of one port access, without what else the guest does."""
     for name, opcode in (("write", 0xEE), ("read", 0xEC)):
         progress(f"exits, port {name}")
         with tempfile.NamedTemporaryFile(prefix="pyvmm-bench-") as image:
             image.write(rom(exit_loop(opcode)))
             image.flush()
-            with Vmm(["-serial", "stdio", "-bios", image.name], monitor="none") as vm:
-                vm.console.expect("(?s).")
-                times = [_next_byte(vm.console) for _ in range(runs + 1)]
+            with Vmm("-bios", image.name, monitor=False, version=plan.version) as vm:
+                vm.expect("(?s).")
+                times = [_next_byte(vm) for _ in range(plan.runs + 1)]
         costs = [(later - now) / 1e3 / EXITS for now, later in pairwise(times)]
         note = f"one exit to Python and back, mean of {EXITS}"
         yield Result(f"exit port {name}", costs, "us", note=note)
 
 
-def _next_byte(console: Stream):
-    console.expect("(?s).")
+def imports(command):
+    """How many modules a command imports until it prints a NUL byte, or its guest does."""
+    _, output = first_output(command, b"\0", errors=True, PYTHONPROFILEIMPORTTIME="1")
+    # The line before the first has the titles.
+    return output.partition(b"\0")[0].count(IMPORT) - 1
+
+
+@contextlib.contextmanager
+def _hello(plan, monitor):
+    """The command of a machine that writes a NUL byte to standard output."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
+        image = Path(folder, "rom")
+        image.write_bytes(rom(HELLO))
+        socket = f"unix:{folder}/monitor,server=on,wait=off"
+        yield [
+            *(*plan.version.run, "-m", "256M", "-serial", "stdio", "-append", ""),
+            *("-bios", str(image), "-monitor", "none" if monitor == "no monitor" else socket),
+        ]
+
+
+def _next_byte(vm):
+    vm.expect("(?s).")
     return time.monotonic_ns()
 
 
-def _spawn_times(command, runs):
-    _spawn_time(command)  # fills the page cache and writes bytecode
-    return [_spawn_time(command) for _ in range(runs)]
-
-
-def _spawn_time(command):
-    """ms from spawning ``command`` to its first byte on standard output; ends it."""
-    read_fd, write_fd = os.pipe()
-    actions = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, write_fd, 1),
-        (os.POSIX_SPAWN_CLOSE, read_fd),
-        (os.POSIX_SPAWN_CLOSE, write_fd),
-    ]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
-    start = time.monotonic_ns()
-    pid = os.posix_spawnp(command[0], command, environment, file_actions=actions)
-    os.close(write_fd)
-    stream = Stream(read_fd)
-    try:
-        stream.expect("(?s).", TIMEOUT_S)
-        return (time.monotonic_ns() - start) / 1e6
-    finally:
-        stream.close()
-        os.kill(pid, 15)
-        os.waitpid(pid, 0)
+def _times(command, runs):
+    first_output(command)  # fills the page cache and writes bytecode
+    return [first_output(command)[0] * 1e3 for _ in range(runs)]
