@@ -247,14 +247,14 @@ def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamB
     # Preserved like RAM, whatever the new image brings: the guest may be executing it.
     inherited = _take_block(ROM_BLOCK, ROM_BLOCK, handover)
     if inherited is None:
-        image = rom.read(config.bios or builtin.path(builtin.ROM))
-        size = len(image)
+        contents = rom.read(config.bios or builtin.path(builtin.ROM))
+        size = len(contents)
     else:
         size = os.fstat(inherited).st_size
     rom_config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
     block = _keep_block(RamBackend(rom_config, inherited, ROM_BLOCK), handover, opened)
     if inherited is None:
-        block.write(0, image)
+        block.write(0, contents)
     return block
 
 
