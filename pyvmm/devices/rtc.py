@@ -148,7 +148,7 @@ class Rtc(Device):
             self.seen = self._now_ticks()
         self._irq.restore_level(bool(self.cmos_data[REG_C] & C_IRQ))
 
-    def resume(self) -> None:
+    def attach(self) -> None:
         self.handle_timer()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pyvmm.devices import acpi_pm
 from pyvmm.x86 import layout, tables
+from pyvmm.x86.hardware import Hardware
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def write_tables(parts: Parts, config: MachineConfig) -> int:
     :raises ConfigError: the machine has more devices than they have room for
     """
     panics = [one.properties()["ioport"] for one in parts.devices if one.name == "pvpanic"]
-    hardware = tables.Hardware(
+    hardware = Hardware(
         config.smp,
         pm1_base=acpi_pm.IOBASE,
         sci=acpi_pm.SCI,

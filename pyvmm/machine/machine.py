@@ -59,7 +59,7 @@ class Machine:
     def __init__(self, parts: Parts, config: MachineConfig) -> None:
         self.config = config
         self.loop = parts.loop
-        self.fds = parts.fds
+        self.handover = parts.handover
         self.memory = parts.memory
         self.ram_blocks = parts.ram_blocks
         self.platform = parts.platform
@@ -153,7 +153,7 @@ class Machine:
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
-        self.kernel.keep({})
+        self.kernel.keep()
         return None
 
     def _reset_later(self, reason: str, error: HostError) -> None:
@@ -234,7 +234,7 @@ class Machine:
         failures = []
         for device in self.devices:
             try:
-                device.resume()
+                device.attach()
             except Exception as error:
                 failures.append(error)
         if failures:

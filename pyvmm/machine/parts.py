@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.chardev.factory import ChardevSet
     from pyvmm.core.bus import Bus
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.base import Device
     from pyvmm.machine.guest_end import GuestEnd
@@ -98,7 +98,7 @@ class Parts:
     """The parts of one machine. Main loop thread.
 
     :ivar loop: serves all that is not on a vCPU's or a device's own thread
-    :ivar fds: what an update hands over, and what the image before did
+    :ivar handover: what an update hands over, and what the process before did
     :ivar opened: closes all of them at the end
     :ivar events: tells of what happens to the machine
     :ivar end: takes what devices report of the guest's end
@@ -116,7 +116,7 @@ class Parts:
         self,
         *,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         opened: Opened,
         events: Events,
         end: GuestEnd,
@@ -132,7 +132,7 @@ class Parts:
         rngs: dict[str, RngConfig],
     ) -> None:
         self.loop = loop
-        self.fds = fds
+        self.handover = handover
         self.opened = opened
         self.events = events
         self.end = end

@@ -106,7 +106,7 @@ def test_code_where_there_is_no_memory():
     machine = Machine(ram=0xA0000)
     machine.load(guests.TO_UNMAPPED)
     exit = machine.vcpu.run()
-    assert isinstance(exit, exits.InternalError)
+    assert isinstance(exit, exits.KvmInternalError)
     assert "emulation failure" in str(exit)
     machine.close()
 

@@ -70,9 +70,9 @@ class VirtioDriver(Driver):
             raise ConfigError(f"-device: the id {shorten(id)} is given twice; rename one")
 
     def description(self) -> Description:
-        from pyvmm.devices.virtio.mmio import description
+        from pyvmm.devices.virtio.mmio import VirtioMmio
 
-        return description(self.model())
+        return VirtioMmio.description(self.model())
 
     def add(self, parts: Parts, device: DeviceConfig) -> None:
         from pyvmm.core.iothread import IoThread
@@ -86,14 +86,14 @@ class VirtioDriver(Driver):
         loop = thread.loop if thread else parts.loop
         model = self._create(self.model(), parts, device.values, loop)
         kick_fds = [_eventfd() for _ in model.queue_sizes]
-        vm = parts.platform.vm
+        irqs = parts.platform.irqs
         transport = mmio.VirtioMmio(
             model,
             parts.memory,
             base=base,
             gsi=gsi,
             kick_fds=kick_fds,
-            pulse=vm.pulser(gsi),
+            pulse=irqs.pulse(gsi, model.name),
             thread=thread,
         )
         transport.id = device.values["id"] or ""
@@ -101,7 +101,7 @@ class VirtioDriver(Driver):
         parts.virtio_mmio.append((base, mmio.SIZE, gsi))
         parts.mmio.add(base, mmio.SIZE, transport, model.name, width=mmio.WIDTH)
         for index, fd in enumerate(kick_fds):
-            vm.ioeventfd(base + mmio.QUEUE_NOTIFY, fd, index)
+            irqs.kick(base + mmio.QUEUE_NOTIFY, index, fd, model.name)
 
 
 def _eventfd() -> int:

@@ -20,7 +20,7 @@ def create(model: Any, parts: Parts, values: Values, loop: EventLoop) -> VirtioD
     from pyvmm.backends.rng import RngFile
 
     config = parts.rngs.get(values["rng"])
-    source = RngFile(config, loop, parts.fds) if config and config.filename else None
+    source = RngFile(config, loop, parts.handover) if config and config.filename else None
     device: VirtioDevice = model(
         loop, source, **chosen(values, max_bytes="max-bytes", period_ms="period")
     )

@@ -44,13 +44,13 @@ OTHERS = {
 SEEN_ELSEWHERE = {"name", "nr", "max_ports"}
 
 
-class Vm:
+class Irqs:
     """Has what devices ask of KVM."""
 
-    def pulser(self, gsi):
+    def pulse(self, gsi, user):
         return lambda: None
 
-    def ioeventfd(self, address, fd, value):
+    def kick(self, gpa, value, fd, user):
         pass
 
 
@@ -70,14 +70,14 @@ def machine(tmp_path, monkeypatch):
         close()  # the one before has the image and the address
         config = parse(name, properties)
         platform = fake_platform()
-        platform.vm = Vm()
+        platform.irqs = Irqs()
         parts = make_parts(config, platform)
         made.append(parts)
         for chardev in config.chardevs:
             parts.chardevs.create(chardev)
         for drive in config.drives:
-            parts.drives[drive.id] = parts.opened.add(BlockFile(drive, parts.fds))
-        parts.netdevs = parts.opened.add(NetdevSet(parts.loop, parts.fds))
+            parts.drives[drive.id] = parts.opened.add(BlockFile(drive, parts.handover))
+        parts.netdevs = parts.opened.add(NetdevSet(parts.loop, parts.handover))
         for netdev in config.netdevs:
             parts.netdevs.create(netdev)
         for device in config.devices:

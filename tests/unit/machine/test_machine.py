@@ -252,13 +252,13 @@ def test_reset_of_a_guest_that_stands_waits_for_its_disk_too(machine, monkeypatc
 
 def test_device_that_cannot_take_input_keeps_no_other_from_it(machine):
     class Broken(Device):
-        def resume(self):
+        def attach(self):
             raise OSError("no such terminal")
 
     class Works(Device):
         attached = False
 
-        def resume(self):
+        def attach(self):
             self.attached = True
 
     machine.devices = [Broken(), Works()]
