@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backends.block import BlockFile
-    from pyvmm.backends.block_config import BlkConfig
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.queue import Chain, Queue
     from pyvmm.vmstate.fields import Record
@@ -101,6 +100,45 @@ _RETRIES = Description(
     needed=lambda device: device.retries,
     check=_check_retries,
 )
+
+
+class BlkConfig:
+    """The properties of one disk.
+
+    :ivar drive: id of the drive, for the operator
+    :ivar write_cache: whether the device begins as a write-back cache; None: as the drive says
+    :ivar block_size: logical block size in bytes; 0: what the image needs
+    :ivar physical_block_size: in bytes; 0: the logical one
+    :ivar werror: as the drive's; empty: as the drive says
+    :ivar rerror: the same
+    """
+
+    def __init__(
+        self,
+        drive: str,
+        *,
+        serial: str = "",
+        write_cache: bool | None = None,
+        config_wce: bool = True,
+        discard: bool = True,
+        write_zeroes: bool = True,
+        block_size: int = 0,
+        physical_block_size: int = 0,
+        queue_size: int = 256,
+        werror: str = "",
+        rerror: str = "",
+    ) -> None:
+        self.drive = drive
+        self.serial = serial
+        self.write_cache = write_cache
+        self.config_wce = config_wce
+        self.discard = discard
+        self.write_zeroes = write_zeroes
+        self.block_size = block_size
+        self.physical_block_size = physical_block_size
+        self.queue_size = queue_size
+        self.werror = werror
+        self.rerror = rerror
 
 
 class VirtioBlk(VirtioDevice):
