@@ -18,14 +18,15 @@ import struct
 from pyvmm._native import copy, lib
 from pyvmm.backends import locking
 from pyvmm.backends.block_config import SECTOR
-from pyvmm.errors import ConfigError, HostError, MigrationError
+from pyvmm.cpr.handover import BLOCK
+from pyvmm.errors import ConfigError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.backends.block_config import BlockConfig
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
     Buffers = list[memoryview]
     Call = Callable[[Buffers, int], int]
@@ -61,40 +62,31 @@ class BlockFile:
     :ivar is_memory: whether nothing on it ever waits (tmpfs)
     """
 
-    def __init__(self, config: BlockConfig, fds: FdStore) -> None:
+    def __init__(self, config: BlockConfig, handover: Handover) -> None:
         """Open it, or take it over from the image before; lock it.
 
         :raises ConfigError: it cannot be opened, is in use, or is not what the options say
         :raises HostError: what was inherited is not this image
+        :raises MigrationError: an image before has not handed it over: a fresh one may be another
+            file, and somebody else's by now
         """
         self.config = config
         self.read_only = config.read_only
-        self._fds = fds
-        self._name = f"block/{config.id}"
+        self._parcel = handover.parcel(BLOCK, config.id)
         self.lost = 0
-        inherited = fds.take(self._name)
-        if inherited is None:
-            if fds.is_incoming:
-                # A fresh one may be another file, and somebody else's by now.
-                raise MigrationError(
-                    f"The image of {config.id} was not handed over by the image before"
-                )
-            self.fd = _open(config)
-        else:
-            self.fd = inherited
+        inherited = self._parcel.require(f"image of {config.id}")
+        self.fd = _open(config) if inherited is None else inherited
         try:
             was_direct = inherited is not None and self._check_adopted()
             self._set_up(fresh=inherited is None, probed=was_direct)
         except BaseException:
-            if inherited is None:
-                os.close(self.fd)
+            self._parcel.close(self.fd)
             raise
-        fds.keep(self._name, self.fd)
+        self._parcel.keep(self.fd)
 
     def close(self) -> None:
         """Give it back; the locks go with it."""
-        self._fds.forget(self._name)
-        os.close(self.fd)
+        self._parcel.close(self.fd)
 
     # ---- requests --------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import stat
 from pyvmm._util import log
 from pyvmm._util.keyval import check_id, check_keys
 from pyvmm.core.eventloop import READABLE
+from pyvmm.cpr.handover import RNG
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 BUILTIN, RANDOM = KINDS = ("rng-builtin", "rng-random")
 DEFAULT_FILE = "/dev/urandom"
@@ -64,14 +65,13 @@ class RngFile(Rng):
     :raises ConfigError: it cannot be read
     """
 
-    def __init__(self, config: RngConfig, loop: EventLoop, fds: FdStore) -> None:
+    def __init__(self, config: RngConfig, loop: EventLoop, handover: Handover) -> None:
         self._loop = loop
-        self._fds = fds
-        self._name = f"rng/{config.id}"
+        self._parcel = handover.parcel(RNG, config.id)
         self._path = config.filename
-        inherited = fds.take(self._name)
+        inherited = self._parcel.take()
         self._fd = _open(config) if inherited is None else inherited
-        fds.keep(self._name, self._fd)
+        self._parcel.keep(self._fd)
 
     def read(self, count: int, ready: Callable[[], None]) -> bytes:
         if self._fd < 0:
@@ -91,8 +91,7 @@ class RngFile(Rng):
     def close(self) -> None:
         if self._fd >= 0:
             self._loop.remove(self._fd)
-            self._fds.forget(self._name)
-            os.close(self._fd)
+            self._parcel.close(self._fd)
             self._fd = -1
 
     def _handle_ready(self, ready: Callable[[], None]) -> None:
@@ -101,7 +100,7 @@ class RngFile(Rng):
 
     def _end(self, problem: str) -> None:
         # The guest gets no more of it: better none than some that are not random.
-        log.say(f"{self._name}: {self._path}: {problem}")
+        log.say(f"{self._parcel.name}: {self._path}: {problem}")
         self.close()
 
 

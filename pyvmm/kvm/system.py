@@ -1,4 +1,4 @@
-"""/dev/kvm: capabilities, what CPUs can be offered, and new VMs (KVM API, section 4).
+"""/dev/kvm: capabilities, what CPUs can be offered (KVM API, section 4).
 
 The descriptor works in any process, so a live update hands it to the new image, which then
 needs no permission to open the device again.
@@ -11,7 +11,6 @@ import os
 
 from pyvmm._native import ffi, ioctl, ioctl_value, lib
 from pyvmm.errors import HostError, KvmError
-from pyvmm.kvm.vm import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,10 +120,6 @@ class System:
         if self._msr_indices is None:
             self._msr_indices = self.get_msr_index_list()
         return self._msr_indices
-
-    def create_vm(self) -> Vm:
-        """KVM_CREATE_VM: a VM without memory or CPUs, tied to this address space."""
-        return Vm(ioctl_value(self.fd, "KVM_CREATE_VM"), self)
 
     def close(self) -> None:
         """Close the descriptor."""

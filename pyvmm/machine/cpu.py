@@ -345,7 +345,7 @@ class Cpu:
 
     def _look(self) -> Backing:
         if self._backing is None:
-            # An update does without it. Its file has been read since (``cli.import_ahead``).
+            # An update does without it. Its file has been read since (:func:`import_ahead`).
             from pyvmm.machine.backing import Backing
 
             assert self._memory is not None
@@ -396,3 +396,8 @@ class Cpu:
         self._ident = 0
         self._stopped.set()
         self._events.on_cpu_error(self.index, f"vCPU thread failed: {error!r}")
+
+
+def import_ahead() -> None:
+    """Import what is of use only if the host cannot back memory, once the guest runs."""
+    from pyvmm.machine import backing  # noqa: F401

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.machine.config import MachineConfig
-    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.parts import Parts
 
 DRIVER = "virtio-net-device"
 #: As in ``devices.virtio.net``, which is not imported to read options.
@@ -74,19 +74,6 @@ def parse_mac(text: str, where: str) -> bytes:
     )
 
 
-def add_netdevs(machine: Machine, states: dict[str, bytes]) -> None:
-    """Make the back ends.
-
-    :param states: host-side state that the image before left, by id
-    """
-    from pyvmm.backends.net.factory import NetdevSet
-
-    machine.netdevs = NetdevSet(machine.loop, machine.fds)
-    for config in machine.config.netdevs:
-        machine.netdevs.create(config)
-    machine.netdevs.load_state(states)
-
-
 def load() -> type[VirtioDevice]:
     """The class of the device."""
     from pyvmm.devices.virtio.net import VirtioNet
@@ -94,12 +81,14 @@ def load() -> type[VirtioDevice]:
     return VirtioNet
 
 
-def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> VirtioDevice:
+def create(
+    parts: Parts, _config: MachineConfig, properties: dict[str, str], loop: EventLoop
+) -> VirtioDevice:
     """The device, on its back end."""
     from pyvmm.devices.virtio import net
 
     where = f"-device {DRIVER}"
-    before = sum(device.name == DRIVER for device in machine.devices)
+    before = sum(device.name == DRIVER for device in parts.devices)
     mac = (FIRST_MAC + before).to_bytes(6, "big")
     if "mac" in properties:
         mac = parse_mac(properties["mac"], where)
@@ -108,10 +97,10 @@ def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> Vir
         return parse_int(properties[key], where, key, least, most) if key in properties else default
 
     flags = [key for key in FLAGS if parse_bool(properties.get(key, "on"), where, key)]
-    assert machine.netdevs is not None
+    assert parts.netdevs is not None
     return net.VirtioNet(
         loop,
-        machine.netdevs.get(properties["netdev"]),
+        parts.netdevs.get(properties["netdev"]),
         mac,
         mtu=number("host_mtu", 0, *MTUS),
         features=sum(net.FLAGS[key] for key in flags),

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.device import VirtioDevice
-    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.parts import Parts
     from pyvmm.vmstate.fields import Description
 
-    Create = Callable[[Machine, dict[str, str], EventLoop], VirtioDevice]
+    Create = Callable[[Parts, MachineConfig, dict[str, str], EventLoop], VirtioDevice]
 
 
 class Driver:
@@ -50,7 +51,7 @@ class Driver:
     ) -> None:
         self.properties = properties
         self.load = load
-        self.create: Create = create or (lambda _machine, _properties, loop: load()(loop))
+        self.create: Create = create or (lambda _parts, _config, _properties, loop: load()(loop))
         self.check = check
         self.own_thread = own_thread
 
@@ -140,47 +141,47 @@ def slots(devices: list[DeviceConfig]) -> list[tuple[DeviceConfig, int, int]]:
 
 def descriptions(devices: list[DeviceConfig]) -> dict[tuple[str, int], Description]:
     """What the virtio devices write into a state, by section and instance."""
-    from pyvmm.devices.virtio.mmio import description
+    from pyvmm.devices.virtio.mmio import VirtioMmio
 
     found: dict[tuple[str, int], Description] = {}
     for device, _, _ in slots(devices):
-        own = description(DRIVERS[device.driver].load())
+        own = VirtioMmio.description(DRIVERS[device.driver].load())
         instance = sum(name == own.name for name, _ in found)
         found[(own.name, instance)] = own
     return found
 
 
-def add_devices(machine: Machine) -> None:
+def add_devices(parts: Parts, config: MachineConfig) -> None:
     """Make all of them."""
-    for config, base, gsi in slots(machine.config.devices):
-        _add(machine, config, base, gsi)
+    for device, base, gsi in slots(config.devices):
+        _add(parts, config, device, base, gsi)
 
 
-def _add(machine: Machine, config: DeviceConfig, base: int, gsi: int) -> None:
+def _add(parts: Parts, machine: MachineConfig, config: DeviceConfig, base: int, gsi: int) -> None:
     from pyvmm.core.iothread import IoThread
     from pyvmm.devices.virtio import mmio
 
     driver = DRIVERS[config.driver]
     slot = gsi - layout.IRQ_VIRTIO
-    thread = IoThread(f"virtio-{slot}", machine.on_thread_error) if driver.own_thread else None
-    device = driver.create(machine, config.properties, thread.loop if thread else machine.loop)
+    thread = IoThread(f"virtio-{slot}", parts.end.on_thread_error) if driver.own_thread else None
+    device = driver.create(parts, machine, config.properties, thread.loop if thread else parts.loop)
     kick_fds = [_eventfd() for _ in device.queue_sizes]
-    vm = machine.platform.vm
+    irqs = parts.platform.irqs
     transport = mmio.VirtioMmio(
         device,
-        machine.memory,
+        parts.memory,
         base=base,
         gsi=gsi,
         kick_fds=kick_fds,
-        pulse=vm.pulser(gsi),
+        pulse=irqs.pulse(gsi, device.name),
         thread=thread,
     )
     transport.id = config.properties.get("id", "")
-    machine.devices.append(transport)
-    machine.virtio_mmio.append((base, mmio.SIZE, gsi))
-    machine.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
+    parts.devices.append(parts.opened.add(transport))
+    parts.virtio_mmio.append((base, mmio.SIZE, gsi))
+    parts.mmio.add(base, mmio.SIZE, transport, device.name, width=mmio.WIDTH)
     for index, fd in enumerate(kick_fds):
-        vm.ioeventfd(base + mmio.QUEUE_NOTIFY, fd, index)
+        irqs.kick(base + mmio.QUEUE_NOTIFY, index, fd, device.name)
 
 
 def _eventfd() -> int:

@@ -6,14 +6,14 @@ import errno
 
 from pyvmm.backends.block_config import BLK_PROPERTIES as PROPERTIES
 from pyvmm.backends.block_config import BlkConfig
-from pyvmm.core import runstate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.backends.block import BlockFile
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.device import VirtioDevice
-    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.parts import Parts
 
 __all__ = ["PROPERTIES", "check", "create", "load"]
 
@@ -25,31 +25,32 @@ def load() -> type[VirtioDevice]:
     return VirtioBlk
 
 
-def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> VirtioDevice:
+def create(
+    parts: Parts, _config: MachineConfig, properties: dict[str, str], loop: EventLoop
+) -> VirtioDevice:
     """The device, on the drive that the properties name."""
     from pyvmm.devices.virtio.blk import VirtioBlk
 
     config = BlkConfig(properties)
-    file = machine.drives[config.drive]
+    file = parts.drives[config.drive]
 
     def report(operation: str, error: OSError, action: str) -> None:
-        machine.loop.call_soon(lambda: tell(operation, error, action))
+        parts.loop.call_soon(lambda: tell(operation, error, action))
 
     def tell(operation: str, error: OSError, action: str) -> None:
-        _emit(machine, file, operation, error, action)
-        # Unless it stands, or has gone on meanwhile, and with it the request.
-        if device.retries and machine.runstate.running:
-            machine.halt(runstate.IO_ERROR)
+        _emit(parts, file, operation, error, action)
+        if device.retries:
+            parts.end.on_io_error()
 
     device = VirtioBlk(loop, file, config, report)
     return device
 
 
-def _emit(machine: Machine, file: BlockFile, operation: str, error: OSError, action: str) -> None:
+def _emit(parts: Parts, file: BlockFile, operation: str, error: OSError, action: str) -> None:
     id = file.config.id
-    properties = [device.properties() for device in machine.devices]
+    properties = [device.properties() for device in parts.devices]
     index = [one.get("drive") for one in properties].index(id)
-    machine.emit(
+    parts.events.emit(
         "BLOCK_IO_ERROR",
         {
             "qom-path": f"/machine/unattached/device[{index}]",

@@ -10,8 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.device import VirtioDevice
-    from pyvmm.machine.config import DeviceConfig
-    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.config import DeviceConfig, MachineConfig
+    from pyvmm.machine.parts import Parts
 
 SERIAL = "virtio-serial-device"
 PROPERTIES = ("max_ports",)
@@ -97,12 +97,14 @@ def ports(devices: list[DeviceConfig], serial: DeviceConfig) -> tuple[dict[int, 
     return dict(sorted(found.items())), count
 
 
-def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> VirtioDevice:
+def create(
+    parts: Parts, config: MachineConfig, properties: dict[str, str], loop: EventLoop
+) -> VirtioDevice:
     """Make the device with its ports."""
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.devices.virtio.console import Port, VirtioConsole
 
-    devices = machine.config.devices
+    devices = config.devices
     (serial,) = [device for device in devices if device.properties is properties]
     numbers, max_ports = ports(devices, serial)
     made = []
@@ -110,7 +112,7 @@ def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> Vir
         chardev = None
         if "chardev" in port.properties:
             name = port.properties["chardev"]
-            chardev = machine.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
+            chardev = parts.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
         is_console = port.driver == "virtconsole"
         made.append(
             Port(number, chardev, is_console=is_console, name=port.properties.get("name", ""))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.machine.config import MachineConfig
-    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.parts import Parts
 
 DRIVER = "virtio-rng-device"
 PROPERTIES = ("rng", "max-bytes", "period")
@@ -25,14 +25,16 @@ def load() -> type[VirtioDevice]:
     return VirtioRng
 
 
-def create(machine: Machine, properties: dict[str, str], loop: EventLoop) -> VirtioDevice:
+def create(
+    parts: Parts, _config: MachineConfig, properties: dict[str, str], loop: EventLoop
+) -> VirtioDevice:
     """The device, on the source that the properties name."""
     from pyvmm.backends.rng import RngFile
     from pyvmm.devices.virtio.rng import VirtioRng
 
     where = f"-device {DRIVER}"
-    config = next((one for one in machine.config.rngs if one.id == properties.get("rng")), None)
-    source = RngFile(config, loop, machine.fds) if config and config.filename else None
+    config = parts.rngs.get(properties.get("rng", ""))
+    source = RngFile(config, loop, parts.handover) if config and config.filename else None
     limits = {}
     if "max-bytes" in properties:
         limits["max_bytes"] = parse_int(properties["max-bytes"], where, "max-bytes", *MAX_BYTES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.core import runstate
-from pyvmm.machine import builder, options
+from pyvmm.machine import builder, options, shape
 from pyvmm.machine.config import MACHINE_TYPE, MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.vmstate import stream
@@ -38,7 +38,7 @@ def machine_config(*arguments: str) -> MachineConfig:
 
 def descriptions(config: MachineConfig) -> Descriptions:
     """What the machine writes, by section and instance."""
-    return builder.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
+    return shape.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
 
 
 def record(description: Description, seed: int = 0) -> Record:

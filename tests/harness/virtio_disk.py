@@ -6,7 +6,7 @@ import time
 from pyvmm.backends.block import BlockFile
 from pyvmm.backends.block_config import BlkConfig, BlockConfig
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio.blk import VirtioBlk
 from pyvmm.testing.virtio_driver import VirtioDriver
 
@@ -31,7 +31,7 @@ class Disk:
         self.config = BlockConfig("disk", str(path))
         for key, value in (image or {}).items():
             setattr(self.config, key, value)
-        self.file = BlockFile(self.config, FdStore())
+        self.file = BlockFile(self.config, Handover())
         self.properties = {"drive": "disk", **properties}
         self.errors = []
         self.driver = VirtioDriver(self.device())

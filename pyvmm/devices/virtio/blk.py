@@ -25,6 +25,7 @@ import time
 
 from pyvmm.core.threads import report_crash
 from pyvmm.core.workers import Workers
+from pyvmm.devices.virtio import fastpath
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import ConfigError, GuestError, HostError, RamError
 from pyvmm.vmstate.fields import Description, StructArray, boolean, u16, u32, u64
@@ -225,7 +226,7 @@ class VirtioBlk(VirtioDevice):
                     except OSError as error:
                         self._report(T_FLUSH, error, "report")
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         self.writeback = self._default_writeback
         self.retries.clear()
 
@@ -236,7 +237,8 @@ class VirtioBlk(VirtioDevice):
         file = self.file
         if not file.writes_to_cache:
             return 0  # all of it waits
-        return queue.serve(
+        return fastpath.serve(
+            queue,
             file.fd,
             file.read_flags,
             writable=self.is_writeback and not file.read_only,
@@ -291,7 +293,7 @@ class VirtioBlk(VirtioDevice):
 
     def _retry(self) -> None:
         if not self.running:
-            return  # the next resume sees to it
+            return  # the next start sees to it
         waiting, self.retries = self.retries, []
         queue = self.queues[0]
         try:
@@ -419,7 +421,7 @@ class VirtioBlk(VirtioDevice):
             self._told_at = now
             self._on_error("read" if kind == T_IN else "write", error, action)
 
-    def resume(self) -> None:
+    def start(self) -> None:
         self.io_status = "ok"
         if self.retries:
             self.loop.call_soon(lambda: self.work(self._retry))

@@ -20,6 +20,7 @@ import errno
 import struct
 
 from pyvmm.backends.net.base import HEADER, MAX_FRAME, MAX_PARTS, NetFrontend
+from pyvmm.devices.virtio import fastpath
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import GuestError, RamError
 from pyvmm.vmstate.fields import Buffer, Description, Record, u16
@@ -147,7 +148,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self._set_offloads(self.driver_features)
         self.kick(RX)  # there may be frames, and there is no kick if there are buffers already
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         self._parked.clear()
         self._room = 0
         self._set_offloads(0)
@@ -159,7 +160,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
             self._parked.clear()
             self._room = 0
 
-    def resume(self) -> None:
+    def start(self) -> None:
         # Not now: this may be a vCPU's thread, and a new image must not touch the host's side
         # before there is no way back.
         self.loop.call_soon(self.backend.start)
@@ -243,7 +244,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
         return not gso or bool(accepted & _SEGMENTED.get(gso & ~GSO_ECN, 0))
 
     def _pull(self, fd: int, buffer: memoryview) -> tuple[int, int]:
-        return self.queues[RX].receive(
+        return fastpath.receive(
+            self.queues[RX],
             fd,
             buffer,
             HEADER + MIN_FRAME,
@@ -259,7 +261,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         # Mostly one call does all of it. Twice: the driver may have added some meanwhile, but it
         # must not keep this going.
         for _ in range(0 if parked else 2):
-            count = queue.spread(frame, mergeable=mergeable)
+            count = fastpath.spread(queue, frame, mergeable=mergeable)
             if count > 0:
                 return True
             if not count:
@@ -305,7 +307,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         while left > 0:
             fd = self.backend.frame_fd
             if fd >= 0:
-                left -= queue.send(fd, HEADER + MIN_FRAME, HEADER + MAX_FRAME, left)
+                left -= fastpath.send(queue, fd, HEADER + MIN_FRAME, HEADER + MAX_FRAME, left)
             left -= 1
             chain = queue.pop()
             if chain is None:

@@ -299,7 +299,7 @@ def fake_machine():
     machine = type("Machine", (), {})()
     sections = [section(*key, found) for key, found in OWN.items() if key[0] != "globalstate"]
     machine.sections_to_load = machine.sections_to_save = lambda: sections
-    machine.backends = [
+    machine.ram_blocks = [
         type("Backend", (), {"name": name, "size": size})() for name, size in read(DATA).blocks
     ]
     return machine
@@ -318,10 +318,10 @@ def test_machine_saves_and_describes_itself():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda machine: machine.backends.pop(), "2 blocks, the machine has 1"),
-        (lambda machine: machine.backends.append(machine.backends[0]), "the machine has 3"),
-        (lambda machine: machine.backends.reverse(), "Unknown ramblock 'pc.ram'"),
-        (lambda machine: setattr(machine.backends[1], "size", 1 << 20), "mismatch: pc.bios"),
+        (lambda machine: machine.ram_blocks.pop(), "2 blocks, the machine has 1"),
+        (lambda machine: machine.ram_blocks.append(machine.ram_blocks[0]), "the machine has 3"),
+        (lambda machine: machine.ram_blocks.reverse(), "Unknown ramblock 'pc.ram'"),
+        (lambda machine: setattr(machine.ram_blocks[1], "size", 1 << 20), "mismatch: pc.bios"),
     ],
 )
 def test_other_ram_is_refused(change, problem):

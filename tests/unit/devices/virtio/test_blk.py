@@ -12,7 +12,7 @@ from pyvmm.backends.block_config import BlkConfig, BlockConfig
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.threads import Event
 from pyvmm.core.workers import Workers
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio import blk, mmio
 from pyvmm.devices.virtio.blk import VirtioBlk
 from pyvmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
@@ -143,7 +143,7 @@ def test_block_sizes(disk):
 
 def test_block_size_below_that_of_the_image(tmp_path):
     (tmp_path / "x").write_bytes(bytes(SIZE))
-    file = BlockFile(BlockConfig("disk", str(tmp_path / "x")), FdStore())
+    file = BlockFile(BlockConfig("disk", str(tmp_path / "x")), Handover())
     file.alignment = 4096
     with pytest.raises(ConfigError, match="has blocks of 4096; give a multiple"):
         VirtioBlk(EventLoop(), file, BlkConfig({"drive": "disk", "logical_block_size": "512"}))
