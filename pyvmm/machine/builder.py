@@ -2,7 +2,7 @@
 
 :func:`build` reads top to bottom: each step a paragraph, with a comment where the order
 matters. The same function serves a live update's new image: whatever was inherited is taken
-from the store of descriptors instead of being opened.
+from the hand-over instead of being opened.
 """
 
 from __future__ import annotations
