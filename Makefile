@@ -57,7 +57,7 @@ fix: venv  ## format and repair what ruff can repair
 	@$(BIN)/ruff format .
 
 bench: build  ## measure the pause, start-up and memory; print a table and write JSON
-	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python tests/bench $(ARGS)
+	@PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=tests $(BIN)/python -m bench $(ARGS)
 
 soak: build  ## a thousand updates in a row: the pause's percentiles, and what must stay constant
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/soak.py $(ARGS)
@@ -83,8 +83,8 @@ clean:  ## remove what make made
 
 # setuptools is taken out again because the .pth file that it installs costs every start 2 ms;
 # builds get their own in isolation.
-$(READY): pyproject.toml pyvmm/_native/build.py pyvmm/_native/guard.c pyvmm/_native/shim.c \
-		$(wildcard pyvmm/_native/cdef*.h) | $(BIN)/python
+$(READY): pyproject.toml pyvmm/_native/build.py pyvmm/_native/linux.cdef \
+		$(filter-out %/_kvm.c,$(wildcard pyvmm/_native/*.[ch])) | $(BIN)/python
 	@echo "installing pyvmm into $(VENV)"
 	@rm -f pyvmm/_native/_kvm.*.so
 	@$(BIN)/python -m pip install -q -e '.[test]' || { \

@@ -149,8 +149,11 @@ def go(why: str, where: str = "") -> None:
             for fd in record.fds:
                 os.set_inheritable(fd, True)
             text = why[:_MAX_TEXT].encode("utf-8", "replace").decode().replace("\n", " ")
-            failure = {STATE: str(record.state), FAILURE: f"{text}\n{where}".replace("\0", " ")}
-            os.execve(record.program, record.command, os.environ | failure)
+            told = {STATE: str(record.state)}
+            if record.is_told:
+                # Others would hand it on, and their next image take it for its own.
+                told[FAILURE] = f"{text}\n{where}".replace("\0", " ")
+            os.execve(record.program, record.command, os.environ | told)
         except (OSError, MemoryError) as error:
             problem = error
     _say(f"the way back failed too: {problem}")

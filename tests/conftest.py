@@ -14,7 +14,7 @@ from pyvmm._native import lib
 
 pytest_plugins = ["nested.plugin"]
 
-KVM_FOLDERS = {"kvm", "update", "faults", "linux"}
+KVM_FOLDERS = {"kvm", "update", "upgrade", "faults", "linux"}
 #: Set for the tests and inherited by whatever they start, also through execve.
 SESSION_VARIABLE = "PYVMM_TEST_SESSION"
 MACHINES = pytest.StashKey()

@@ -60,7 +60,7 @@ def ioctl(fd: int, name: str, argument: Any, detail: str = "") -> int:
         pass
     if result < 0:
         raise KvmError(name, -result, detail)
-    return int(result)
+    return result
 
 
 def ioctl_value(fd: int, name: str, argument: int = 0, detail: str = "") -> int:
@@ -72,7 +72,7 @@ def ioctl_value(fd: int, name: str, argument: int = 0, detail: str = "") -> int:
         pass
     if result < 0:
         raise KvmError(name, -result, detail)
-    return int(result)
+    return result
 
 
 def name_thread(name: str) -> None:
@@ -89,7 +89,7 @@ def install_kick(signum: int) -> None:
 
 def rdtsc() -> int:
     """The host's time stamp counter."""
-    return int(lib.pyvmm_rdtsc())
+    return lib.pyvmm_rdtsc()
 
 
 # The list that a holder reads, for as long as there may be one.
@@ -109,7 +109,7 @@ def hold_memory(keep_fds: list[int], release_fd: int) -> int:
     global _held
     fds = sorted({*keep_fds, release_fd})
     _held = ffi.new("int[]", fds)
-    result: int = lib.pyvmm_hold_memory(_held, len(fds), release_fd)
+    result = lib.pyvmm_hold_memory(_held, len(fds), release_fd)
     if result < 0:
         raise HostError(f"clone for the memory holder: {os.strerror(-result)}")
     return result

@@ -1,8 +1,11 @@
 """The build: C source of the extension, guest and firmware images, source archive.
 
 setuptools runs these three command classes (named in pyproject.toml) for ``pip install`` and
-``pip wheel``; nothing here is imported at run time. The extension's declarations are ``cdef*.h``
-and its hand-written C is in ``SOURCES``; cffi makes ``_kvm.c`` of all of them.
+``pip wheel``; nothing here is imported at run time.
+
+The extension is one C file a subject, with a header that C and cffi read alike: what is for C
+alone stands there under ``#ifndef FOR_CFFI``. What cffi has to know of the kernel's headers is in
+``linux.cdef``. It makes ``_kvm.c`` of both. ``lib.pyi`` tells mypy what the module has then.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
@@ -19,8 +23,16 @@ from setuptools.errors import PlatformError
 
 NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
-#: In this order: the later ones use what is in the earlier ones.
-SOURCES = ("guard.c", "shim.c")
+#: Each is a C file and a header. cffi reads the headers in this order.
+SUBJECTS = ("kvm", "host", "carrier", "guard", "memory", "virtq")
+#: Those that do without libc: the compiler must add no call and no canary, as Python's flags ask.
+FREESTANDING = ("carrier",)
+FREESTANDING_FLAGS = (
+    "-ffreestanding",
+    "-fno-stack-protector",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-sanitize=all",
+)
 #: What ships as pyvmm/data/: image -> folder whose make builds it under build/.
 IMAGES = {"guest.elf": "guests", "bios.bin": "firmware"}
 
@@ -61,22 +73,39 @@ def emit_c() -> None:
     """Write ``_kvm.c``, the cffi API-mode source of the module ``pyvmm._native._kvm``."""
     from cffi import FFI
 
+    headers = "".join(f'#include "{name}.h"\n' for name in SUBJECTS)
+    # -undef: names that compilers define of their own accord are not to be replaced.
+    preprocess = ["gcc", "-E", "-P", "-undef", "-DFOR_CFFI", "-x", "c", "-"]
+    declarations = subprocess.run(
+        preprocess, cwd=NATIVE, input=headers, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
     ffi = FFI()
-    for fragment in sorted(NATIVE.glob("cdef*.h")):
-        ffi.cdef(fragment.read_text())
-    source = "\n".join((NATIVE / name).read_text() for name in SOURCES)
-    ffi.set_source("pyvmm._native._kvm", source)
+    ffi.cdef((NATIVE / "linux.cdef").read_text())
+    ffi.cdef(declarations)
+    ffi.set_source("pyvmm._native._kvm", "#include <linux/falloc.h>\n" + headers)
     ffi.emit_c_code(str(NATIVE / "_kvm.c"))
 
 
 class BuildExtension(build_ext):
-    """``build_ext`` that has cffi write the source first."""
+    """``build_ext`` that has cffi write the source first, and compiles the subjects with it."""
 
     def run(self) -> None:
         """Compile the extension."""
         require_toolchain()
         emit_c()
         super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link it; what is freestanding with flags of its own."""
+        sources = {name: f"pyvmm/_native/{name}.c" for name in SUBJECTS}
+        freestanding = self.compiler.compile(
+            [sources.pop(name) for name in FREESTANDING],
+            output_dir=self.build_temp,
+            extra_postargs=[*ext.extra_compile_args, *FREESTANDING_FLAGS],
+        )
+        ext.sources = [*ext.sources, *sources.values()]
+        ext.extra_objects = [*ext.extra_objects, *freestanding]
+        super().build_extension(ext)
 
 
 class BuildPackage(build_py):
@@ -108,7 +137,7 @@ class SourceArchive(sdist):
         files = self.filelist
         for folder in ("docs", "guests", "firmware", "tests"):
             files.graft(folder)
-        sources = [f"pyvmm/_native/{name}" for name in ("cdef*.h", *SOURCES)]
+        sources = [f"pyvmm/_native/*.{suffix}" for suffix in ("c", "h", "cdef")]
         for pattern in (*sources, "Makefile", "*.md"):
             files.include(pattern)
         for folder in ("guests/build", "firmware/build"):

@@ -4,12 +4,16 @@ Called from vCPU threads. A region's device is entered under the device's lock, 
 never sees two accesses at once. An address where nobody answers reads as all ones and
 ignores writes, as on a PC; unless it is RAM, which the host could not back when the guest
 touched it: that access is made here.
+
+Regions come, go and move while vCPUs run (a BAR that the guest moves). A vCPU's thread looks at
+one immutable map from first to last, without a lock; a change puts another map in its place.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 
+from pyvmm.core.threads import Lock
 from pyvmm.errors import InternalError
 
 TYPE_CHECKING = False
@@ -43,7 +47,7 @@ class BusDevice:
 
 
 class Region:
-    """A range of addresses that one device answers.
+    """A range of addresses that one device answers. Never changed: one that moves is another.
 
     :ivar end: first address beyond it
     """
@@ -71,34 +75,73 @@ class Bus:
         self.name = name
         self.size = size
         self._ram = ram
-        self.regions: list[Region] = []
-        self._starts: list[int] = []
+        self._changing = Lock()
+        # Their first addresses, and the regions, in rising order; replaced as one.
+        self._map: tuple[tuple[int, ...], tuple[Region, ...]] = ((), ())
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions of this moment, in rising order of address."""
+        return self._map[1]
 
     def add(
         self, start: int, length: int, device: BusDevice, name: str, *, width: int = 1
     ) -> Region:
-        """Give ``device`` the addresses ``start`` to ``start + length - 1``.
+        """Give ``device`` the addresses ``start`` to ``start + length - 1``. Any thread.
 
         :param width: widest access the device takes, in bytes; wider ones are split into
             consecutive accesses of this width, lowest address first
         :raises InternalError: if the range overlaps another or leaves the bus
         """
         region = Region(start, length, device, name, width)
-        if length < 1 or start < 0 or region.end > self.size:
-            raise InternalError(f"{name} at {start:#x} does not fit the {self.name} bus")
-        at = bisect_right(self._starts, start)
-        for other in self.regions[max(at - 1, 0) : at + 1]:
-            if start < other.end and other.start < region.end:
-                raise InternalError(f"{name} at {start:#x} overlaps {other.name}")
-        self.regions.insert(at, region)
-        self._starts.insert(at, start)
+        self._replace(None, region)
         return region
 
+    def remove(self, region: Region) -> None:
+        """Take a region away: no access that begins after this finds it. One that found it before
+        may still enter the device, once, under the device's lock. Any thread, also from within an
+        access to the device.
+
+        :raises InternalError: it is not there
+        """
+        self._replace(region, None)
+
+    def move(self, region: Region, start: int) -> Region:
+        """Put a region elsewhere and return it as it is there: every access finds it at the one
+        place or the other, and never at both. Likewise.
+
+        :raises InternalError: it is not there, or overlaps another, or leaves the bus; it stays
+        """
+        moved = Region(start, region.length, region.device, region.name, region.width)
+        self._replace(region, moved)
+        return moved
+
+    def _replace(self, old: Region | None, new: Region | None) -> None:
+        # Two vCPUs may each move a region of their own.
+        with self._changing:
+            regions = list(self._map[1])
+            if old is not None:
+                if old not in regions:
+                    raise InternalError(f"{old.name} is not on the {self.name} bus")
+                regions.remove(old)
+            if new is not None:
+                if new.length < 1 or new.start < 0 or new.end > self.size:
+                    raise InternalError(
+                        f"{new.name} at {new.start:#x} does not fit the {self.name} bus"
+                    )
+                for other in regions:
+                    if new.start < other.end and other.start < new.end:
+                        raise InternalError(f"{new.name} at {new.start:#x} overlaps {other.name}")
+                regions.append(new)
+                regions.sort(key=lambda region: region.start)
+            self._map = tuple([region.start for region in regions]), tuple(regions)
+
     def find(self, address: int) -> Region | None:
-        """The region that contains ``address``, if any."""
-        at = bisect_right(self._starts, address) - 1
-        if at >= 0 and address < self.regions[at].end:
-            return self.regions[at]
+        """Return the region that contains ``address``, if any."""
+        starts, regions = self._map
+        at = bisect_right(starts, address) - 1
+        if at >= 0 and address < regions[at].end:
+            return regions[at]
         return None
 
     def read(self, address: int, size: int) -> int:

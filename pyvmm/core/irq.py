@@ -1,5 +1,5 @@
-"""Interrupt lines, as a device sees them: a level that it sets. What is behind the line
-(KVM's irqchip, a fake in a test) is the builder's affair."""
+"""Interrupt lines, as a device sees them: a level that it sets. Behind the line is KVM's irqchip,
+whose inputs ``kvm.irq`` gives out, or a fake in a test."""
 
 from __future__ import annotations
 

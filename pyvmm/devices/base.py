@@ -5,25 +5,33 @@ evil guest can try), named register constants, the description of its state, the
 accesses enter by ``on_read``/``on_write`` on a vCPU thread with the device's lock held;
 everything named ``handle_…`` comes from the main loop and takes the lock itself.
 
-The life of a device; all on the main loop thread:
+The life of a device, in the words that every layer uses for it, and the thread that calls
+(a virtio device, ``virtio.device``, hears of some of it from a vCPU's thread too: its driver
+resets it or takes a queue back):
 
-=============  =======  =======================================================================
-call           vCPUs    when
-=============  =======  =======================================================================
-``reset``      stand    power-on, and each reset of the machine
-``load``       stand    in a new image, in place of the first ``reset``
-``start``      stand    they are about to run, at first or after ``drain``
-``resume``     either   once in each process, when the state is complete: take input
-``quiesce``    run      an update is about to stop them: begin no work. ``busy`` tells when all
-                        that was under way has ended; ``unquiesce`` is the undoing
-``drain``      stand    they have stopped: begin no work, and wait for the end of what is
-                        under way
-``save``       stand    after ``drain``
-``close``      stand    the end
-=============  =======  =======================================================================
+=============  ==========  =====  =============================================================
+call           thread      vCPUs  when
+=============  ==========  =====  =============================================================
+``reset``      main, vCPU  stand  power-on, and each reset of the machine; or by the driver
+``prepare``    main        stand  before the first ``start``, and after each reset of the
+                                  machine: do all of it that can fail
+``load``       main        stand  in a new image, in place of the first ``reset``
+``start``      main, vCPU  stand  they are about to run: work, at first or after ``drain``
+``attach``     main        any    once in each process, when the state is complete: take input
+``quiesce``    main        run    an update is about to stop them: begin no work. ``busy`` tells
+                                  when all that was under way has ended
+``unquiesce``  main        run    work again: the undoing of ``quiesce``
+``drain``      main, vCPU  stand  they have stopped: begin no work, and wait for the end of what
+                                  is under way
+``save``       main        stand  after ``drain``
+``close``      main        stand  the end: give all back
+=============  ==========  =====  =============================================================
 
 ``quiesce`` and ``drain`` do not replace each other: a machine that is stopped and goes on, or
-is reset, while it is quiesced, stays so until ``unquiesce``.
+is reset, while it is quiesced, stays so until ``unquiesce``. A virtio device's transport keeps
+them apart: the device itself is only told to ``drain``, and to ``start`` when nothing keeps it
+from that any more. What a device calls in its turn has the same words: a network back end's
+``start``, a chardev's ``attach``. To ``resume`` is what vCPUs do, and nothing else.
 """
 
 from __future__ import annotations
@@ -76,6 +84,21 @@ class Device(BusDevice):
         for name, value in state.__dict__.items():
             setattr(self, name, value)
 
+    def prepare(self) -> None:
+        """Do all that can fail of :meth:`start`: threads, descriptors. Before the first start and
+        after each reset; nothing of the guest's is touched.
+
+        :raises HostError: naming what the host refuses
+        """
+
+    def start(self) -> None:
+        """The vCPUs are about to run, at first or again after :meth:`drain`. Nothing here may
+        fail: after an update there is no way back any more."""
+
+    def attach(self) -> None:
+        """Take input from the host, once in each process: the state is complete, after power-on
+        or a load."""
+
     def quiesce(self) -> None:
         """While the guest runs: begin no work for it from now on, until :meth:`unquiesce`. What
         it asks for meanwhile is done then. Does not wait for what is under way. Idempotent."""
@@ -96,19 +119,5 @@ class Device(BusDevice):
         :raises HostError: the host does not get done with it in time
         """
 
-    def prepare(self) -> None:
-        """Do all that can fail of :meth:`start`: threads, descriptors. Before the first start and
-        after each reset; nothing of the guest's is touched.
-
-        :raises HostError: naming what the host refuses
-        """
-
-    def start(self) -> None:
-        """The vCPUs are about to run, at first or again after :meth:`drain`. Nothing here may
-        fail: after an update there is no way back any more."""
-
     def close(self) -> None:
         """The VM ends: give descriptors and views of memory back."""
-
-    def resume(self) -> None:
-        """Go to work, once in each process: the state is complete, after power-on or a load."""

@@ -113,6 +113,7 @@ class Rtc(Device):
         self._clock = clock
         # When the timer comes, on the host's monotonic clock.
         self._due: float | None = None
+        self._closed = False
         self.cmos_data = bytearray(SIZE)
         self.cmos_data[REG_A] = A_RESET
         self.cmos_data[REG_B] = B_24H
@@ -147,11 +148,16 @@ class Rtc(Device):
             self.seen = self._now_ticks()
         self._irq.restore_level(bool(self.cmos_data[REG_C] & C_IRQ))
 
-    def resume(self) -> None:
+    def attach(self) -> None:
         self.handle_timer()
+
+    def close(self) -> None:
+        self._closed = True
 
     def handle_timer(self) -> None:
         """See what has happened, and what to wait for next."""
+        if self._closed:
+            return  # the loop may serve other machines yet
         with self.lock:
             self._catch_up()
             wait = self._next_wait()

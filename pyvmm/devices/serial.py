@@ -399,7 +399,7 @@ class Serial(Device, Frontend):
         # here on may be an edge.
         self.irq.restore_level(self._cause() != IIR_NONE)
 
-    def resume(self) -> None:
+    def attach(self) -> None:
         """Offer what was left to send to the chardev, and let input come."""
         self.chardev.attach(self)
         self.handle_writable()

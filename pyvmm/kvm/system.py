@@ -1,4 +1,4 @@
-"""/dev/kvm: capabilities, what CPUs can be offered, and new VMs (KVM API, section 4).
+"""/dev/kvm: capabilities, what CPUs can be offered (KVM API, section 4).
 
 The descriptor works in any process, so a live update hands it to the new image, which then
 needs no permission to open the device again.
@@ -11,7 +11,6 @@ import os
 
 from pyvmm._native import ffi, ioctl, ioctl_value, lib
 from pyvmm.errors import HostError, KvmError
-from pyvmm.kvm.vm import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -96,12 +95,14 @@ class System:
     def get_supported_cpuid(self) -> Any:
         """KVM_GET_SUPPORTED_CPUID: a ``struct kvm_cpuid2`` with what this host can offer."""
         cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": MAX_CPUID_ENTRIES})
+        # How much room there is; KVM puts the number of entries there, or fails with E2BIG.
         cpuid.nent = MAX_CPUID_ENTRIES
         ioctl(self.fd, "KVM_GET_SUPPORTED_CPUID", cpuid)
         return cpuid
 
     def get_msr_index_list(self) -> list[int]:
         """KVM_GET_MSR_INDEX_LIST: the MSRs that are part of a vCPU's state."""
+        # A list that is too short KVM refuses, and says in it how long it must be.
         count = ffi.new("struct kvm_msr_list *", {"indices": 0})
         try:
             ioctl(self.fd, "KVM_GET_MSR_INDEX_LIST", count)
@@ -119,10 +120,6 @@ class System:
         if self._msr_indices is None:
             self._msr_indices = self.get_msr_index_list()
         return self._msr_indices
-
-    def create_vm(self) -> Vm:
-        """KVM_CREATE_VM: a VM without memory or CPUs, tied to this address space."""
-        return Vm(ioctl_value(self.fd, "KVM_CREATE_VM"), self)
 
     def close(self) -> None:
         """Close the descriptor."""

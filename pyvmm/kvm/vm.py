@@ -15,10 +15,20 @@ from pyvmm.kvm.vcpu import Vcpu
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
     from pyvmm.kvm.system import System
+
+    class Region(Protocol):
+        """What a slot needs to know (``memory.guest``)."""
+
+        name: str
+        gpa: int
+        readonly: bool
+
+        @property
+        def view(self) -> memoryview: ...
+
 
 #: Without these KVM says of an exception that waits that it is being delivered, and nothing of a
 #: triple fault that waits.
@@ -47,6 +57,11 @@ class Vm:
             if self.enable_cap(capability):
                 self.event_flags |= getattr(lib, flag)
 
+    @classmethod
+    def create(cls, system: System) -> Vm:
+        """KVM_CREATE_VM: a VM without memory or CPUs, tied to this address space."""
+        return cls(ioctl_value(system.fd, "KVM_CREATE_VM"), system)
+
     def enable_cap(self, name: str) -> bool:
         """KVM_ENABLE_CAP: whether this host has the capability, which now is on."""
         request = ffi.new("struct kvm_enable_cap *")
@@ -61,7 +76,7 @@ class Vm:
     def set_user_memory_region(
         self, slot: int, gpa: int, memory: Any, *, read_only: bool = False
     ) -> None:
-        """KVM_SET_USER_MEMORY_REGION: let the guest see ``memory`` at ``gpa``.
+        """KVM_SET_USER_MEMORY_REGION: let the guest see ``memory`` at ``gpa``. Any thread.
 
         :param memory: a writable buffer (mmap or memoryview), page aligned; kept alive
         :param read_only: guest writes become MMIO exits
@@ -72,9 +87,19 @@ class Vm:
         region.flags = lib.KVM_MEM_READONLY if read_only else 0
         region.guest_phys_addr = gpa
         region.memory_size = len(view)
+        # From here on KVM reads and writes what is at this address, also when something else is
+        # mapped there one day.
         region.userspace_addr = int(ffi.cast("uintptr_t", view))
         ioctl(self.fd, "KVM_SET_USER_MEMORY_REGION", region, f"slot {slot} at {gpa:#x}")
         self._memory[slot] = view
+
+    def delete_memory_region(self, slot: int) -> None:
+        """KVM_SET_USER_MEMORY_REGION with a size of 0: take a slot away. Any thread; KVM waits
+        until no vCPU uses it, so nothing of the guest's reaches the memory after this."""
+        region = ffi.new("struct kvm_userspace_memory_region *")
+        region.slot = slot
+        ioctl(self.fd, "KVM_SET_USER_MEMORY_REGION", region, f"slot {slot}, to delete it")
+        del self._memory[slot]
 
     def set_tss_addr(self, gpa: int) -> None:
         """KVM_SET_TSS_ADDR: three pages that Intel hosts need for real mode."""
@@ -91,11 +116,13 @@ class Vm:
     def create_pit2(self) -> None:
         """KVM_CREATE_PIT2: the i8254, with the speaker port answered by the kernel."""
         config = ffi.new("struct kvm_pit_config *")
+        # Port 0x61, too: it has the gate and the output of channel 2, which are the PIT's.
         config.flags = lib.KVM_PIT_SPEAKER_DUMMY
         ioctl(self.fd, "KVM_CREATE_PIT2", config)
 
     def create_vcpu(self, index: int) -> Vcpu:
         """KVM_CREATE_VCPU: the vCPU with APIC id ``index``; 0 is the bootstrap processor."""
+        # The vCPU's descriptor keeps the VM, whose own one may be closed before it.
         fd = ioctl_value(self.fd, "KVM_CREATE_VCPU", index, f"vCPU {index}")
         return Vcpu(fd, index, self.system, self.event_flags)
 
@@ -107,30 +134,22 @@ class Vm:
         request.level = level
         ioctl(self.fd, "KVM_IRQ_LINE", request)
 
-    def ioeventfd(self, gpa: int, fd: int, value: int) -> None:
+    def ioeventfd(self, gpa: int, fd: int, value: int, *, assign: bool = True) -> None:
         """KVM_IOEVENTFD: signal an eventfd, instead of an exit, when the guest writes the 32-bit
-        ``value`` to ``gpa``."""
+        ``value`` to ``gpa``.
+
+        :param assign: False to have the exits again, with the same values
+        """
         request = ffi.new("struct kvm_ioeventfd *")
         request.addr = gpa
+        # An access of another width, or of another value, exits as before.
         request.len = 4
         request.fd = fd
         request.datamatch = value
         request.flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if not assign:
+            request.flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")
-
-    def pulser(self, gsi: int) -> Callable[[], None]:
-        """What pulses an input of the IOAPIC, which the guest must have set to edge. One call at
-        a time. The interrupt is delivered when it returns; that of an irqfd would be by a kernel
-        thread, which on a busy host comes late."""
-        ends = ffi.new("struct kvm_irq_level[2]")
-        ends[0].irq = ends[1].irq = gsi
-        ends[0].level = True
-
-        def pulse() -> None:
-            ioctl(self.fd, "KVM_IRQ_LINE", ends)
-            ioctl(self.fd, "KVM_IRQ_LINE", ends + 1)
-
-        return pulse
 
     def get_irqchip(self, chip: str) -> Any:
         """KVM_GET_IRQCHIP: the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""
@@ -172,3 +191,29 @@ class Vm:
             os.close(self.fd)
             self.fd = -1
         self._memory.clear()
+
+
+class MemorySlots:
+    """Gives each region of guest memory a slot of the VM: an observer of ``memory.guest``."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._slots: dict[Region, int] = {}
+
+    def map(self, region: Region) -> None:
+        """Let the guest see a region.
+
+        :raises KvmError: KVM has no slot left, or no memory
+        """
+        taken = set(self._slots.values())
+        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        self._vm.set_user_memory_region(slot, region.gpa, region.view, read_only=region.readonly)
+        self._slots[region] = slot
+
+    def unmap(self, region: Region) -> None:
+        """Take a region from the guest: its accesses there become MMIO exits.
+
+        :raises KvmError: KVM has no memory for the change
+        """
+        self._vm.delete_memory_region(self._slots[region])
+        del self._slots[region]

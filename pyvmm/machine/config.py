@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pyvmm.backends.net.config import NetdevConfig
     from pyvmm.backends.rng import RngConfig
     from pyvmm.chardev.config import ChardevConfig
+    from pyvmm.machine.drivers import DeviceConfig
     from pyvmm.memory.config import RamConfig
 
 MACHINE_TYPE = "pyvmm"
@@ -25,14 +26,6 @@ ACTIONS = {
 }
 
 
-#: Properties of devices that are the host's affair, or part of the state, or (of ports) compared
-#: with their device.
-_NOT_TOLD = frozenset(
-    "id drive netdev chardev bus nr name mac share-rw write-cache werror rerror max_ports"
-    " rng max-bytes period".split()
-)
-
-
 class MonitorConfig:
     """A monitor on a chardev.
 
@@ -45,23 +38,6 @@ class MonitorConfig:
         self.chardev = chardev
         self.mode = mode
         self.pretty = pretty
-
-
-class DeviceConfig:
-    """A ``-device``: driver name and properties."""
-
-    __slots__ = ("driver", "properties")
-
-    def __init__(self, driver: str, properties: dict[str, str]) -> None:
-        self.driver = driver
-        self.properties = properties
-
-    def shape(self) -> str:
-        """What has to stay the same over a live update: which disk or network is which, and all
-        that the guest was told."""
-        behind = self.properties.get("drive") or self.properties.get("netdev")
-        told = [f"{k}={v}" for k, v in sorted(self.properties.items()) if k not in _NOT_TOLD]
-        return " ".join([self.driver, *([f"({behind})"] if behind else []), *told])
 
 
 class MachineConfig:
@@ -95,37 +71,3 @@ class MachineConfig:
     def smp(self) -> int:
         """Number of vCPUs."""
         return self.topology.count
-
-    def shape(self) -> dict[str, str]:
-        """What the next image of a live update must have too, by the option that says it."""
-        return {
-            "-m": str(self.memory_size),
-            "-smp": str(self.topology),
-            "-cpu": ",".join(["host", *("-+"[on] + name for name, on in self.cpu_changes.items())]),
-            "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in self.objects),
-            "-serial": str(len(self.serials)),
-            "-drive": " ".join(sorted(drive.shape() for drive in self.drives)),
-            # What a back end can do is part of what the guest was told.
-            "-netdev": ", ".join(netdev.shape() for netdev in self.netdevs),
-            # Of virtio devices the order decides where they are.
-            "-device": ",".join(
-                sorted(
-                    [device.shape() for device in self.devices],
-                    key=lambda driver: "~" if driver.startswith("virt") else driver,
-                )
-            ),
-            **self._ports(),
-        }
-
-    def chardev_kinds(self) -> dict[str, str]:
-        """Of what kind each chardev is: one that an update keeps goes on with the descriptors
-        and the state that it has."""
-        places = [*self.chardevs, *self.serials, *(monitor.chardev for monitor in self.monitors)]
-        return {one.id: one.shape() for one in places if one is not None and one.kind != "chardev"}
-
-    def _ports(self) -> dict[str, str]:
-        if not any(device.driver == "virtio-serial-device" for device in self.devices):
-            return {}
-        from pyvmm.machine import virtio
-
-        return {"-device virtio-serial-device": virtio.shape(self.devices)}

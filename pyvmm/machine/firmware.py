@@ -5,29 +5,29 @@ Imported at a fresh boot and at a reset, never on the way of a live update.
 
 from __future__ import annotations
 
-from pyvmm.devices import acpi_pm, pvpanic
-from pyvmm.machine.builder import COM_PORTS
-from pyvmm.x86 import tables
+from pyvmm.devices import acpi_pm
+from pyvmm.x86 import layout, tables
+from pyvmm.x86.hardware import Hardware
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.parts import Parts
 
 
-def write_tables(machine: Machine) -> int:
+def write_tables(parts: Parts, config: MachineConfig) -> int:
     """Write the tables; return the address of ACPI's root pointer, 0 with ``acpi=off``.
 
     :raises ConfigError: the machine has more devices than they have room for
     """
-    config = machine.config
-    panics = [device.ioport for device in machine.devices if isinstance(device, pvpanic.PvPanic)]
-    hardware = tables.Hardware(
+    panics = [one.properties()["ioport"] for one in parts.devices if one.name == "pvpanic"]
+    hardware = Hardware(
         config.smp,
         pm1_base=acpi_pm.IOBASE,
         sci=acpi_pm.SCI,
         s5=acpi_pm.SLP_TYP_S5,
-        serials=[(*ports, irq) for ports, irq in COM_PORTS[: len(config.serials)]],
-        virtio_mmio=machine.virtio_mmio,
+        serials=[(*ports, irq) for ports, irq in layout.COM_PORTS[: len(config.serials)]],
+        virtio_mmio=parts.virtio_mmio,
         pvpanic=panics[0] if panics else None,
     )
-    return tables.write(machine.memory, hardware, with_acpi=config.acpi)
+    return tables.write(parts.memory, hardware, with_acpi=config.acpi)

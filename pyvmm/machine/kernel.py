@@ -7,20 +7,24 @@ loaders are imported when they are used first, or ahead of that, when the guest 
 
 from __future__ import annotations
 
+from pyvmm._util import log
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boot.files import BootFiles
-    from pyvmm.machine.machine import Machine
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.parts import Parts
 
 
 class GuestKernel:
     """The kernel of one machine, with its initrd.
 
-    :param machine: whose memory it goes to, and whose hardware the tables describe
+    :param parts: whose memory it goes to, and whose hardware the tables describe
     """
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, parts: Parts, config: MachineConfig) -> None:
+        self._parts = parts
+        self._config = config
         # What a reset loads; none in an updated machine until its guest runs.
         self._files: BootFiles | None = None
 
@@ -34,35 +38,27 @@ class GuestKernel:
         from pyvmm.boot.files import BootFiles
         from pyvmm.machine import firmware
 
-        machine = self._machine
-        files = self._files = self._files or BootFiles(machine.fds)
-        rsdp = firmware.write_tables(machine)
+        parts = self._parts
+        files = self._files = self._files or BootFiles(parts.handover)
+        rsdp = firmware.write_tables(parts, self._config)
         try:
-            loader.load(machine.memory, machine.config.kernel, rsdp, files.open)
+            loader.load(parts.memory, self._config.kernel, rsdp, files.open)
         except BaseException:
             files.forget_unkept()
             raise
 
-    def keep(self, paths: dict[str, bytes]) -> None:
+    def keep(self) -> None:
         """See to it that a reset finds what the guest was booted from. Not before the guest runs,
-        whose start and whose updates are not delayed for it.
-
-        :param paths: what :meth:`save_state` returned in the image before
-        """
+        whose start and whose updates are not delayed for it."""
         from pyvmm.boot.files import BootFiles
 
-        machine = self._machine
         if self._files is None:
-            self._files = BootFiles(machine.fds)
-            problems = self._files.take_over(machine.config.kernel, paths)
+            self._files = BootFiles(self._parts.handover)
+            problems = self._files.take_over(self._config.kernel)
         else:
-            problems = self._files.keep(machine.config.kernel)
+            problems = self._files.keep(self._config.kernel)
         for problem in problems:
-            machine.warn(problem)
-
-    def save_state(self) -> dict[str, bytes]:
-        """What the next image has to know of what is kept for a reset, as CPR values."""
-        return self._files.save_state() if self._files else {}
+            log.say(problem)
 
     def close(self) -> None:
         """Give the files back."""

@@ -1,48 +1,31 @@
-"""The machine: owns the parts, starts and stops them, and decides what a guest's reset,
-shutdown or crash leads to.
+"""The machine: its guest started, stopped, reset and ended.
 
-All methods belong to the main loop thread, but for the ``on_…`` and ``request_…`` ones: those
-are called on a vCPU's thread, stop the vCPUs at once, so that no further instruction runs,
-and leave the rest to the main loop.
+What leads to that is elsewhere: the guest's own end in ``guest_end``, an operator's commands in
+the monitors, an update in ``migration``. Main loop thread.
 """
 
 from __future__ import annotations
 
 import time
 
-from pyvmm._native import lib
 from pyvmm._util import log
-from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core import runstate
 from pyvmm.core.runstate import RunState
-from pyvmm.errors import HostError, InternalError, PyvmmError, RamError, StateError, place
-from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu, CpuEvents
+from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
+from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu
+from pyvmm.machine.parts import report_bug
 from pyvmm.vmstate.section import Section
+from pyvmm.x86.irqchip import PicWatch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pyvmm.backends.block import BlockFile
-    from pyvmm.backends.net.factory import NetdevSet
-    from pyvmm.chardev.base import Chardev
-    from pyvmm.core.bus import Bus
-    from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
-    from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.base import Device
-    from pyvmm.kvm.system import System
-    from pyvmm.machine.config import MachineConfig, MonitorConfig
+    from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.kernel import GuestKernel
-    from pyvmm.memory.backend import RamBackend
-    from pyvmm.memory.guest import GuestMemory
-    from pyvmm.x86.irqchip import PicWatch
-    from pyvmm.x86.platform import Platform
-
-    Listener = Callable[[str, dict[str, Any] | None], None]
-
-EXIT_FAILURE = 1
+    from pyvmm.machine.parts import Listener, Parts
 
 # How long the loop stands still for a host that is busy with the guest's requests: when the
 # operator stops the guest, who then finds nothing under way or an error, and when the guest
@@ -52,6 +35,8 @@ RESET_PATIENCE_S = 0.2
 RESET_RETRY_S = 0.5
 # What each vCPU adds to such a time: its thread has to get the host's processor once.
 CPU_PATIENCE_S = 0.05
+# How long at most the interpreter is left to the vCPUs that are on their way into the guest.
+ENTRY_PATIENCE_S = 0.05
 
 # How soon a device is started again that the host did not let start.
 START_RETRY_S = 0.1
@@ -61,44 +46,48 @@ _MOVING = (runstate.INMIGRATE, runstate.FINISH_MIGRATE)
 # How often a vCPU is asked whether it waits for memory that the host cannot back: two of these.
 RAM_INTERVAL_S = 0.5
 
-PANICKED = 1  # bit of the pvpanic port
 
+class Machine:
+    """One machine, whose guest may begin, or have a state loaded into it. A process can have
+    several of them on one loop.
 
-class Machine(CpuEvents):
-    """One machine, put together by ``builder.build``, which fills in all the attributes."""
+    Its parts are seen under their names (:class:`pyvmm.machine.parts.Parts`).
 
-    system: System
-    platform: Platform
-    memory: GuestMemory
-    ports: Bus
-    mmio: Bus
-    power: AcpiPm
+    :ivar cpus: the vCPUs, each with its thread
+    :ivar autostart: whether a guest that is still being loaded shall run afterwards
+    :ivar signalled: the number of a signal that is about to end the VMM, or 0
+    """
 
-    def __init__(self, config: MachineConfig, loop: EventLoop, fds: FdStore) -> None:
+    def __init__(self, parts: Parts, config: MachineConfig) -> None:
         self.config = config
-        self.loop = loop
-        self.fds = fds
+        self.loop = parts.loop
+        self.handover = parts.handover
+        self.memory = parts.memory
+        self.ram_blocks = parts.ram_blocks
+        self.platform = parts.platform
+        self.ports = parts.ports
+        self.mmio = parts.mmio
+        self.chardevs = parts.chardevs
+        self.drives = parts.drives
+        self.netdevs = parts.netdevs
+        self.devices = parts.devices
+        self.monitors = list(zip(config.monitors, parts.monitors, strict=True))
+        self.end = parts.end
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
-        self.backends: list[RamBackend] = []
-        self.drives: dict[str, BlockFile] = {}
-        self.devices: list[Device] = []
-        # Address, size and GSI of each virtio-mmio device, in the order of their numbers.
-        self.virtio_mmio: list[tuple[int, int, int]] = []
-        self.chardevs = ChardevSet(loop, fds, self.quit)
-        self.netdevs: NetdevSet | None = None
-        self.monitors: list[tuple[MonitorConfig, Chardev]] = []
-        self._kernel: GuestKernel | None = None
-        self.cpus: list[Cpu] = []
-        self.pic_watch: PicWatch | None = None
-        self.exit_code = 0
-        # The number of a signal that is about to end the VMM.
-        self.signalled = 0
-        # Whether a guest that is still being loaded shall run afterwards.
+        self.cpus = [
+            Cpu(vcpu, parts.ports, parts.mmio, parts.end, parts.memory)
+            for vcpu in parts.platform.vcpus
+        ]
         self.autostart = not config.start_paused
-        self._listeners: list[Listener] = []
-        self._requests: list[Callable[[], None]] = []
+        self.signalled = 0
+        self._parts = parts
+        self._pic_watch = PicWatch(
+            parts.loop, self.runstate, parts.platform.vm, self.cpus[0].recheck_interrupts
+        )
+        self._kernel: GuestKernel | None = None
         # Whether the vCPUs stand until the guest can be reset or ended, and the operator knows.
         self._host_awaited = self._told_of_wait = False
+        parts.end.attach(self)
 
     # ---- what operators and programs ask for ----------------------------------------------
 
@@ -114,7 +103,7 @@ class Machine(CpuEvents):
             return
         if self.runstate.needs_reset():
             raise StateError("Resetting the Virtual Machine is required")
-        self.resume(runstate.RUNNING)
+        self.set_running()
 
     def stop(self) -> None:
         """Pause the guest: nothing of it is under way any more.
@@ -159,21 +148,21 @@ class Machine(CpuEvents):
             self.power_on()
         except Exception as error:
             # Half of the old guest is left: whatever it was in before, it is not to go on.
-            self._internal_error(f"reset: {_shown(error)}")
+            self.end.fail(f"reset: {_shown(error)}")
             return error
         if self.runstate.needs_reset():
             self.runstate.set(runstate.PRELAUNCH)
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
-        self.kernel.keep({})
+        self.kernel.keep()
         return None
 
     def _reset_later(self, reason: str, error: HostError) -> None:
-        self._await_host("reset", error, lambda: self._reset_alone(reason))
+        self._await_host("reset", error, lambda: self.reset_alone(reason))
 
-    def _reset_alone(self, reason: str) -> None:
-        # Nobody is there to be told by an exception.
+    def reset_alone(self, reason: str) -> None:
+        """Reset the machine, with nobody there to be told by an exception."""
         try:
             self._reset(reason)
         except InternalError as error:
@@ -190,34 +179,29 @@ class Machine(CpuEvents):
             function()
             self._told_of_wait = self._host_awaited
 
-        # As a request, which an update does not forget.
-        self._requests.append(again)
-        self.loop.call_later(RESET_RETRY_S, self.serve_requests)
+        self.end.postpone(again, RESET_RETRY_S)
 
     def powerdown(self) -> None:
         """Press the power button; the guest may heed it."""
-        self.power.handle_power_button()
+        self._parts.power.handle_power_button()
         self.emit("POWERDOWN", None)
 
     def quit(self, exit_code: int = 0, reason: str = "host-qmp-quit") -> None:
-        """End the VMM; the first call decides the exit code."""
-        if not self.loop.stopping:
-            self.exit_code = exit_code
-            self.emit("SHUTDOWN", {"guest": reason.startswith("guest"), "reason": reason})
-            self.loop.stop()
+        """End the machine, which its owner closes then; the first call decides the exit code."""
+        self.end.quit(exit_code, reason)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to its end."""
+        return self.end.ended
 
     def subscribe(self, listener: Listener) -> None:
         """Have ``listener(name, data)`` called for each event, with QMP's names."""
-        self._listeners.append(listener)
+        self._parts.events.subscribe(listener)
 
     def emit(self, name: str, data: dict[str, Any] | None) -> None:
         """Tell the listeners of an event."""
-        for listener in self._listeners:
-            try:
-                listener(name, data)
-            except Exception as error:
-                # A monitor's: what the event is about goes on.
-                self.handle_error(error, listener)
+        self._parts.events.emit(name, data)
 
     # ---- running and stopping --------------------------------------------------------------
 
@@ -228,13 +212,16 @@ class Machine(CpuEvents):
         :raises HostError: the host allows no further thread
         """
         self.prepare_devices()
+        # All of them first: they come up beside each other.
         for cpu in self.cpus:
             cpu.start()
-        if any(backend.is_limited for backend in self.backends):
+        for cpu in self.cpus:
+            cpu.wait_started()
+        if any(block.is_limited for block in self.ram_blocks):
             self.loop.call_later(RAM_INTERVAL_S, self._watch_ram)
         if self.runstate.state == runstate.PRELAUNCH:
             if self.autostart:
-                self.resume(runstate.RUNNING)
+                self.set_running()
             self.attach_devices()
 
     def prepare_devices(self) -> None:
@@ -252,7 +239,7 @@ class Machine(CpuEvents):
         failures = []
         for device in self.devices:
             try:
-                device.resume()
+                device.attach()
             except Exception as error:
                 failures.append(error)
         if failures:
@@ -288,9 +275,9 @@ class Machine(CpuEvents):
         if running:
             self.emit("STOP", None)
 
-    def resume(self, state: str) -> None:
-        """Go to ``state`` and let the vCPUs run."""
-        self.runstate.set(state)
+    def set_running(self) -> None:
+        """Go to the run state ``running``: the vCPUs run on."""
+        self.runstate.set(runstate.RUNNING)
         self.resume_cpus()
         self.emit("RESUME", None)
 
@@ -347,9 +334,11 @@ class Machine(CpuEvents):
             self._start_device(device)
         for cpu in self.cpus:
             cpu.resume()
+        end = time.monotonic() + ENTRY_PATIENCE_S
+        for cpu in self.cpus:
+            cpu.wait_entered(end - time.monotonic())
         # The guest runs by now: it is no part of a pause.
-        if self.pic_watch is not None:
-            self.pic_watch.start()
+        self._pic_watch.start()
 
     def _start_device(self, device: Device, told: bool = False) -> None:
         # There may be no way back any more: one that cannot start does not keep the others from it.
@@ -358,7 +347,7 @@ class Machine(CpuEvents):
         except Exception as error:
             if not told:
                 self.warn(f"{device.name} does not start yet: {error!r}")
-            if self.runstate.running:
+            if self.runstate.running and not self.ended:
                 self.loop.call_later(START_RETRY_S, lambda: self._start_device(device, True))
 
     def power_on(self) -> None:
@@ -377,7 +366,7 @@ class Machine(CpuEvents):
         if self._kernel is None:
             from pyvmm.machine.kernel import GuestKernel
 
-            self._kernel = GuestKernel(self)
+            self._kernel = self._parts.opened.add(GuestKernel(self._parts, self.config))
         return self._kernel
 
     # ---- state -----------------------------------------------------------------------------
@@ -404,131 +393,23 @@ class Machine(CpuEvents):
             self.platform.clock_section(),
         ]
 
-    # ---- what the guest does; called on vCPU threads ---------------------------------------
-
-    def request_reset(self) -> None:
-        """The guest pulled the reset line."""
-        self._stop_for(lambda: self._guest_reset("guest-reset"))
-
-    def request_power_off(self) -> None:
-        """The guest switched itself off."""
-        self._stop_for(lambda: self._guest_shutdown("guest-shutdown"))
-
-    def request_exit(self, exit_code: int) -> None:
-        """The guest ends the VMM, with a verdict (isa-debug-exit)."""
-        self._stop_for(lambda: self.quit(exit_code, "guest-shutdown"))
-
-    def report_panic(self, event: int) -> None:
-        """The guest's kernel reports its end on the pvpanic port."""
-        if event & PANICKED:
-            self._stop_for(self._guest_panic)
-
-    def on_shutdown_exit(self, index: int) -> None:
-        self._stop_for(lambda: self._guest_reset("guest-reset"))
-
-    def on_system_event(self, index: int, kind: int) -> None:
-        if kind == lib.KVM_SYSTEM_EVENT_RESET:
-            self.request_reset()
-        elif kind == lib.KVM_SYSTEM_EVENT_CRASH:
-            self.report_panic(PANICKED)
-        else:
-            self.request_power_off()
-
-    def on_thread_error(self, error: str) -> None:
-        """An I/O thread has died."""
-        self._stop_for(lambda: self._internal_error(error))
-
-    def on_ram_error(self, error: RamError) -> None:
-        """The host cannot back memory that the guest needs, directly or in a device; who needs it
-        tries again when the guest goes on."""
-        self._stop_for(lambda: self._ram_error(error))
-
-    def on_cpu_error(self, index: int, error: str) -> None:
-        self._stop_for(lambda: self._internal_error(f"vCPU {index}: {error}"))
-
-    # ---- and what follows from it; main loop -----------------------------------------------
+    # ---- the host's faults, and bugs -------------------------------------------------------
 
     def handle_error(self, error: Exception, function: Callable[..., None]) -> None:
         """A call of the main loop failed, by a bug. Whose it was makes a new start if it can
         (``recover``); the guest goes on, unless the machine itself is at a loss."""
-        owner = getattr(function, "__self__", None)
-        text = f"internal error in {place(error)}: {error!r}"
-        if owner is self:
-            self._internal_error(text)
-            return
-        self.warn(text)
-        recover = getattr(owner, "recover", None)
-        if recover is not None:
-            try:
-                recover()
-            except Exception as second:
-                self.warn(f"internal error in {place(second)}: {second!r}")
-
-    def _stop_for(self, handler: Callable[[], None]) -> None:
-        for cpu in self.cpus:
-            cpu.request_stop()
-        self._requests.append(handler)
-        self.loop.call_soon(self.serve_requests)
-
-    def serve_requests(self) -> None:
-        """Act on what the guest asked for.
-
-        The main loop does so by itself. An update does it before it saves: what waits here
-        would not survive the exec.
-        """
-        # One that has to wait puts itself there again.
-        for _ in range(len(self._requests)):
-            if self._requests and not self.loop.stopping:
-                self._requests.pop(0)()
-
-    @property
-    def has_requests(self) -> bool:
-        """Whether the guest asked for something that was not acted on yet."""
-        return bool(self._requests)
-
-    def _guest_reset(self, reason: str) -> None:
-        if self.config.actions["reboot"] == "shutdown":
-            self._guest_shutdown(reason)
-            return
-        self._reset_alone(reason)
-
-    def _guest_shutdown(self, reason: str) -> None:
-        if self.config.actions["shutdown"] == "pause":
-            self.emit("SHUTDOWN", {"guest": True, "reason": reason})
-        self._act("shutdown", runstate.SHUTDOWN, reason)
-
-    def _guest_panic(self) -> None:
-        action = self.config.actions["panic"]
-        shown = {"none": "run", "pause": "pause"}.get(action, "poweroff")
-        self.emit("GUEST_PANICKED", {"action": shown})
-        self._act("panic", runstate.GUEST_PANICKED, "guest-panic")
-
-    def _internal_error(self, error: str) -> None:
-        self.warn(error)
-        self._act("internal-error", runstate.INTERNAL_ERROR, "host-error")
-
-    def _act(self, event: str, state: str, reason: str) -> None:
-        """Do what ``-action`` says of *event*, which makes an end of the guest: let it go on, end
-        the VMM, or leave the guest in *state*."""
-        action = self.config.actions[event]
-        if action == "none":
-            if self.runstate.running:
-                self.resume_cpus()
-        elif action == "pause":
-            self.halt(state)
+        if getattr(function, "__self__", None) in (self, self.end):
+            self.end.fail(f"internal error in {place(error)}: {error!r}")
         else:
-            self.quit(EXIT_FAILURE if action == "exit-failure" else 0, reason)
+            report_bug(error, function)
 
     def _watch_ram(self) -> None:
+        if self.ended:
+            return
         self.loop.call_later(RAM_INTERVAL_S, self._watch_ram)
-        if self.runstate.running and any(backend.may_lack() for backend in self.backends):
+        if self.runstate.running and any(block.may_lack() for block in self.ram_blocks):
             for cpu in self.cpus:
                 cpu.probe()
-
-    def _ram_error(self, error: RamError) -> None:
-        if self.runstate.running:
-            self.warn(f"{error}, then cont")
-            self.halt(runstate.IO_ERROR)
 
     def attempt(self, step: Callable[[], object], what: str) -> None:
         """Do what the guest shall not end for: a failure is a warning.
@@ -549,34 +430,13 @@ class Machine(CpuEvents):
 
     def close(self) -> None:
         """Give everything back; the guest is gone. Never raises."""
+        self.end.ended = True
+        self._pic_watch.stop()
         for cpu in self.cpus:
             cpu.end()
         # All of them first: one that still runs may be about to stop the others.
-        if all(cpu.wait_stopped() for cpu in self.cpus):
-            for cpu in self.cpus:
-                cpu.close()
-        stuck = False
-        for device in self.devices:
-            try:
-                device.close()
-            except HostError as error:
-                # The host still reads or writes guest memory.
-                self.warn(str(error))
-                stuck = True
-        if self.netdevs is not None:
-            self.netdevs.close()
-        self.chardevs.close()
-        for drive in self.drives.values():
-            drive.close()
-        if self._kernel is not None:
-            self._kernel.close()
-        if hasattr(self, "platform"):
-            self.platform.close()
-        if hasattr(self, "system"):
-            self.system.close()
-        if not stuck:
-            for backend in self.backends:
-                backend.close()
+        stuck = not all(cpu.wait_stopped() for cpu in self.cpus)
+        self._parts.opened.close(stuck=stuck)
 
     def _device_sections(self) -> list[Section]:
         counts: dict[str, int] = {}

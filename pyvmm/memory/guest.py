@@ -5,6 +5,9 @@ two adjacent regions is put together once, here. Any thread may read and write, 
 machine without ordering between them; aligned ``u16`` to ``u64`` accesses are single loads and
 stores. Left out: dirty tracking, and anything that is not memory (see ``core.bus``).
 
+Regions come and go while vCPUs run: each access looks at one immutable map. Whoever else has to
+know what is memory (KVM's slots) is an observer, see :class:`MemoryObserver`.
+
 The host may be unable to back a page: its file system is full, the file was cut, no huge page is
 left. An access then raises :class:`RamError`, and is to be done again when the guest goes on. Who
 gives memory to system calls gets their EFAULT, and has :meth:`GuestMemory.touch` say the same.
@@ -13,13 +16,31 @@ gives memory to system calls gets their EFAULT, and has :meth:`GuestMemory.touch
 from __future__ import annotations
 
 from pyvmm._native import fill, peek, poke, touch
+from pyvmm.core.threads import Lock
 from pyvmm.errors import GuestError, InternalError, RamError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Protocol
 
     from pyvmm.memory.backend import RamBackend
+
+    Step = tuple[Callable[[], None], Callable[[], None]]
+
+    class MemoryObserver(Protocol):
+        """Who is told what is memory: of each region once when it comes, or when the observer
+        does, and once when it goes. Calls come one at a time, on the thread that changes the
+        memory, and must not change it in their turn.
+        """
+
+        def map(self, region: MemoryRegion) -> None:
+            """A region is there. What is raised undoes all of the change."""
+
+        def unmap(self, region: MemoryRegion) -> None:
+            """A region goes: after this nobody who knows of it from here may touch it. What is
+            raised undoes all of the change."""
+
 
 _END = 1 << 64
 _PAGE = 4096
@@ -70,6 +91,16 @@ class MemoryRegion:
         """First address beyond the region."""
         return self.gpa + self.size
 
+    @property
+    def address(self) -> int:
+        """Host address of its first byte, for ``_native``."""
+        return self.backend.address + self.offset
+
+    @property
+    def view(self) -> memoryview:
+        """The memory itself, writable, for system calls and KVM; as :meth:`GuestMemory.view`."""
+        return memoryview(self.backend.view)[self.offset : self.offset + self.size]
+
 
 class GuestMemory:
     """All memory of one guest, by guest-physical address.
@@ -78,32 +109,77 @@ class GuestMemory:
         guest is paused for it
     """
 
-    __slots__ = ("_spans", "regions", "report")
+    __slots__ = ("_changing", "_observers", "_spans", "regions", "report")
 
     def __init__(self) -> None:
         self.report: Callable[[RamError], None] = lambda _error: None
-        self.regions: list[MemoryRegion] = []
-        """In rising order of address; read only, see :meth:`add`."""
+        self.regions: tuple[MemoryRegion, ...] = ()
+        """In rising order of address; read only, another tuple after each change."""
         # What an access needs and no more: start, end, host address of guest address 0.
-        self._spans: list[tuple[int, int, int, bool]] = []
+        self._spans: tuple[tuple[int, int, int, bool], ...] = ()
+        self._changing = Lock()
+        self._observers: list[MemoryObserver] = []
 
     def add(self, region: MemoryRegion) -> None:
-        """Make *region* visible. Only before the first vCPU runs.
+        """Make *region* visible: to accesses here first, then to the observers, so that no guest
+        can name memory that a device does not know. Any thread, while vCPUs run.
 
         :raises InternalError: it overlaps another, is not page-aligned or exceeds its backend
+        :raises PyvmmError: an observer's; nobody has it then
         """
         aligned = (region.gpa | region.size | region.offset) & 0xFFF == 0
         inside = region.offset >= 0 and region.offset + region.size <= region.backend.size
         if not aligned or not inside or not 0 <= region.gpa < region.end <= _END:
             raise InternalError(f"memory region {region.name} at {region.gpa:#x} is malformed")
-        for other in self.regions:
-            if region.gpa < other.end and other.gpa < region.end:
-                raise InternalError(f"memory regions {region.name} and {other.name} overlap")
-        self.regions = sorted([*self.regions, region], key=lambda entry: entry.gpa)
-        self._spans = [
-            (each.gpa, each.end, each.backend.address + each.offset - each.gpa, each.readonly)
-            for each in self.regions
-        ]
+        with self._changing:
+            before = self.regions
+            for other in before:
+                if region.gpa < other.end and other.gpa < region.end:
+                    raise InternalError(f"memory regions {region.name} and {other.name} overlap")
+            self._publish([*before, region])
+            try:
+                _all_or_none([_mapping(each, region) for each in self._observers])
+            except BaseException:
+                self._publish(before)
+                raise
+
+    def remove(self, region: MemoryRegion) -> None:
+        """Take *region* away: from the observers first, so that the guest does not touch it any
+        more, then from accesses here. Any thread, while vCPUs run.
+
+        An access that began before may still be under way when this returns. Views, and host
+        addresses that somebody holds (the rings of an enabled queue), go on to work: so the owner
+        of the backend closes it when the devices have been drained and hold none.
+
+        :raises InternalError: it is not there
+        :raises PyvmmError: an observer's; all have it still then
+        """
+        with self._changing:
+            if region not in self.regions:
+                raise InternalError(f"memory region {region.name} is not there")
+            _all_or_none([_mapping(each, region)[::-1] for each in self._observers])
+            self._publish([each for each in self.regions if each is not region])
+
+    def observe(self, observer: MemoryObserver) -> None:
+        """Tell *observer* of all regions, and of each change from now on.
+
+        :raises PyvmmError: its own, at one of the regions; it has none then, and is told no more
+        """
+        with self._changing:
+            _all_or_none([_mapping(observer, region) for region in self.regions])
+            self._observers.append(observer)
+
+    def forget(self, observer: MemoryObserver) -> None:
+        """Tell *observer* no more: it ends, with all that it knows. Idempotent."""
+        with self._changing:
+            if observer in self._observers:
+                self._observers.remove(observer)
+
+    def _publish(self, regions: Iterable[MemoryRegion]) -> None:
+        self.regions = tuple(sorted(regions, key=lambda region: region.gpa))
+        self._spans = tuple(
+            [(each.gpa, each.end, each.address - each.gpa, each.readonly) for each in self.regions]
+        )
 
     def add_ram(self, backend: RamBackend, ranges: Sequence[tuple[int, int, int]]) -> None:
         """Add one backend as RAM, in parts ``(gpa, size, offset)`` (see ``x86.layout``)."""
@@ -205,13 +281,20 @@ class GuestMemory:
 
         :raises GuestMemoryError: some of it is not memory, or read-only
         """
-        self._pieces(gpa, size, writable)
+        if gpa < 0 or size < 0 or gpa + size > _END:
+            raise GuestMemoryError(gpa, size)
         found = []
+        at, end = gpa, gpa + size
         for region in self.regions:
-            start, end = max(gpa, region.gpa), min(gpa + size, region.end)
-            if start < end:
+            if at < end and region.gpa <= at < region.end:
+                if writable and region.readonly:
+                    raise GuestMemoryError(gpa, size, "only ROM")
+                stop = min(end, region.end)
                 delta = region.offset - region.gpa
-                found.append(memoryview(region.backend.view)[start + delta : end + delta])
+                found.append(memoryview(region.backend.view)[at + delta : stop + delta])
+                at = stop
+        if at < end:
+            raise GuestMemoryError(gpa, size)
         return found
 
     def host(self, gpa: int, size: int, *, writable: bool = True) -> int:
@@ -287,3 +370,21 @@ class GuestMemory:
         if at < end:
             raise GuestMemoryError(gpa, size)
         return pieces
+
+
+def _mapping(observer: MemoryObserver, region: MemoryRegion) -> Step:
+    """Return how an observer is told that a region comes, and the undoing."""
+    return lambda: observer.map(region), lambda: observer.unmap(region)
+
+
+def _all_or_none(steps: list[Step]) -> None:
+    """Do all steps; if one fails, undo those before it."""
+    done: list[Callable[[], None]] = []
+    try:
+        for do, undo in steps:
+            do()
+            done.append(undo)
+    except BaseException:
+        for undo in reversed(done):
+            undo()
+        raise

@@ -22,7 +22,7 @@ from pyvmm.core.eventloop import READABLE
 from pyvmm.cpr import probe, state
 from pyvmm.cpr.probe import ANSWER_FD
 from pyvmm.errors import MigrationError, PyvmmError, VmStateError
-from pyvmm.machine import builder, options
+from pyvmm.machine import options, shape
 from pyvmm.machine.config import MACHINE_TYPE
 from pyvmm.migration import descendants
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine.config import MachineConfig
-    from pyvmm.migration.target import Target
+    from pyvmm.migration.channel import Channel
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
@@ -58,11 +58,11 @@ def describe(config: MachineConfig) -> dict[str, Any]:
             "host-side values": [state.VALUES_VERSION, state.VALUES_VERSION],
         },
         "incoming": config.incoming,
-        "shape": config.shape(),
-        "chardevs": config.chardev_kinds(),
+        "shape": shape.describe(config),
+        "chardevs": shape.chardev_kinds(config),
         "sections": {
             f"{name}[{instance}]": [description.minimum_version, description.version]
-            for (name, instance), description in builder.descriptions(config).items()
+            for (name, instance), description in shape.descriptions(config).items()
         },
     }
 
@@ -85,10 +85,10 @@ def answer(argv: list[str]) -> int:
     return 0
 
 
-def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
+def compare(own: dict[str, Any], new: dict[str, Any], channel: Channel) -> None:
     """See that an image that describes itself as ``new`` can go on for ``own``.
 
-    :param target: where the state will be
+    :param channel: where the state will be
     :raises MigrationError: naming the first difference, and both values
     """
     if new.get("error"):
@@ -97,20 +97,20 @@ def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
     if not incoming:
         raise MigrationError(
             "the new command lacks -incoming and would start a guest of its own; "
-            f"add -incoming {target.text}"
+            f"add -incoming {channel.text}"
         )
-    if incoming != "defer" and not target.matches(incoming):
+    if incoming != "defer" and not channel.matches(incoming):
         raise MigrationError(
-            f"the new command: -incoming {incoming}: the state goes to {target.text}; "
+            f"the new command: -incoming {incoming}: the state goes to {channel.text}; "
             "make them equal"
         )
     if new.get("machine") != own["machine"]:
         raise MigrationError(f"the new command builds a machine of type {new.get('machine')}")
-    shape = new.get("shape", {})
+    theirs = new.get("shape", {})
     for option, value in own["shape"].items():
-        if shape.get(option) != value:
+        if theirs.get(option) != value:
             raise MigrationError(
-                f"the new command: {option} is {shape.get(option) or 'nothing'}, this machine "
+                f"the new command: {option} is {theirs.get(option) or 'nothing'}, this machine "
                 f"has {value or 'nothing'}; make them equal"
             )
     chardevs = new.get("chardevs", {})
@@ -145,7 +145,7 @@ def _check_version(new: dict[str, Any], what: str, reads: list[int], version: in
         )
 
 
-def check_descriptors(fds: FdStore) -> None:
+def check_descriptors(handover: Handover) -> None:
     """See that what is to be handed over can be, and that the process can open some more files
     than it has open.
 
@@ -154,7 +154,7 @@ def check_descriptors(fds: FdStore) -> None:
     :raises MigrationError: one of them cannot be
     """
     try:
-        state.decode(state.encode(state.CprState(fds.kept(), {})))
+        state.decode(state.encode(state.CprState(handover.kept(), {})))
     except VmStateError as error:
         raise MigrationError(f"{error}; close what is not needed") from None
     probe.check_free_descriptors(SPARE_FDS, "an update")

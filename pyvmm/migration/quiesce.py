@@ -93,7 +93,7 @@ class Quiesce:
             self._done(MigrationError(text))
 
     def _look(self) -> None:
-        if self.state != WAITING or self._machine.loop.stopping:
+        if self.state != WAITING or self._machine.ended:
             return
         self._timer.cancel()
         # All are asked: the operator shall know of each that hangs.

@@ -69,9 +69,9 @@ def read(machine: Machine, data: bytes) -> stream.Loaded:
             raise VmStateError("ram", f"Unknown ramblock '{name}', the machine has '{own_name}'")
         if size != own_size:
             raise VmStateError("ram", f"Size mismatch: {name}: {size:#x} != {own_size:#x}")
-    if len(loaded.blocks) != len(machine.backends):
+    if len(loaded.blocks) != len(machine.ram_blocks):
         raise VmStateError(
-            "ram", f"{len(loaded.blocks)} blocks, the machine has {len(machine.backends)}"
+            "ram", f"{len(loaded.blocks)} blocks, the machine has {len(machine.ram_blocks)}"
         )
     return loaded
 
@@ -125,7 +125,7 @@ def describe(machine: Machine, loaded: stream.Loaded) -> bytes:
 
 def blocks(machine: Machine) -> stream.Blocks:
     """Name and size of each RAM block."""
-    return [(backend.name, backend.size) for backend in machine.backends]
+    return [(backend.name, backend.size) for backend in machine.ram_blocks]
 
 
 def _descriptions(machine: Machine) -> dict[tuple[str, int], Description]:

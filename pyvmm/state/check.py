@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pyvmm.errors import VmStateError
-from pyvmm.machine import builder
+from pyvmm.machine import builder, shape
 from pyvmm.machine.config import MACHINE_TYPE, MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.state.outline import Outline
@@ -22,7 +22,7 @@ _MENDS = {"kvm-vcpu": "-smp", "serial": "-serial"}
 
 def reasons(data: bytes, config: MachineConfig) -> list[str]:
     """Why the state would be refused, one line each; none if it would be taken."""
-    own = builder.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
+    own = shape.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
     try:
         outline = Outline(data)
     except VmStateError as error:

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from pyvmm.errors import VmStateError
-from pyvmm.machine import builder
+from pyvmm.machine import shape
 from pyvmm.machine.config import MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.vmstate import stream
@@ -246,7 +246,7 @@ def known() -> dict[str, Description]:
     """This build's own descriptions, by section name."""
     config = MachineConfig()
     config.serials = [None]
-    own = {name: found for (name, _), found in builder.descriptions(config).items()}
+    own = {name: found for (name, _), found in shape.descriptions(config).items()}
     return own | {savevm.GLOBALSTATE.name: savevm.GLOBALSTATE}
 
 

@@ -1,5 +1,6 @@
 """The driver side of virtio-mmio and split virtqueues, over real guest memory: what a guest's
 driver does, and what an evil one can do, since every ring and register can be written by hand.
+A driver of other registers is a subclass with other "registers" below.
 
     driver = VirtioDriver(VirtioRng(loop))
     driver.start()
@@ -26,6 +27,12 @@ from pyvmm.devices.virtio.queue import (
     DESC_F_WRITE,
     USED_F_NO_NOTIFY,
 )
+from pyvmm.devices.virtio.transport import (
+    S_ACKNOWLEDGE,
+    S_DRIVER,
+    S_DRIVER_OK,
+    S_FEATURES_OK,
+)
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemory
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pyvmm.devices.virtio.device import VirtioDevice
+    from pyvmm.devices.virtio.transport import Transport
 
 BASE = 0xFEB0_0000
 GSI = 16
@@ -150,7 +158,7 @@ class DriverQueue:
 
     def kick(self) -> None:
         """Kick the device, wanted or not."""
-        self.driver.write(mmio.QUEUE_NOTIFY, self.index)
+        self.driver.notify(self.index)
 
     def reap(self) -> list[tuple[Request, int]]:
         """What the device returned since the last call: the requests and what was written."""
@@ -185,8 +193,11 @@ class VirtioDriver:
 
     :param device: its loop is run by :meth:`run`, on the test's thread
     :param ram_size: bytes of RAM, from address 0
-    :ivar transport: the registers, at :data:`BASE` of ``bus``
+    :ivar transport: its registers are at :data:`BASE` of ``bus``
     """
+
+    #: Bytes of a register.
+    width = mmio.WIDTH
 
     def __init__(self, device: VirtioDevice, *, ram_size: int = RAM_SIZE) -> None:
         # Not sealed: a test may cut it, which is memory that the host cannot back.
@@ -203,21 +214,15 @@ class VirtioDriver:
     def _plug(self, device: VirtioDevice) -> None:
         self.device = device
         self._interrupts = 0
-        self.transport = VirtioMmio(
-            device,
-            self.memory,
-            base=BASE,
-            gsi=GSI,
-            kick_fds=[os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.queue_sizes],
-            pulse=self._interrupt,
-        )
+        kick_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.queue_sizes]
+        self.transport = self.make_transport(device, kick_fds)
         self.bus = Bus("memory", 1 << 64)
-        self.bus.add(BASE, mmio.SIZE, self.transport, device.name, width=mmio.WIDTH)
+        self.bus.add(BASE, mmio.SIZE, self.transport, device.name, width=self.width)
 
     def _go(self) -> None:
         # In the order of a machine that starts, or goes on after an update.
         self.transport.start()
-        self.transport.resume()
+        self.transport.attach()
         self.device.loop.run_once(0)
 
     @property
@@ -237,13 +242,21 @@ class VirtioDriver:
         assert self._heap <= self.backend.size, "the driver's memory is used up"
         return gpa
 
-    def read(self, register: int, size: int = 4) -> int:
-        """Read a register, as a vCPU does."""
-        return self.bus.read(BASE + register, size)
+    def read(self, register: int, size: int = 0) -> int:
+        """Read a register, as a vCPU does; all of it unless a size in bytes is given."""
+        return self.bus.read(BASE + register, size or self.width)
 
-    def write(self, register: int, value: int, size: int = 4) -> None:
-        """Write a register, as a vCPU does."""
-        self.bus.write(BASE + register, size, value)
+    def write(self, register: int, value: int, size: int = 0) -> None:
+        """Write a register, likewise."""
+        self.bus.write(BASE + register, size or self.width, value)
+
+    # ---- registers -------------------------------------------------------------------------
+
+    def make_transport(self, device: VirtioDevice, kick_fds: list[int]) -> Transport:
+        """The transport of a device, with the registers that are written below."""
+        return VirtioMmio(
+            device, self.memory, base=BASE, gsi=GSI, kick_fds=kick_fds, pulse=self._interrupt
+        )
 
     def config(self, offset: int, size: int) -> bytes:
         """Part of the configuration space, byte by byte."""
@@ -254,6 +267,10 @@ class VirtioDriver:
         """The status register."""
         return self.read(mmio.STATUS)
 
+    def set_status(self, value: int) -> None:
+        """Write the status register."""
+        self.write(mmio.STATUS, value)
+
     def offered(self) -> int:
         """The feature bits that the device offers."""
         found = 0
@@ -262,23 +279,20 @@ class VirtioDriver:
             found |= self.read(mmio.DEVICE_FEATURES) << 32 * word
         return found
 
-    def negotiate(self, features: int | None = None) -> bool:
-        """Reset the device and agree on features (all that are offered by default), up to
-        FEATURES_OK; whether the device accepts them."""
-        self.write(mmio.STATUS, 0)
-        self.write(mmio.STATUS, mmio.S_ACKNOWLEDGE)
-        self.write(mmio.STATUS, mmio.S_ACKNOWLEDGE | mmio.S_DRIVER)
-        self.features = self.offered() if features is None else features
+    def accept(self, features: int) -> None:
+        """Write the feature bits that the driver wants."""
         for word in (0, 1):
             self.write(mmio.DRIVER_FEATURES_SEL, word)
-            self.write(mmio.DRIVER_FEATURES, self.features >> 32 * word & 0xFFFFFFFF)
-        self.write(mmio.STATUS, mmio.S_ACKNOWLEDGE | mmio.S_DRIVER | mmio.S_FEATURES_OK)
-        return bool(self.status & mmio.S_FEATURES_OK)
+            self.write(mmio.DRIVER_FEATURES, features >> 32 * word & 0xFFFFFFFF)
 
-    def set_up_queue(self, index: int, size: int | None = None) -> DriverQueue:
-        """Give the device a queue, of its maximum size by default; added to ``queues``."""
+    def max_size(self, index: int) -> int:
+        """Most entries of a queue."""
         self.write(mmio.QUEUE_SEL, index)
-        queue = DriverQueue(self, index, size or self.read(mmio.QUEUE_SIZE_MAX))
+        return self.read(mmio.QUEUE_SIZE_MAX)
+
+    def enable(self, queue: DriverQueue) -> None:
+        """Say where a queue is, and that it is ready."""
+        self.write(mmio.QUEUE_SEL, queue.index)
         self.write(mmio.QUEUE_SIZE, queue.size)
         for register, gpa in (
             (mmio.QUEUE_DESC, queue.desc),
@@ -288,12 +302,34 @@ class VirtioDriver:
             self.write(register, gpa & 0xFFFFFFFF)
             self.write(register + 4, gpa >> 32)
         self.write(mmio.QUEUE_READY, 1)
+
+    def notify(self, index: int) -> None:
+        """Kick the device for a queue."""
+        self.write(mmio.QUEUE_NOTIFY, index)
+
+    # ---- what a driver does with them ------------------------------------------------------
+
+    def negotiate(self, features: int | None = None) -> bool:
+        """Reset the device and agree on features (all that are offered by default), up to
+        FEATURES_OK; whether the device accepts them."""
+        self.set_status(0)
+        self.set_status(S_ACKNOWLEDGE)
+        self.set_status(S_ACKNOWLEDGE | S_DRIVER)
+        self.features = self.offered() if features is None else features
+        self.accept(self.features)
+        self.set_status(S_ACKNOWLEDGE | S_DRIVER | S_FEATURES_OK)
+        return bool(self.status & S_FEATURES_OK)
+
+    def set_up_queue(self, index: int, size: int | None = None) -> DriverQueue:
+        """Give the device a queue, of its maximum size by default; added to ``queues``."""
+        queue = DriverQueue(self, index, size or self.max_size(index))
+        self.enable(queue)
         self.queues.append(queue)
         return queue
 
     def set_driver_ok(self) -> None:
         """Say that the driver is ready."""
-        self.write(mmio.STATUS, self.status | mmio.S_DRIVER_OK)
+        self.set_status(self.status | S_DRIVER_OK)
 
     def start(self, features: int | None = None, size: int | None = None) -> None:
         """All of the initialization (virtio 1.3, 3.1.1), with all queues."""

@@ -14,7 +14,7 @@ from pyvmm.x86 import aml, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.x86.tables import Hardware
+    from pyvmm.x86.hardware import Hardware
 
 _OEM = b"PYVMM "
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")

@@ -288,6 +288,11 @@ class PicWatch:
         self._delay = PIC_WATCH_FIRST_S
         self._timer = self._loop.call_later(self._delay, self._look)
 
+    def stop(self) -> None:
+        """The VM is about to go."""
+        if self._timer is not None:
+            self._timer.cancel()
+
     def _look(self) -> None:
         self._timer = None
         if not self._runstate.running:

@@ -121,6 +121,8 @@ DEBUGCON = (0xE9, 1)
 DEBUG_EXIT = (0xF4, 4)
 COM2 = (0x2F8, 8)
 COM1 = (0x3F8, 8)
+COM_PORTS = ((COM1, IRQ_COM1), (COM2, IRQ_COM2))
+"""Ports and interrupt line of each serial port."""
 ELCR = (0x4D0, 2)  # in KVM
 PVPANIC = (0x505, 1)
 PM1_CONTROL = (0x604, 2)

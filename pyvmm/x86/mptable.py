@@ -11,7 +11,7 @@ from pyvmm.x86.acpi import checksum
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.x86.tables import Hardware
+    from pyvmm.x86.hardware import Hardware
 
 _ENABLED = 1
 _BOOTSTRAP = 2

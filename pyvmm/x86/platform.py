@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pyvmm.errors import HostError
+from pyvmm.kvm.irq import IrqRouting
+from pyvmm.kvm.vm import MemorySlots, Vm
 from pyvmm.vmstate.section import Section
 from pyvmm.x86 import cpuid, irqchip, layout, msrs, vcpu_state
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 class Platform:
     """A VM with memory, irqchip, PIT and vCPUs, in the state after power-on.
 
+    :param memory: what the guest sees of it follows its changes
     :param cpu_changes: features by QEMU's names that ``-cpu`` wants or does not want
+    :ivar irqs: gives devices their interrupts
     :raises ConfigError: KVM does not offer one that is wanted
     :raises KvmError: naming the ioctl that failed
     """
@@ -36,39 +40,45 @@ class Platform:
         if count > most:
             raise HostError(f"-smp {count}: KVM on this host allows {most} vCPUs")
         self.system = system
-        self.vm = system.create_vm()
+        self.vm = Vm.create(system)
+        self.irqs = IrqRouting(self.vm)
+        self._memory = memory
+        self._slots = MemorySlots(self.vm)
         self.vcpus: list[Vcpu] = []
         try:
-            self._set_up(memory, topology, cpu_changes)
+            self._set_up(topology, cpu_changes)
         except BaseException:
-            # Nobody owns them yet, and the memory's owner can only close what is not in use.
-            for vcpu in self.vcpus:
-                vcpu.close()
+            # Nobody owns it yet, and the memory's owner can only close what is not in use.
             self.close()
             raise
-        self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
+        states = vcpu_state.power_on(self.vcpus)
+        self._power_on = list(zip(self.vcpus, states, strict=True))
         self._chips_on = [(section, section.save()) for section in self.chip_sections()]
 
-    def _set_up(
-        self, memory: GuestMemory, topology: cpuid.Topology, cpu_changes: Mapping[str, bool]
-    ) -> None:
+    def _set_up(self, topology: cpuid.Topology, cpu_changes: Mapping[str, bool]) -> None:
         # First: the irqchip puts itself on KVM's I/O buses, and a memory slot that comes after
         # waits for the grace period of that, some milliseconds of an update's pause.
-        self._map(memory)
+        self._memory.observe(self._slots)
         # Both before any vCPU: a vCPU gets its LAPIC when it is made, and only if there is an
         # irqchip; Intel hosts read the page addresses then.
         self.vm.set_identity_map_addr(layout.IDENTITY_MAP)
         self.vm.set_tss_addr(layout.TSS)
         self.vm.create_irqchip()
         self.vm.create_pit2()
+        self.irqs.claim(irqchip.PIT_GSI, "the PIT (in KVM)")
         for index in range(topology.count):
             self.vcpus.append(self.vm.create_vcpu(index))
         tsc_khz = self.vcpus[0].get_tsc_khz()
         offered = cpuid.host_cpuid(self.system, topology, cpu_changes, tsc_khz)
+        set_identity = cpuid.identity(offered, topology)
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, topology)
+            set_identity(vcpu.index)
             vcpu.set_cpuid2(offered)
-            vcpu.set_msrs(msrs.at_power_on(vcpu))
+        # What follows from CPUID is the same for all of them: the first is asked.
+        values, present = msrs.at_power_on(self.vcpus[0]), msrs.present(self.vcpus[0])
+        for vcpu in self.vcpus:
+            vcpu.set_msrs(values)
+            vcpu.state_msrs = present
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.
@@ -159,11 +169,8 @@ class Platform:
         vcpu_state.move_tsc_offsets(self.vcpus[0], states)
 
     def close(self) -> None:
-        """Give the VM back. The vCPUs' owners have closed them."""
+        """Give VM and vCPUs back. No thread is in one of them, or may kick it, any more."""
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self._memory.forget(self._slots)
         self.vm.close()
-
-    def _map(self, memory: GuestMemory) -> None:
-        for slot, region in enumerate(memory.regions):
-            start = region.offset
-            view = memoryview(region.backend.view)[start : start + region.size]
-            self.vm.set_user_memory_region(slot, region.gpa, view, read_only=region.readonly)

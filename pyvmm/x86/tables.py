@@ -11,47 +11,12 @@ from pyvmm.x86 import acpi, layout, mptable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pyvmm.memory.guest import GuestMemory
+    from pyvmm.x86.hardware import Hardware
 
 # BIOS data area: segment of the EBDA, and KiB of conventional memory.
 _BDA_EBDA = 0x40E
 _BDA_MEMORY_SIZE = 0x413
-
-
-class Hardware:
-    """What the tables tell of.
-
-    :param cpus: number of processors, whose APIC ids are 0 to *cpus* - 1
-    :param pm1_base: first port of the PM1 event block; the control block is 4 ports higher
-    :param sci: GSI of the power management interrupt
-    :param s5: SLP_TYP of soft off
-    :param serials: ``(first port, number of ports, interrupt)`` of each serial port
-    :param virtio_mmio: ``(address, size, GSI)`` of each virtio-mmio device, edge-triggered
-    :param pvpanic: its port, if there is one
-    """
-
-    __slots__ = ("cpus", "pm1_base", "pvpanic", "s5", "sci", "serials", "virtio_mmio")
-
-    def __init__(
-        self,
-        cpus: int,
-        *,
-        pm1_base: int,
-        sci: int,
-        s5: int = 0,
-        serials: Sequence[tuple[int, int, int]] = (),
-        virtio_mmio: Sequence[tuple[int, int, int]] = (),
-        pvpanic: int | None = None,
-    ) -> None:
-        self.cpus = cpus
-        self.pm1_base = pm1_base
-        self.sci = sci
-        self.s5 = s5
-        self.serials = serials
-        self.virtio_mmio = virtio_mmio
-        self.pvpanic = pvpanic
 
 
 def write(memory: GuestMemory, hardware: Hardware, *, with_acpi: bool = True) -> int:

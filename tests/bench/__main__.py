@@ -1,37 +1,61 @@
 """``make bench``: measures pyvmm on this host and compares with the targets.
 
     make bench ARGS="pause start --runs 50"
+    make bench ARGS="pause --smp 1,8,16,62"
+    make bench ARGS="pause phases start --against COMMIT_OR_FOLDER"
 
 Prints a table and writes JSON. The exit code is 1 if a target was missed or a benchmark failed.
 "net" needs root. "boot" starts an emulated machine where the host's KVM cannot run Linux, which
-takes minutes: it has at most 5 samples, and is left out unless it is named.
+takes minutes: it has at most 5 samples, and is left out unless it is named. With --against another
+version is measured in turns with this one: a commit of this repository, which is built for it, or a
+folder in which `make build` was run.
 """
 
 import argparse
 import os
 import sys
 
-from block import bench_block
-from boards import bench_exits, bench_start
-from boot import bench_boot
-from console import bench_console
-from memory import bench_memory
-from network import bench_network
-from pause import bench_pause, bench_phases, bench_qemu
-from report import Result, host, progress, table, write_json
-from vmm import BenchError
+from harness import versions
+
+from bench import compare
+from bench.block import bench_block
+from bench.boot import bench_boot
+from bench.console import bench_console
+from bench.machines import BenchError
+from bench.memory import bench_memory
+from bench.network import bench_network
+from bench.pause import bench_pause, bench_phases, bench_qemu
+from bench.plan import Plan, cpu_counts
+from bench.report import Result, host, progress, table, write_json
+from bench.startup import bench_exits, bench_imports, bench_start
+
+
+class Benchmark:
+    """One of them.
+
+    :param measure: gives the rows for a plan
+    :param turn: samples in a row if two versions are compared; 0 if it cannot compare them
+    :param most: samples that it takes at most
+    """
+
+    def __init__(self, measure, turn=0, most=None):
+        self.measure = measure
+        self.turn = turn
+        self.most = most
+
 
 BENCHMARKS = {
-    "pause": bench_pause,
-    "phases": bench_phases,
-    "start": bench_start,
-    "memory": bench_memory,
-    "exits": bench_exits,
-    "qemu": bench_qemu,
-    "block": bench_block,
-    "console": bench_console,
-    "net": bench_network,
-    "boot": bench_boot,
+    "pause": Benchmark(bench_pause, 5),
+    "phases": Benchmark(bench_phases, 5),
+    "start": Benchmark(bench_start, 5),
+    "imports": Benchmark(bench_imports, 1, 5),
+    "memory": Benchmark(bench_memory, 1, 3),
+    "exits": Benchmark(bench_exits, 5),
+    "qemu": Benchmark(bench_qemu),
+    "block": Benchmark(bench_block),
+    "console": Benchmark(bench_console),
+    "net": Benchmark(bench_network),
+    "boot": Benchmark(bench_boot, 0, 5),
 }
 
 # Above this load per CPU something else competes with what is measured.
@@ -40,31 +64,25 @@ BUSY = 0.25
 
 def main():
     """Run what is asked for; the exit code."""
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
-    names = ", ".join(BENCHMARKS)
-    help = f"{names} (default: all but boot, which takes minutes)"
-    parser.add_argument("names", nargs="*", metavar="NAME", help=help)
-    parser.add_argument("--runs", type=int, default=20, metavar="N", help="samples of each (20)")
-    parser.add_argument("--quick", action="store_true", help="5 samples, no large guests")
-    parser.add_argument("--json", default="bench.json", metavar="FILE", help="default: bench.json")
-    options = parser.parse_args()
-    unknown = [name for name in options.names if name not in BENCHMARKS]
-    if unknown:
-        parser.error(f"{unknown[0]}: no such benchmark; there are {names}")
-    if options.runs < 1:
-        parser.error("--runs: at least 1")
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        parser.error("/dev/kvm cannot be opened")
-    runs = min(options.runs, 5) if options.quick else options.runs
+    options = _options()
+    # It led to this program, and is not to lengthen the path of what is measured.
+    os.environ.pop("PYTHONPATH", None)
     facts = host()
     if facts["load"][0] > BUSY * facts["cpus"]:
         progress(f"the host is busy (load {facts['load'][0]:.1f}): the times will be too long")
     results, failed = [], False
-    for name in options.names or [name for name in BENCHMARKS if name != "boot"]:
+    for name in options.names:
+        benchmark = BENCHMARKS[name]
+        runs = min(options.plan.runs, benchmark.most or options.plan.runs)
+        plan = options.plan.but(runs=runs)
         try:
             # Keeps what a benchmark found before it failed.
-            results.extend(BENCHMARKS[name](runs, options.quick))
-        except (BenchError, OSError) as error:
+            if options.other:
+                rows = compare.bench(benchmark.measure, plan, options.other, benchmark.turn)
+            else:
+                rows = benchmark.measure(plan)
+            results.extend(rows)
+        except (BenchError, AssertionError, OSError) as error:
             failed = True
             progress(f"{name}: {error}")
             results.append(Result(name, [], "", note=f"failed: {error}"))
@@ -72,6 +90,43 @@ def main():
     print(table(results, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     write_json(options.json, facts, results)
     return int(failed or any(result.passed is False for result in results))
+
+
+def _options():
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
+    names = ", ".join(BENCHMARKS)
+    help = f"{names} (default: all but boot, which takes minutes; of those that can compare two)"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=help)
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="samples of each (20)")
+    parser.add_argument("--quick", action="store_true", help="5 samples, no large guests")
+    help = "pause and phases with so many vCPUs, such as 1,8,16,62"
+    parser.add_argument("--smp", default="", metavar="LIST", help=help)
+    help = "compare with another version, in turns: a commit, or a folder with a built checkout"
+    parser.add_argument("--against", metavar="VERSION", help=help)
+    parser.add_argument("--json", default="bench.json", metavar="FILE", help="default: bench.json")
+    options = parser.parse_args()
+    for name in options.names:
+        if name not in BENCHMARKS:
+            parser.error(f"{name}: no such benchmark; there are {names}")
+        if options.against and not BENCHMARKS[name].turn:
+            parser.error(f"{name} cannot be measured --against another version")
+    if options.runs < 1:
+        parser.error("--runs: at least 1")
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        parser.error("/dev/kvm cannot be opened")
+    try:
+        smp = cpu_counts(options.smp) if options.smp else ()
+        options.other = versions.find(options.against) if options.against else None
+    except (ValueError, versions.VersionError) as error:
+        parser.error(str(error))
+    if not options.names:
+        options.names = [name for name in BENCHMARKS if name != "boot"]
+        if options.other:
+            options.names = [name for name in options.names if BENCHMARKS[name].turn]
+    runs = min(options.runs, 5) if options.quick else options.runs
+    quick = options.quick or options.other is not None
+    options.plan = Plan(runs, quick=quick, smp=smp, version=versions.present())
+    return options
 
 
 def _shown(value):

@@ -5,22 +5,8 @@ In turns, so that what else the host does meets both; the ratio is of neighbouri
 
 import shutil
 
-from report import Result, progress
-from vmm import MIB, BenchError, Qemu, Vmm
-
-from pyvmm.boot import builtin
-
-
-class QemuVirtio(Qemu):
-    """QEMU with virtio devices where the guest looks for them."""
-
-    def base(self):
-        return [
-            *(self.program, "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "microvm,accel=kvm,acpi=on,ioapic2=off,rtc=off"),
-            *("-global", "virtio-mmio.force-legacy=false", "-m", f"{self.size // MIB}M"),
-            *("-kernel", builtin.path(builtin.GUEST)),
-        ]
+from bench.machines import BenchError, Qemu, QemuVirtio, Vmm
+from bench.report import Result, progress
 
 
 def beside(name, unit, runs, measure, limit=None, *, less_is_better=False):

@@ -5,8 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from beside import beside
-from vmm import MIB, BenchError
+from bench.beside import beside
+from bench.machines import MIB, BenchError
 
 IMAGE = 256 * MIB
 DURATION_MS = 500
@@ -21,7 +21,7 @@ VARIANTS = (
 )
 
 
-def bench_block(runs, quick):
+def bench_block(plan):
     """Requests or megabytes a second, and how many times as fast QEMU is."""
     folder = Path(tempfile.mkdtemp(prefix="pyvmm-bench-", dir="/dev/shm"))
     try:
@@ -30,13 +30,13 @@ def bench_block(runs, quick):
             # Filled: a hole would be read without a page.
             for _ in range(IMAGE // MIB):
                 file.write(os.urandom(MIB))
-        for name, words, size, unit, limit in VARIANTS[1:4] if quick else VARIANTS:
+        for name, words, size, unit, limit in VARIANTS[1:4] if plan.quick else VARIANTS:
             scale = size / 1e6 if size == MIB else 1
 
             def measure(kind, words=words, scale=scale):
                 return _run(kind, path, words) * scale
 
-            yield from beside(f"block {name}", unit, runs, measure, limit)
+            yield from beside(f"block {name}", unit, plan.runs, measure, limit)
     finally:
         shutil.rmtree(folder)
 
@@ -45,11 +45,11 @@ def _run(kind, path, words):
     """Requests a second."""
     options = [
         *("-drive", f"file={path},format=raw,if=none,id=disk"),
-        *("-device", "virtio-blk-device,drive=disk", "-serial", "stdio"),
-        *("-append", f"virtio-blk bench={words} ms={DURATION_MS}"),
+        *("-device", "virtio-blk-device,drive=disk"),
     ]
-    with kind(options, monitor="none") as vmm:
-        match = vmm.console.expect(r"blk bench (\d+) requests of \d+ in (\d+) ms")
+    append = f"virtio-blk bench={words} ms={DURATION_MS}"
+    with kind(*options, append=append, monitor=False) as vmm:
+        match = vmm.expect(r"blk bench (\d+) requests of \d+ in (\d+) ms")
     count, took_ms = map(int, match.groups())
     if not DURATION_MS <= took_ms < 10 * DURATION_MS:
         raise BenchError(f"{vmm.program}: the guest's clock runs wrong: {took_ms} ms")

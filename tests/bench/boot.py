@@ -12,14 +12,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from pathlib import Path
 
-from report import Result, progress
-from vmm import BenchError, Stream
+from bench.machines import BenchError
+from bench.report import Result, progress
+from bench.spawn import first_output
 
 SCRIPT = "echo init: here\nreboot -f\n"
 BOOT_S = 240.0
-RUNS = 5
+TESTS = Path(__file__).parents[1]
 LIMIT = 1.0
 #: What is compared; the first is what the limit is for.
 RATIOS = [("pyvmm", "qemu"), ("pyvmm unpacking", "qemu"), ("pyvmm", "qemu anonymous")]
@@ -35,7 +36,7 @@ MEMFD = [
 ]
 
 
-def bench_boot(runs, quick):
+def bench_boot(plan):
     """Seconds, and how many times as long pyvmm takes."""
     # Imported here: nothing else that is measured needs them.
     from harness import linux
@@ -43,20 +44,22 @@ def bench_boot(runs, quick):
     from nested.machine import NestedMachine
     from nested.port import NestedError
 
-    runs = 2 if quick else min(runs, RUNS)
+    runs = 2 if plan.quick else plan.runs
     with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
         try:
             options = linux.options(folder, SCRIPT, "reboot=t pci=off")
-            command = [sys.executable, __file__, str(runs), *map(str, options)]
+            command = [sys.executable, "-m", "bench.boot", str(runs), *map(str, options)]
+            # Of what is measured nobody looks there.
+            own = os.environ | {"PYTHONPATH": str(TESTS)}
             if kvm.boots_linux():
                 place = "on this host"
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own)
                 code, output = done.returncode, done.stdout
             else:
                 place = "in a nested machine"
                 progress("boot: starting the nested machine")
                 with NestedMachine() as machine:
-                    done = machine.run(command, 3 * (runs + 1) * BOOT_S, on_output=_show)
+                    done = machine.run(command, 3 * (runs + 1) * BOOT_S, env=own, on_output=_show)
                 code, output = done.code, done.output
         except (packages.MissingError, NestedError) as error:
             raise BenchError(str(error)) from None
@@ -91,26 +94,12 @@ def main():
         for number in range(runs + 1):
             for name, command in kinds.items():
                 cache = f"{folder}/{number}" if name == "pyvmm unpacking" else folder
-                seconds = _boot([*command, *options], os.environ | {"XDG_CACHE_HOME": cache})
+                own = {"XDG_CACHE_HOME": str(cache)}
+                seconds, _ = first_output([*command, *options], b"init: here", BOOT_S, **own)
                 progress(f"boot {name} {number}/{runs}: {seconds:.2f} s")
                 if number:
                     found[name].append(seconds)
     print(f"\n{json.dumps(found)}")
-
-
-def _boot(command, environment):
-    read_fd, write_fd = os.pipe()
-    start = time.monotonic()
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=write_fd, env=environment)
-    os.close(write_fd)
-    stream = Stream(read_fd)
-    try:
-        stream.expect("init: here", BOOT_S)
-        return time.monotonic() - start
-    finally:
-        stream.close()
-        process.kill()
-        process.wait()
 
 
 if __name__ == "__main__":

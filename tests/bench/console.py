@@ -12,9 +12,13 @@ the exit loop's first steps in native code, or fewer exits: a virtio console.
 
 import tempfile
 import time
+from pathlib import Path
 
-from beside import beside
-from vmm import TIMEOUT_S, BenchError
+from harness.stream import Peer
+
+from bench.beside import beside
+from bench.machines import BenchError
+from bench.spawn import TIMEOUT_S
 
 WARM_S, DURATION_S = 0.1, 0.5
 
@@ -29,30 +33,32 @@ VARIANTS = (
 )
 
 
-def bench_console(runs, quick):
+def bench_console(plan):
     """Bytes a second, and how many times as many QEMU moves."""
-    for name, words, unit in VARIANTS[:3] if quick else VARIANTS:
+    for name, words, unit in VARIANTS[:3] if plan.quick else VARIANTS:
         scale = 1e3 if unit == "KB/s" else 1e6
 
         def measure(kind, words=words, scale=scale):
             return _run(kind, words) / scale
 
-        yield from beside(f"console {name}", unit, runs, measure, LIMIT)
+        yield from beside(f"console {name}", unit, plan.runs, measure, LIMIT)
 
 
 def _run(kind, words):
-    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
-        path = f"{folder}/console"
-        options = ["-chardev", f"socket,id=con,path={path},server=on,wait=off"]
+    with (
+        tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder,
+        Peer(Path(folder), "con") as peer,
+    ):
+        options = ["-chardev", peer.option]
         if words == "serial":
             options += ["-serial", "chardev:con"]
         else:
-            options += ["-serial", "stdio", "-device", "virtio-serial-device"]
-            options += ["-device", "virtconsole,chardev=con"]
+            options += ["-device", "virtio-serial-device", "-device", "virtconsole,chardev=con"]
         # The guest tells how far it is with every step, which shall not happen here.
-        options += ["-append", f"{words} step=1000000"]
-        with kind(options, monitor="none") as vmm, vmm.connect(path) as stream:
-            return _rate(stream)
+        append = f"{words} step=1000000"
+        own = {"append": append, "monitor": False, "serial": words != "serial"}
+        with kind(*options, folder=folder, **own):
+            return _rate(peer.stream)
 
 
 def _rate(stream):

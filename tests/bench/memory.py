@@ -1,10 +1,14 @@
 """What a VMM needs beside guest RAM, from /proc/PID/smaps."""
 
+import contextlib
 import re
+import tempfile
 import time
 
-from report import Result, progress
-from vmm import Vmm
+from harness.terminal import Terminal
+
+from bench.machines import Vmm
+from bench.report import Result, progress
 
 MONITOR_LIMIT_MIB = 40.0
 PLAIN_LIMIT_MIB = 25.0
@@ -14,23 +18,20 @@ MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \d+ *(.*)")
 RAM = "/memfd:pc.ram"
 
 
-def bench_memory(runs, quick):
+def bench_memory(plan):
     """Fresh, and after a chain of updates; with each kind of monitor, and without."""
-    updates = 3 if quick else UPDATES
+    updates = 3 if plan.quick else UPDATES
     for monitor, limit in (
         ("none", PLAIN_LIMIT_MIB),
         ("unix", MONITOR_LIMIT_MIB),
         ("terminal", MONITOR_LIMIT_MIB),
     ):
         fresh, updated = {"Pss": [], "Rss": []}, {"Pss": [], "Rss": []}
-        for number in range(min(runs, 3)):
-            progress(f"memory, monitor {monitor}: {number + 1} of {min(runs, 3)}")
-            serial = "null" if monitor == "terminal" else "stdio"
-            with Vmm(["-serial", serial, "-append", "counter"], monitor=monitor) as vm:
-                if vm.console:
-                    vm.console.expect("counter ready")
+        for number in range(plan.runs):
+            progress(f"memory, monitor {monitor}: {number + 1} of {plan.runs}")
+            with _MACHINES[monitor](plan.version) as vm:
                 _measure(vm, fresh)
-                if vm.hmp:
+                if monitor != "none":
                     for _ in range(updates):
                         vm.update()
                     _measure(vm, updated)
@@ -38,6 +39,44 @@ def bench_memory(runs, quick):
         yield from _rows(name, fresh, limit)
         if updated["Pss"]:
             yield from _rows(f"{name}, {updates} updates", updated, limit)
+
+
+@contextlib.contextmanager
+def _counting(version, **arguments):
+    with Vmm(append="counter", version=version, **arguments) as vm:
+        vm.expect("counter ready")
+        if arguments.get("monitor", True):
+            vm.hmp("info status")  # so that what a command loads is counted
+        yield vm
+
+
+class _OnTerminal(Terminal):
+    """A machine with its monitor on a terminal."""
+
+    def __init__(self, version):
+        self._scratch = tempfile.TemporaryDirectory(prefix="pyvmm-bench-")
+        options = ("-m", "256M", "-serial", "null", "-append", "counter", "-monitor", "stdio")
+        super().__init__(self._scratch.name, *options, columns=1000, program=version.run)
+
+    def __enter__(self):
+        self.expect(r"\(pyvmm\)")
+        self.command("info status", "VM status: running")
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        self._scratch.cleanup()
+
+    def update(self):
+        """Replace pyvmm by the same one."""
+        self.command("update")
+
+
+_MACHINES = {
+    "none": lambda version: _counting(version, monitor=False),
+    "unix": _counting,
+    "terminal": _OnTerminal,
+}
 
 
 def beside_ram(smaps, ram=RAM):
@@ -56,9 +95,6 @@ def beside_ram(smaps, ram=RAM):
 
 
 def _measure(vm, into):
-    # A command first, so that what it loads is counted.
-    if vm.hmp:
-        vm.hmp.command("info status")
     time.sleep(SETTLE_S)
     with open(f"/proc/{vm.pid}/smaps", encoding="utf-8", errors="replace") as file:
         for key, mib in beside_ram(file.read()).items():

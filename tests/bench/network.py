@@ -14,9 +14,10 @@ import struct
 import subprocess
 import time
 
-from beside import beside
-from report import Result
-from vmm import TIMEOUT_S, BenchError
+from bench.beside import beside
+from bench.machines import BenchError
+from bench.report import Result
+from bench.spawn import TIMEOUT_S
 
 WARM_S, DURATION_S = 0.1, 0.5
 CLONE_NEWNET = 0x40000000
@@ -32,13 +33,13 @@ SIZES = (("64 KiB", 65535, 32), ("1514 bytes", 1514, 256))
 LIMIT = 1.25
 
 
-def bench_network(runs, quick):
+def bench_network(plan):
     """Gigabits a second each way, microseconds of a round trip."""
     if os.geteuid():
         yield Result("net", [], "Gb/s", note="left out: needs root, for a network namespace")
         return
     with _tap():
-        for name, size, window in SIZES[:1] if quick else SIZES:
+        for name, size, window in SIZES[:1] if plan.quick else SIZES:
 
             def send(kind, size=size):
                 return _send(kind, size)
@@ -46,9 +47,9 @@ def bench_network(runs, quick):
             def receive(kind, size=size, window=window):
                 return _receive(kind, size, window)
 
-            yield from beside(f"net {name} to host", "Gb/s", runs, send, LIMIT)
-            yield from beside(f"net {name} to guest", "Gb/s", runs, receive, LIMIT)
-        yield from beside("net round trip", "us", runs, _round_trip, less_is_better=True)
+            yield from beside(f"net {name} to host", "Gb/s", plan.runs, send, LIMIT)
+            yield from beside(f"net {name} to guest", "Gb/s", plan.runs, receive, LIMIT)
+        yield from beside("net round trip", "us", plan.runs, _round_trip, less_is_better=True)
 
 
 @contextlib.contextmanager
@@ -78,11 +79,11 @@ def _guest(kind, words):
     """The guest's program is ready; nothing else uses the tap."""
     options = [
         *("-netdev", f"tap,id=n0,ifname={TAP},script=no,downscript=no"),
-        *("-device", "virtio-net-device,netdev=n0,mac=52:54:00:12:34:56", "-serial", "stdio"),
-        *("-append", f"virtio-net buffer={BUFFER} {words}"),
+        *("-device", "virtio-net-device,netdev=n0,mac=52:54:00:12:34:56"),
     ]
-    with kind(options, monitor="none") as vmm:
-        vmm.console.expect("virtio-net ready")
+    append = f"virtio-net buffer={BUFFER} {words}"
+    with kind(*options, append=append, monitor=False) as vmm:
+        vmm.expect("virtio-net ready")
         yield vmm
 
 

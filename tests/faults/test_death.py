@@ -28,7 +28,7 @@ OLD = [
     "pyvmm.migration.preflight:compare",
     "pyvmm.machine.machine:Machine.pause_cpus",
     "pyvmm.migration.savevm:save",
-    "pyvmm.migration.target:MemoryTarget.write",
+    "pyvmm.migration.channel:MemoryChannel.write",
     "pyvmm._native:hold_memory",
     "pyvmm.migration.rollback:arm",
     "pyvmm.cpr.state:publish",
@@ -43,7 +43,7 @@ NEW = [
     "pyvmm.x86.vcpu_state:write",
     "pyvmm.x86.irqchip:load_clock",
     "pyvmm.wayback:close",
-    "pyvmm.machine.machine:Machine.resume",
+    "pyvmm.machine.machine:Machine.set_running",
 ]
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 LISTENING = ("-serial", "unix:serial.server,server=on,wait=off", "-name", "mortal")
@@ -295,7 +295,7 @@ def test_end_of_the_guest_right_before_the_pause(ticker, asked, code):
     fault = (
         "import gc\n"
         " m = next(o for o in gc.get_objects() if type(o).__name__ == 'Machine')\n"
-        f" m.{asked}({argument})"
+        f" m.end.{asked}({argument})"
     )
     machine = ticker(program=armed(OLD[1], fault))
     (machine.folder / "armed").touch()

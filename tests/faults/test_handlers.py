@@ -46,7 +46,7 @@ def test_event_that_a_monitor_cannot_tell_stops_nothing_half_way(ticker):
 
 
 def test_bug_in_what_the_machine_does_itself_pauses_the_guest(vm):
-    program = faulty("pyvmm.machine.machine:Machine._guest_reset", BUG)
+    program = faulty("pyvmm.machine.guest_end:GuestEnd._reset", BUG)
     machine = vm(append="shell", program=program)
     machine.expect("guest> ")
     machine.type("reset\n")

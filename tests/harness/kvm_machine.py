@@ -4,6 +4,7 @@ import mmap
 
 from pyvmm.core.threads import Event
 from pyvmm.kvm.system import System
+from pyvmm.kvm.vm import MemorySlots, Vm
 from pyvmm.machine.cpu import CpuEvents
 from pyvmm.x86 import cpuid
 
@@ -20,22 +21,27 @@ PML4, PDPT, PD, GDT, CODE3 = 0x10000, 0x11000, 0x12000, 0x13000, 0x8000
 
 
 class Machine:
-    """A VM with RAM at 0 (so many bytes, or a mapping), an irqchip and vCPUs."""
+    """A VM with RAM at 0 (so many bytes, or a mapping) or memory that it observes, an irqchip and
+    vCPUs."""
 
-    def __init__(self, cpus=1, ram=RAM):
+    def __init__(self, cpus=1, ram=RAM, memory=None):
         self.system = System.open()
-        self.vm = self.system.create_vm()
+        self.vm = Vm.create(self.system)
         self.vm.set_identity_map_addr(0xFEFFC000)
         self.vm.set_tss_addr(0xFEFFD000)
         self.ram = mmap.mmap(-1, ram) if isinstance(ram, int) else ram
-        self.vm.set_user_memory_region(0, 0, self.ram)
+        if memory is None:
+            self.vm.set_user_memory_region(0, 0, self.ram)
+        else:
+            memory.observe(MemorySlots(self.vm))
         self.vm.create_irqchip()
         self.vm.create_pit2()
         self.vcpus = [self.vm.create_vcpu(index) for index in range(cpus)]
         topology = cpuid.Topology(1, cpus, 1)
         offered = cpuid.host_cpuid(self.system, topology, {})
+        set_identity = cpuid.identity(offered, topology)
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, topology)
+            set_identity(vcpu.index)
             vcpu.set_cpuid2(offered)
 
     @property

@@ -8,12 +8,11 @@ import shlex
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 from harness import process
 from harness.process import DEADLINE_S, Deadline
-
-PROMPT = b"(pyvmm) "
 
 
 class VmExitedError(AssertionError):
@@ -40,6 +39,10 @@ class Vm:
     :param stdout: descriptor of standard output; default: the file that :meth:`stderr` reads
     :param stderr: descriptor of standard error, likewise
     """
+
+    prompt = b"(pyvmm) "
+    #: Whether the image that an update brings makes its connections anew.
+    reconnects = False
 
     def __init__(
         self,
@@ -113,13 +116,7 @@ class Vm:
         )
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
-        deadline = Deadline()
-        for name, listener in self._listeners.items():
-            if not self._readable([listener], deadline.left):
-                raise VmExitedError(f"pyvmm does not connect its {name}: {self.stderr()}")
-            self._streams[name], _ = listener.accept()
-            if name == "serial":
-                listener.close()
+        self._accept()
         return self
 
     def restart(self, *options):
@@ -196,7 +193,7 @@ class Vm:
     def replied(self):
         """Whether a reply (or the rest of one) is there to be read; takes what has arrived."""
         self._receive(self._streams.values())
-        return PROMPT in self._replies
+        return self.prompt in self._replies
 
     @property
     def status(self):
@@ -226,19 +223,23 @@ class Vm:
             raise UpdateError(replies)
 
     def update(self, timeout=DEADLINE_S):
-        """Replace the running pyvmm by a new one; return when that one answers.
+        """Replace the running pyvmm by a new one, which answers.
 
+        :return: when that was asked for and seen to be over (CLOCK_MONOTONIC, ns)
         :raises UpdateError: if it fails
         :raises VmExitedError: if the guest ends meanwhile
         """
         # Another name each time: the command line of the process then tells the image.
         uri = f"file:vm.state.{self._updates % 2}"
         self.set_update(uri=uri)
+        start = time.monotonic_ns()
         reply = self.hmp(f"migrate {uri}", timeout)
+        end = time.monotonic_ns()
         info = self.hmp("info migrate")
         if reply or "completed" not in info or self.cmdline[-1] != uri:
             raise UpdateError(f"migrate: {reply!r}, info migrate: {info!r}, {self.cmdline}")
         self._updates += 1
+        return start, end
 
     def live(self):
         """Live through what this machine is to live through: nothing, unless the test is one of
@@ -315,6 +316,16 @@ class Vm:
 
     # ---- plumbing --------------------------------------------------------------------------
 
+    def _accept(self):
+        """Wait for the process's connections."""
+        deadline = Deadline()
+        for name, listener in self._listeners.items():
+            if not self._readable([listener], deadline.left):
+                raise VmExitedError(f"pyvmm does not connect its {name}: {self.stderr()}")
+            self._streams[name], _ = listener.accept()
+            if name == "serial" and not self.reconnects:
+                listener.close()
+
     def _listen(self, name):
         path = self.folder / f"{name}.sock"
         path.unlink(missing_ok=True)
@@ -370,9 +381,9 @@ class Vm:
             self._raise_exited(f"it took {data!r} on its {name}")
 
     def _read_reply(self, deadline, command="the prompt"):
-        while PROMPT not in self._replies:
+        while self.prompt not in self._replies:
             self._pump(deadline, f"the reply to {command!r}")
-        text, _, rest = bytes(self._replies).partition(PROMPT)
+        text, _, rest = bytes(self._replies).partition(self.prompt)
         self._replies[:] = rest
         return text.decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 

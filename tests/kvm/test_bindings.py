@@ -10,6 +10,7 @@ from harness import wait_until
 from harness.kvm_machine import TSC_AND_TIMER, Machine, same
 
 from pyvmm.errors import KvmError
+from pyvmm.kvm.vm import Vm
 from pyvmm.x86 import cpuid, irqchip, vcpu_state
 
 # ---- every get and set -----------------------------------------------------------------------
@@ -136,7 +137,7 @@ def test_a_signal_does_not_keep_a_vm_from_being_made(machine):
     timer = signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
     try:
         for _ in range(500):
-            machine.system.create_vm().close()
+            Vm.create(machine.system).close()
     finally:
         # It is the time limit's of the test.
         signal.setitimer(signal.ITIMER_REAL, *timer)
@@ -168,7 +169,7 @@ def test_registers_that_kvm_does_not_list(machine):
         0x400: (1 << 64) - 1,
         0x404: (1 << 64) - 1,
     }
-    start = vcpu_state.power_on(machine.vcpu)
+    start = vcpu_state.power_on([machine.vcpu])[0]
     assert machine.vcpu.set_msrs(values) == []
     new = Machine()
     vcpu_state.write(new.vcpu, vcpu_state.read(machine.vcpu))
@@ -234,7 +235,7 @@ def test_vm_does_not_survive_an_exec():
         "from pyvmm.kvm.system import System\n"
         "from pyvmm.kvm.vm import Vm\n"
         "if len(sys.argv) == 1:\n"
-        "    system = System.open(); vm = system.create_vm()\n"
+        "    system = System.open(); vm = Vm.create(system)\n"
         "    fds = [system.fd, vm.fd]\n"
         "    [os.set_inheritable(fd, True) for fd in fds]\n"
         "    os.execv(sys.executable, [sys.executable, sys.orig_argv[1], sys.orig_argv[2], "

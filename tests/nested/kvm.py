@@ -6,6 +6,7 @@ import mmap
 from pyvmm.errors import PyvmmError
 from pyvmm.kvm import exits
 from pyvmm.kvm.system import System
+from pyvmm.kvm.vm import Vm
 
 START = 0x1000
 #: fninit; fwait; out %al, $0x80. Linux initializes the FPU so. A KVM without the processor's help
@@ -22,7 +23,7 @@ def boots_linux():
         return False
     vm = vcpu = None
     try:
-        vm = system.create_vm()
+        vm = Vm.create(system)
         vm.set_identity_map_addr(0xFEFFC000)
         vm.set_tss_addr(0xFEFFD000)
         ram = mmap.mmap(-1, 1 << 16)

@@ -63,7 +63,8 @@ def test_source_archive_has_all_sources_and_no_products(dist, source):
 def test_wheel_is_complete(wheel, source):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(source)) for path in source.glob("pyvmm/**/*.py")}
-    data = {"pyvmm/data/guest.elf", "pyvmm/data/bios.bin", "pyvmm/py.typed"}
+    types = {str(path.relative_to(source)) for path in source.glob("pyvmm/**/*.pyi")}
+    data = {"pyvmm/data/guest.elf", "pyvmm/data/bios.bin", "pyvmm/py.typed", *types}
     assert modules | data | {"pyvmm/_native/_kvm.abi3.so"} <= names
     others = {name.split("/")[0] for name in names} - {"pyvmm"}
     assert others == {f"pyvmm_kvm-{pyvmm.__version__}.{end}" for end in ("data", "dist-info")}

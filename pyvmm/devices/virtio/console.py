@@ -396,7 +396,7 @@ class VirtioConsole(VirtioDevice):
 
     # ---- life ------------------------------------------------------------------------------
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         for port in self.ports:
             port.clear()
 

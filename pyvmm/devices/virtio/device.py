@@ -1,7 +1,7 @@
 """What all virtio devices have in common (virtio 1.3, 2), whatever carries them.
 
 A device is a subclass of :class:`VirtioDevice` that serves chains; its transport
-(``mmio.VirtioMmio``) owns registers, kicks and interrupts and calls the methods here.
+(``transport.Transport``) owns registers, kicks and interrupts and calls the methods here.
 
 Threads: ``handle_queue`` runs on the thread of the device's loop, with its lock held, so a
 slow device needs a loop of its own (``core.iothread``). Register accesses come on vCPU
@@ -17,13 +17,25 @@ from pyvmm.errors import GuestError, RamError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Protocol
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.devices.virtio.mmio import VirtioMmio
     from pyvmm.devices.virtio.queue import Chain, Queue
     from pyvmm.memory.guest import GuestMemory
     from pyvmm.vmstate.fields import Description, Record
+
+    class Transport(Protocol):
+        """What a device asks of its transport (``transport.Transport``)."""
+
+        @property
+        def active(self) -> bool: ...
+        @property
+        def running(self) -> bool: ...
+        def kick(self, index: int) -> None: ...
+        def interrupt_used(self, index: int) -> None: ...
+        def change_config(self, change: Callable[[], None], *, tell: bool = True) -> None: ...
+        def fail(self, reason: str) -> None: ...
+
 
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
@@ -58,7 +70,7 @@ class VirtioDevice:
     waits_for_host = False
 
     memory: GuestMemory
-    transport: VirtioMmio
+    transport: Transport
 
     def __init__(self, loop: EventLoop) -> None:
         self.loop = loop
@@ -124,7 +136,7 @@ class VirtioDevice:
     def on_activate(self) -> None:
         """The driver is ready (DRIVER_OK). vCPU thread, with the lock held."""
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         """Forget what belongs to the driver that was. With the lock held, after a
         :meth:`drain`."""
 
@@ -135,18 +147,18 @@ class VirtioDevice:
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Wait until no request is under way. No queue is served from before this call until
-        :meth:`resume`. Without the lock; must not depend on the main loop, which waits.
+        :meth:`start`. Without the lock; must not depend on the main loop, which waits.
 
         :param timeout_s: how long; None: as long as the device finds good
         :raises HostError: that was not enough
         """
 
-    def resume(self) -> None:
-        """The device goes to work (again), after whatever kept it from that: after this every
-        queue is served as if it had been kicked."""
+    def start(self) -> None:
+        """Work, at first or again: nothing keeps the device from it any more. After this every
+        queue is served as if it had been kicked. Main loop thread or a vCPU's."""
 
     def attach(self) -> None:
-        """Take input from the host: once in each process, when the state is complete. Main loop
+        """Take input from the host, once in each process: the state is complete. Main loop
         thread."""
 
     def close(self) -> None:
@@ -203,7 +215,7 @@ class VirtioDevice:
         """Interrupt the driver for what was pushed to a queue, if it wants that. With the lock
         held."""
         if self.queues[index].needs_interrupt():
-            self.transport.interrupt_used()
+            self.transport.interrupt_used(index)
 
     def change_config(self, change: Callable[[], None], *, tell: bool = True) -> None:
         """Call ``change``, which changes what the configuration space holds, so that no driver

@@ -20,6 +20,7 @@ import errno
 import struct
 
 from pyvmm.backends.net.base import HEADER, MAX_FRAME, MAX_PARTS, NetFrontend
+from pyvmm.devices.virtio import fastpath
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import GuestError, RamError
 from pyvmm.vmstate.fields import Buffer, Description, Record, u16
@@ -49,21 +50,13 @@ F_HOST_ECN = 1 << 13
 F_MRG_RXBUF = 1 << 15
 F_STATUS = 1 << 16
 
-#: By QEMU's property; all are on unless they are switched off.
-FLAGS = {
-    "mrg_rxbuf": F_MRG_RXBUF,
-    "status": F_STATUS,
-    "csum": F_CSUM,
-    "guest_csum": F_GUEST_CSUM,
-    "guest_tso4": F_GUEST_TSO4,
-    "guest_tso6": F_GUEST_TSO6,
-    "guest_ecn": F_GUEST_ECN,
-    "host_tso4": F_HOST_TSO4,
-    "host_tso6": F_HOST_TSO6,
-    "host_ecn": F_HOST_ECN,
-}
+#: All that can be switched off; -device has a property of each name.
+FEATURES = (
+    F_MRG_RXBUF | F_STATUS | F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
+    | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
+)  # fmt: skip
 #: What only a back end with offloads can do.
-OFFLOADS = sum(FLAGS.values()) & ~(F_MRG_RXBUF | F_STATUS)
+OFFLOADS = FEATURES & ~(F_MRG_RXBUF | F_STATUS)
 #: Of them, those of the frames that the driver receives.
 GUEST_OFFLOADS = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
 # What a feature is nothing without (5.1.3.1): any of these.
@@ -101,7 +94,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
     :param backend: where its frames go to and come from
     :param mac: its address, 6 bytes
     :param mtu: the largest packet that the network takes; 0 if that is not said
-    :param features: which of :data:`FLAGS` are offered, as far as the back end can do them
+    :param features: which of :data:`FEATURES` are offered, as far as the back end can do them
     """
 
     virtio_id = 1
@@ -116,7 +109,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         mac: bytes,
         *,
         mtu: int = 0,
-        features: int = sum(FLAGS.values()),
+        features: int = FEATURES,
         rx_queue_size: int = QUEUE_SIZE,
         tx_queue_size: int = QUEUE_SIZE,
     ) -> None:
@@ -147,7 +140,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self._set_offloads(self.driver_features)
         self.kick(RX)  # there may be frames, and there is no kick if there are buffers already
 
-    def on_reset(self) -> None:
+    def reset(self) -> None:
         self._parked.clear()
         self._room = 0
         self._set_offloads(0)
@@ -159,7 +152,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
             self._parked.clear()
             self._room = 0
 
-    def resume(self) -> None:
+    def start(self) -> None:
         # Not now: this may be a vCPU's thread, and a new image must not touch the host's side
         # before there is no way back.
         self.loop.call_soon(self.backend.start)
@@ -243,7 +236,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
         return not gso or bool(accepted & _SEGMENTED.get(gso & ~GSO_ECN, 0))
 
     def _pull(self, fd: int, buffer: memoryview) -> tuple[int, int]:
-        return self.queues[RX].receive(
+        return fastpath.receive(
+            self.queues[RX],
             fd,
             buffer,
             HEADER + MIN_FRAME,
@@ -259,7 +253,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         # Mostly one call does all of it. Twice: the driver may have added some meanwhile, but it
         # must not keep this going.
         for _ in range(0 if parked else 2):
-            count = queue.spread(frame, mergeable=mergeable)
+            count = fastpath.spread(queue, frame, mergeable=mergeable)
             if count > 0:
                 return True
             if not count:
@@ -305,7 +299,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         while left > 0:
             fd = self.backend.frame_fd
             if fd >= 0:
-                left -= queue.send(fd, HEADER + MIN_FRAME, HEADER + MAX_FRAME, left)
+                left -= fastpath.send(queue, fd, HEADER + MIN_FRAME, HEADER + MAX_FRAME, left)
             left -= 1
             chain = queue.pop()
             if chain is None:

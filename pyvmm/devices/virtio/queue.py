@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm._native import ffi, lib, load, memory_barrier, peek, store
+from pyvmm._native import load, memory_barrier, peek, store
 from pyvmm.errors import GuestError, RamError
 from pyvmm.memory.guest import GuestMemoryError
 
@@ -146,17 +146,18 @@ class Queue:
     :ivar used_idx: how many were returned, modulo 65536
     :ivar event_idx: whether VIRTIO_F_EVENT_IDX was negotiated
     :ivar indirect: whether VIRTIO_F_INDIRECT_DESC was negotiated
+    :ivar native: what ``fastpath`` has made of the rings, for as long as they stay where they are
     """
 
     __slots__ = (
         *("max_size", "size", "ready", "desc", "avail", "used", "last_avail_idx", "used_idx"),
-        *("event_idx", "indirect"),
-        *("_memory", "_table", "_avail_ring", "_used_ring", "_native", "_signalled"),
+        *("event_idx", "indirect", "memory", "native"),
+        *("_table", "_avail_ring", "_used_ring", "_signalled"),
     )
 
     def __init__(self, memory: GuestMemory, max_size: int) -> None:
-        self._memory = memory
-        self._native: tuple[Any, ...] | None
+        self.memory = memory
+        self.native: Any
         self.max_size = max_size
         self.reset()
 
@@ -295,106 +296,25 @@ class Queue:
             raise self._lack() from None
         self.used_idx = index
 
-    def spread(self, frame: memoryview, *, mergeable: bool) -> int:
-        """Put a network frame, which begins with its header, into the next chains and return
-        them, if each is one buffer.
+    @property
+    def rings(self) -> tuple[int, int, int]:
+        """Host addresses of descriptor, driver and device area of a ready queue."""
+        return self._table, self._avail_ring, self._used_ring
 
-        :param mergeable: whether the driver takes a frame in several of them
-        :returns: how many chains that took; 0 if it has to be done with :meth:`pop`; ``~n`` if
-            there are only ``n``, too few, for now
+    def publish(self, count: int) -> None:
+        """Take and return the next chains, whose elements are in the used ring already.
+
+        :raises RamError: they were neither taken nor returned
         """
-        if not self.ready:
-            return 0
-        indices = self.last_avail_idx, self.used_idx
-        count: int = lib.pyvmm_spread(
-            self._ring(), *indices, ffi.from_buffer(frame), len(frame), mergeable
-        )
-        if count > 0:
+        try:
             # All at once: the driver takes num_buffers of them (5.1.6.3.2).
-            try:
-                store(self._used_ring + 2, 2, self.used_idx + count)
-            except OSError:
-                raise self._lack() from None
-            self._advance(count)
-        return count
+            store(self._used_ring + 2, 2, self.used_idx + count)
+        except OSError:
+            raise self._lack() from None
+        self.advance(count)
 
-    def receive(
-        self,
-        fd: int,
-        buffer: memoryview,
-        shortest: int,
-        *,
-        mergeable: bool,
-        budget: int,
-        least: int,
-    ) -> tuple[int, int]:
-        """Read frames from a descriptor that gives one, with its header, each time, and
-        :meth:`spread` them, until there is none or one that cannot be.
-
-        :param buffer: as long as the longest frame
-        :param shortest: bytes; shorter frames are dropped
-        :param budget: bytes that are moved at once, about; a frame counts ``least`` at least
-        :returns: what was spent of the budget, and the length of a frame that is in the buffer
-            and has to be put into chains by other means; 0 if there is none
-        """
-        if not self.ready:
-            return 0, 0
-        received = ffi.new("struct pyvmm_received *")
-        indices = self.last_avail_idx, self.used_idx
-        target = ffi.from_buffer(buffer), len(buffer)
-        lib.pyvmm_receive(
-            self._ring(), *indices, fd, *target, shortest, mergeable, budget, least, received
-        )
-        self._advance(received.chains)
-        return received.spent, received.held
-
-    def send(self, fd: int, shortest: int, longest: int, most: int) -> int:
-        """Write the next chains to a descriptor, each with one call, and return them; what
-        it refuses for good is dropped.
-
-        :param shortest: bytes; shorter chains are left, as are those longer than ``longest``
-        :param most: how many at once
-        :returns: how many; the next one, if there is one, has to be done with :meth:`pop`
-        """
-        if not self.ready:
-            return 0
-        indices = self.last_avail_idx, self.used_idx
-        count: int = lib.pyvmm_send(self._ring(), *indices, fd, shortest, longest, most)
-        self._advance(count)
-        return count
-
-    def serve(
-        self,
-        fd: int,
-        read_flags: int,
-        *,
-        writable: bool,
-        block: int,
-        longest: int,
-        capacity: int,
-        most: int,
-    ) -> int:
-        """Do the next requests of a block device, reads and writes, on an image, and return them.
-
-        :param read_flags: of preadv2, with which it does not wait; -1: reads are left
-        :param writable: whether writes are not left
-        :param block: bytes; requests that are not multiples are left
-        :param longest: bytes; longer requests are left, as are those beyond ``capacity``
-        :param most: how many at once
-        :returns: how many; the next one, if there is one, has to be done with :meth:`pop`
-        """
-        if not self.ready:
-            return 0
-        image = ffi.new(
-            "struct pyvmm_image *", (fd, read_flags, writable, block, longest, capacity)
-        )
-        indices = self.last_avail_idx, self.used_idx
-        count: int = lib.pyvmm_serve(self._ring(), *indices, image, most)
-        self._advance(count)
-        return count
-
-    def _advance(self, count: int) -> None:
-        # Native code took chains and returned them.
+    def advance(self, count: int) -> None:
+        """Count chains that native code has taken and returned."""
         self.last_avail_idx = self.last_avail_idx + count & 0xFFFF
         self.used_idx = self.used_idx + count & 0xFFFF
 
@@ -458,14 +378,14 @@ class Queue:
         )
         try:
             for gpa, size, writable in areas:
-                self._memory.touch(gpa, size, writable=writable)
+                self.memory.touch(gpa, size, writable=writable)
         except RamError as error:
             return error
-        return self._memory.fault(self.used)
+        return self.memory.fault(self.used)
 
     def _map(self) -> None:
         self.check()
-        memory, size = self._memory, self.size
+        memory, size = self.memory, self.size
         try:
             self._table = memory.host(self.desc, 16 * size, writable=False)
             self._avail_ring = memory.host(self.avail, 6 + 2 * size, writable=False)
@@ -480,27 +400,8 @@ class Queue:
             self._unmap()
             raise
 
-    def _ring(self) -> Any:
-        """The ``struct pyvmm_ring *`` of the ready queue."""
-        if self._native is None:
-            host = self._memory.host
-            ram = [
-                (each.gpa, each.end, ffi.cast("uint8_t *", host(each.gpa, each.size)))
-                for each in self._memory.regions
-                if not each.readonly
-            ]
-            spans, count = ffi.new("struct pyvmm_span[]", ram), len(ram)
-            areas = (
-                ffi.cast("uint64_t *", self._table),
-                ffi.cast("uint16_t *", self._avail_ring),
-                ffi.cast("uint32_t *", self._used_ring),
-            )
-            ring = (spans, count, self.size, self.indirect, *areas)
-            self._native = ffi.new("struct pyvmm_ring *", ring), spans
-        return self._native[0]
-
     def _unmap(self) -> None:
-        self._native = None
+        self.native = None
         self._table = self._avail_ring = self._used_ring = 0
 
     def _read_chain(self, head: int) -> Chain:
@@ -508,7 +409,7 @@ class Queue:
         count = self.size  # entries of the table
         left = count  # entries that the chain may still have
         index = head
-        contains = self._memory.contains
+        contains = self.memory.contains
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
         total = 0
@@ -543,7 +444,7 @@ class Queue:
                 break
         if total > MAX_BYTES:
             raise QueueError(f"a chain of {total} bytes")
-        return Chain(self._memory, head, readable, writable)
+        return Chain(self.memory, head, readable, writable)
 
     def _read_table(self, table: bytes | None, gpa: int, length: int, flags: int) -> bytes:
         if not self.indirect:
@@ -555,6 +456,6 @@ class Queue:
         if not length or length % 16 or length > 16 * MAX_INDIRECT:
             raise QueueError(f"an indirect table of {length} bytes")
         try:
-            return self._memory.read(gpa, length)
+            return self.memory.read(gpa, length)
         except GuestMemoryError as error:
             raise QueueError(str(error)) from None

@@ -84,7 +84,7 @@ def query_memdev(context: Context) -> list[dict[str, Any]]:
             "host-nodes": [],
             "policy": "default",
         }
-        for backend in context.machine.backends
+        for backend in context.machine.ram_blocks
     ]
 
 
@@ -115,7 +115,7 @@ def query_mtree(context: Context) -> dict[str, Any]:
             "regions": sorted(memory, key=lambda region: int(region["start"])),
         },
     ]
-    backends = [{"name": backend.name, "size": backend.size} for backend in machine.backends]
+    backends = [{"name": backend.name, "size": backend.size} for backend in machine.ram_blocks]
     return {"address-spaces": spaces, "memory-regions": backends}
 
 
@@ -135,7 +135,7 @@ def query_ramblock(context: Context) -> list[dict[str, Any]]:
     """The blocks of host memory and where they are mapped in this process, in bytes."""
     found = []
     offset = 0
-    for backend in context.machine.backends:
+    for backend in context.machine.ram_blocks:
         found.append(
             {
                 "name": backend.name,

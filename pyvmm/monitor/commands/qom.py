@@ -81,7 +81,7 @@ def _tree(context: Context) -> Node:
         for label, chardev in machine.chardevs.items()
     }
     # The machine's own memory is no object, and gives way to one of its name.
-    renamed = {backend.id for backend in machine.backends if backend.name != backend.id}
+    renamed = {backend.id for backend in machine.ram_blocks if backend.name != backend.id}
     memory = {
         backend.id: Node(
             backend.config.kind,
@@ -93,7 +93,7 @@ def _tree(context: Context) -> Node:
                 "dump": backend.config.dump,
             },
         )
-        for backend in machine.backends
+        for backend in machine.ram_blocks
         if backend.name != backend.id or backend.id not in renamed
     }
     board = Node(

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pyvmm.monitor.hmp.interpreter import Interpreter, Reply
     from pyvmm.monitor.hmp.parser import Format
+    from pyvmm.monitor.hmp.session import HmpSession, Reply
 
     Arguments = dict[str, Any]
-    Function = Callable[[Interpreter, Reply, Arguments], str | None]
+    Function = Callable[[HmpSession, Reply, Arguments], str | None]
 
 
 class HumanCommand:
@@ -58,8 +58,8 @@ class HumanCommand:
 def _simple(command: str) -> Function:
     """A command without arguments and without output."""
 
-    def run(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> None:
-        monitor.context.execute(command)
+    def run(session: HmpSession, _reply: Reply, _arguments: Arguments) -> None:
+        session.context.execute(command)
 
     return run
 
@@ -67,18 +67,18 @@ def _simple(command: str) -> Function:
 def _shown(command: str, show: Callable[[Any], str]) -> Function:
     """A query whose result is shown."""
 
-    def run(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
-        return show(monitor.context.execute(command))
+    def run(session: HmpSession, _reply: Reply, _arguments: Arguments) -> str:
+        return show(session.context.execute(command))
 
     return run
 
 
-def _help(_monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+def _help(_session: HmpSession, _reply: Reply, arguments: Arguments) -> str:
     words = (arguments["name"] or "").split()
     if not words:
         return "".join(command.usage() for command in _COMMANDS)
     if words[0] == "info" and len(words) == 1:
-        return _info(_monitor, _reply, arguments)
+        return _info(_session, _reply, arguments)
     table, prefix, name = (COMMANDS, "", words[0])
     if words[0] == "info":
         table, prefix, name = (INFO, "info ", words[1])
@@ -87,37 +87,37 @@ def _help(_monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
     return table[name].usage(prefix)
 
 
-def _info(_monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
+def _info(_session: HmpSession, _reply: Reply, _arguments: Arguments) -> str:
     return "".join(item.usage("info ") for item in _INFO)
 
 
-def _quit(monitor: Interpreter, reply: Reply, _arguments: Arguments) -> None:
-    monitor.context.execute("quit")
+def _quit(session: HmpSession, reply: Reply, _arguments: Arguments) -> None:
+    session.context.execute("quit")
     # No prompt after this; a caller that does not wait gets its empty answer at once.
-    reply.deferred = monitor.can_wait
+    reply.deferred = session.can_wait
 
 
 # --- memory and ports --------------------------------------------------------------------------
 
 
 def _examine(physical: bool) -> Function:
-    def run(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+    def run(session: HmpSession, _reply: Reply, arguments: Arguments) -> str:
         fmt: Format = arguments["fmt"]
-        kind = fmt.kind or monitor.dump_kind
+        kind = fmt.kind or session.dump_kind
         if kind == "i":
             raise CommandError("Disassembly is not available: pyvmm contains no disassembler")
-        size = 1 if kind == "c" else fmt.size or monitor.dump_size
-        monitor.dump_kind, monitor.dump_size = kind, fmt.size or monitor.dump_size
+        size = 1 if kind == "c" else fmt.size or session.dump_size
+        session.dump_kind, session.dump_size = kind, fmt.size or session.dump_size
         count = 1 if fmt.count is None else fmt.count
         if not count:
             return ""
-        text = monitor.context.execute(
+        text = session.context.execute(
             "x-read-memory",
             {
                 "address": arguments["addr"],
                 "size": count * size,
                 "physical": physical,
-                "cpu-index": monitor.context.cpu_index,
+                "cpu-index": session.context.cpu_index,
             },
         )
         data = bytes.fromhex(text)
@@ -127,54 +127,54 @@ def _examine(physical: bool) -> Function:
     return run
 
 
-def _print(_monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
+def _print(_session: HmpSession, _reply: Reply, arguments: Arguments) -> str:
     kind = arguments["fmt"].kind or "d"
     if kind == "i":
         raise CommandError("An expression cannot be shown as an instruction")
     return render.number(arguments["val"], kind) + "\n"
 
 
-def _port_size(monitor: Interpreter, arguments: Arguments) -> int:
+def _port_size(session: HmpSession, arguments: Arguments) -> int:
     # As in QEMU: the size of the last x, xp, i or o goes on, and 8 bytes are none for a port.
-    monitor.dump_size = arguments["fmt"].size or monitor.dump_size
-    return monitor.dump_size if monitor.dump_size <= 4 else 1
+    session.dump_size = arguments["fmt"].size or session.dump_size
+    return session.dump_size if session.dump_size <= 4 else 1
 
 
-def _input(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
-    size, port = _port_size(monitor, arguments), arguments["addr"] & 0xFFFF
+def _input(session: HmpSession, _reply: Reply, arguments: Arguments) -> str:
+    size, port = _port_size(session, arguments), arguments["addr"] & 0xFFFF
     if arguments["index"] is not None:
         write = {"port": port, "size": 1, "value": arguments["index"] & 0xFF}
-        monitor.context.execute("x-write-port", write)
+        session.context.execute("x-write-port", write)
         port += 1
-    value = monitor.context.execute("x-read-port", {"port": port & 0xFFFF, "size": size})
+    value = session.context.execute("x-read-port", {"port": port & 0xFFFF, "size": size})
     suffix = {1: "b", 2: "w", 4: "l"}[size]
     return f"port{suffix}[0x{port:04x}] = 0x{value:0{2 * size}x}\n"
 
 
-def _output(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
+def _output(session: HmpSession, _reply: Reply, arguments: Arguments) -> None:
     write = {
         "port": arguments["addr"] & 0xFFFF,
-        "size": _port_size(monitor, arguments),
+        "size": _port_size(session, arguments),
         "value": arguments["val"],
     }
-    monitor.context.execute("x-write-port", write)
+    session.context.execute("x-write-port", write)
 
 
 # --- CPUs --------------------------------------------------------------------------------------
 
 
-def _cpu(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
-    if not 0 <= arguments["index"] < len(monitor.context.machine.cpus):
+def _cpu(session: HmpSession, _reply: Reply, arguments: Arguments) -> None:
+    if not 0 <= arguments["index"] < len(session.context.machine.cpus):
         raise CommandError("invalid CPU index")
-    monitor.context.cpu_index = arguments["index"]
+    session.context.cpu_index = arguments["index"]
 
 
-def _info_cpus(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
-    return render.cpus(monitor.context.execute("query-cpus-fast"), monitor.context.cpu_index)
+def _info_cpus(session: HmpSession, _reply: Reply, _arguments: Arguments) -> str:
+    return render.cpus(session.context.execute("query-cpus-fast"), session.context.cpu_index)
 
 
-def _info_registers(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
-    context = monitor.context
+def _info_registers(session: HmpSession, _reply: Reply, arguments: Arguments) -> str:
+    context = session.context
     chosen = context.cpu_index if arguments["vcpu"] is None else arguments["vcpu"]
     if not arguments["all"] and not 0 <= chosen < len(context.machine.cpus):
         return f"CPU#{chosen} not available\n"
@@ -188,21 +188,21 @@ def _info_registers(monitor: Interpreter, _reply: Reply, arguments: Arguments) -
 # --- migration ---------------------------------------------------------------------------------
 
 
-def _migrate(monitor: Interpreter, reply: Reply, arguments: Arguments) -> None:
-    if arguments["detach"] or not monitor.can_wait:
+def _migrate(session: HmpSession, reply: Reply, arguments: Arguments) -> None:
+    if arguments["detach"] or not session.can_wait:
         options = {"uri": arguments["uri"], "resume": arguments["resume"]}
-        monitor.context.execute("migrate", options)
+        session.context.execute("migrate", options)
     else:
-        monitor.context.migration.start(arguments["uri"], False, _wait(reply))
+        session.context.migration.start(arguments["uri"], False, _wait(reply))
 
 
-def _update(monitor: Interpreter, reply: Reply, arguments: Arguments) -> None:
+def _update(session: HmpSession, reply: Reply, arguments: Arguments) -> None:
     text = arguments["command"]
     command = split_command(text) if text else None
-    if arguments["detach"] or not monitor.can_wait:
-        monitor.context.execute("update", {"command": command} if command else {})
+    if arguments["detach"] or not session.can_wait:
+        session.context.execute("update", {"command": command} if command else {})
     else:
-        monitor.context.migration.update(command, _wait(reply))
+        session.context.migration.update(command, _wait(reply))
 
 
 def _wait(reply: Reply) -> Callable[[str | None], None]:
@@ -211,28 +211,28 @@ def _wait(reply: Reply) -> Callable[[str | None], None]:
     return lambda error: reply.finish(f"Error: {error}\n" if error else "")
 
 
-def _migrate_incoming(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
-    monitor.context.execute("migrate-incoming", {"uri": arguments["uri"]})
+def _migrate_incoming(session: HmpSession, _reply: Reply, arguments: Arguments) -> None:
+    session.context.execute("migrate-incoming", {"uri": arguments["uri"]})
 
 
-def _set_parameter(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
-    monitor.context.migration.parameters.set_text(arguments["parameter"], arguments["value"])
+def _set_parameter(session: HmpSession, _reply: Reply, arguments: Arguments) -> None:
+    session.context.migration.parameters.set_text(arguments["parameter"], arguments["value"])
 
 
-def _set_capability(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> None:
+def _set_capability(session: HmpSession, _reply: Reply, arguments: Arguments) -> None:
     state = render.switch(arguments["state"])
-    monitor.context.migration.capabilities.set_text(arguments["capability"], state)
+    session.context.migration.capabilities.set_text(arguments["capability"], state)
 
 
-def _info_migrate(monitor: Interpreter, _reply: Reply, arguments: Arguments) -> str:
-    text = render.migrate(monitor.context.execute("query-migrate"))
+def _info_migrate(session: HmpSession, _reply: Reply, arguments: Arguments) -> str:
+    text = render.migrate(session.context.execute("query-migrate"))
     if arguments["all"]:
-        text += render.migrate_globals(monitor.context.machine.config.only_migratable)
+        text += render.migrate_globals(session.context.machine.config.only_migratable)
     return text
 
 
-def _info_parameters(monitor: Interpreter, _reply: Reply, _arguments: Arguments) -> str:
-    parameters = monitor.context.migration.parameters
+def _info_parameters(session: HmpSession, _reply: Reply, _arguments: Arguments) -> str:
+    parameters = session.context.migration.parameters
     return "".join(f"{name}: {parameters.text(name)}\n" for name in parameters.names())
 
 

@@ -20,7 +20,7 @@ from pyvmm.chardev.base import CLOSED, MUX_IN, MUX_OUT, OPENED, RESIZED, Outbox
 from pyvmm.core.threads import Lock, report_crash, spawn
 from pyvmm.monitor.frontend import MonitorFrontend, take_failure
 from pyvmm.monitor.hmp.interpreter import Interpreter
-from pyvmm.monitor.hmp.lines import BANNER, PROMPT, LineMonitor, encode
+from pyvmm.monitor.hmp.lines import BANNER, ERASE_LINE, PROMPT, LineMonitor, encode
 from pyvmm.monitor.hmp.state import GREETED, MAX_LINE, OWES_PROMPT, MonitorState
 
 TYPE_CHECKING = False
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 # guest may stand still) and before the console gets the screen back.
 _QUIESCE_S = 0.002
 _SWITCH_S = 0.1
-ERASE_LINE = "\r\x1b[J"
 
 
 class Console(MonitorFrontend):
@@ -84,7 +83,7 @@ class Console(MonitorFrontend):
 
     def handle_event(self, event: str) -> None:
         if event == OPENED:
-            if not self.chardev.resumed:
+            if not self.chardev.is_inherited:
                 self._forget_user()
             self._open = True
             if self._focused:

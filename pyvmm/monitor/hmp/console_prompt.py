@@ -31,8 +31,7 @@ from prompt_toolkit.styles import Style
 
 from pyvmm.core.threads import Event, report_crash
 from pyvmm.monitor.hmp.completion import complete
-from pyvmm.monitor.hmp.console import ERASE_LINE
-from pyvmm.monitor.hmp.lines import PROMPT, encode
+from pyvmm.monitor.hmp.lines import ERASE_LINE, PROMPT, encode
 from pyvmm.monitor.hmp.state import MAX_LINE
 
 TYPE_CHECKING = False
@@ -40,9 +39,29 @@ if TYPE_CHECKING:
     import io
     from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
+    from typing import Protocol
 
-    from pyvmm.monitor.hmp.console import Console
+    from pyvmm.chardev.base import Chardev, Outbox
     from pyvmm.monitor.registry import Context
+
+    class Terminal(Protocol):
+        """What the editor needs of the console that it is of; any thread."""
+
+        context: Context
+        chardev: Chardev
+        outbox: Outbox
+        text: str
+        cursor: int
+
+        def has_typed(self) -> bool:
+            """Return whether there are keys to take."""
+
+        def take_typed(self) -> bytes:
+            """Return the keys that were typed."""
+
+        def run(self, line: str, done: Callable[[str], None]) -> None:
+            """Have the main loop run a line."""
+
 
 _HINT = "Type quit to end pyvmm; the guest ends with it.\n"
 _TOO_LONG = f"Error: a line has at most {MAX_LINE} bytes\n"
@@ -56,7 +75,7 @@ _RED, _PLAIN = "\x1b[31m", "\x1b[0m"
 class Prompt:
     """The editor of one console. The main loop calls wake, show, hide, resize and end."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
@@ -226,7 +245,7 @@ class ChardevInput(Input):
     :param is_done: whether the line is entered, so that what follows is for the next one
     """
 
-    def __init__(self, console: Console, is_done: Callable[[], bool]) -> None:
+    def __init__(self, console: Terminal, is_done: Callable[[], bool]) -> None:
         self._console = console
         self._is_done = is_done
         self._callback: Callable[[], None] | None = None
@@ -291,7 +310,7 @@ class ChardevOutput(Vt100_Output):
     Never asks the terminal where the cursor is: the answer could reach the guest.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Terminal) -> None:
         self._console = console
         #: Drop everything.
         self.muted = False

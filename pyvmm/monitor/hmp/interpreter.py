@@ -10,32 +10,13 @@ from pyvmm.core.threads import report_crash
 from pyvmm.errors import PyvmmError
 from pyvmm.monitor.hmp.commands import COMMANDS, INFO
 from pyvmm.monitor.hmp.parser import ParseError, first_word, parse_arguments
+from pyvmm.monitor.hmp.session import HmpSession, Reply
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.monitor.registry import Context
-
-_SEGMENT_REGISTERS = ("es", "cs", "ss", "ds", "fs", "gs")
-_WIDE = {"pc": "rip", "flags": "rflags"}
-
-
-class Reply:
-    """Where a line's output goes, all of it at once."""
-
-    __slots__ = ("_done", "deferred")
-
-    def __init__(self, done: Callable[[str], None]) -> None:
-        self._done: Callable[[str], None] | None = done
-        #: Set by a command whose result comes later.
-        self.deferred = False
-
-    def finish(self, text: str) -> None:
-        """Hand the output over; the first call counts."""
-        done, self._done = self._done, None
-        if done is not None:
-            done(text)
 
 
 class Interpreter:
@@ -45,11 +26,7 @@ class Interpreter:
     """
 
     def __init__(self, context: Context, *, can_wait: bool = True) -> None:
-        self.context = context
-        self.can_wait = can_wait
-        # x and xp go on in the format they were last told.
-        self.dump_kind = "x"
-        self.dump_size = 4
+        self.session = HmpSession(context, can_wait=can_wait)
 
     def execute(self, line: str, done: Callable[[str], None]) -> None:
         """Run a line.
@@ -87,21 +64,7 @@ class Interpreter:
         if command is None:
             raise ParseError(f"unknown command: '{full}'")
         try:
-            arguments = parse_arguments(full, command.arguments, rest, self.register)
+            arguments = parse_arguments(full, command.arguments, rest, self.session.register)
         except ParseError as error:
             raise ParseError(f'{error}\nTry "help {full}" for more information') from None
-        return command.run(self, reply, arguments) or ""
-
-    def register(self, name: str) -> int | None:
-        """The value of a register of the current CPU, by the names that ``$name`` takes."""
-        known = self.context.execute("x-query-registers", {"cpu-index": self.context.cpu_index})
-        name = _WIDE.get(name, name)
-        if name in _SEGMENT_REGISTERS:
-            return int(known[name]["selector"])
-        segment, _, field = name.partition(".")
-        if segment in _SEGMENT_REGISTERS and field in ("base", "limit"):
-            return int(known[segment][field])
-        if name[:1] == "e" and isinstance(known.get("r" + name[1:]), int) and name != "efer":
-            return int(known["r" + name[1:]]) & 0xFFFFFFFF
-        value = known.get(name)
-        return value if type(value) is int and name != "cpu-index" else None
+        return command.run(self.session, reply, arguments) or ""

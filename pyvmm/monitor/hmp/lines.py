@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.monitor.registry import Context
 
 PROMPT = "(pyvmm) "
+ERASE_LINE = "\r\x1b[J"
 BANNER = f"pyvmm {__version__} monitor - type 'help' for more information\n"
 
 
@@ -128,7 +129,7 @@ class LineMonitor(MonitorFrontend):
         self._open = True
         if self._focused:
             self.chardev.take_keys(self._echo)
-        if not self.chardev.resumed:
+        if not self.chardev.is_inherited:
             self._forget_client()
         self._outbox.flush()
         # Whoever was there before the live update was greeted and has his prompt, unless the

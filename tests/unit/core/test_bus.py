@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.core.bus import Bus, BusDevice
-from pyvmm.core.threads import Lock
+from pyvmm.core.threads import Lock, spawn
 from pyvmm.errors import InternalError
 
 
@@ -150,3 +150,79 @@ def test_any_access_to_any_map_is_what_its_bytes_say(layout, address, size, data
     expected[address : address + size] = data[:size]
     for region in bus.regions:
         assert region.device.bytes == expected[region.start : region.end]
+
+
+# ---- regions that go and move ----------------------------------------------------------------
+
+
+def test_region_that_was_removed_answers_no_more(bus):
+    low, high = Ram(4), Ram(4)
+    region = bus.add(0x10, 4, low, "low")
+    bus.add(0x14, 4, high, "high")
+    bus.remove(region)
+    assert bus.read(0x10, 1) == 0xFF
+    assert bus.read(0x14, 1) == 0
+    assert low.accesses == []
+    with pytest.raises(InternalError, match="low is not on the I/O bus"):
+        bus.remove(region)
+    assert bus.add(0x10, 4, low, "low").start == 0x10
+
+
+def test_region_moves_with_its_device_and_width(bus):
+    ram = Ram(8)
+    before = bus.add(0x10, 8, ram, "ram", width=4)
+    after = bus.move(before, 0x14)  # over a part of itself
+    assert (before.start, after.start, after.end) == (0x10, 0x14, 0x1C)
+    assert bus.read(0x14, 4) == 0x03020100
+    assert ram.accesses == [("read", 0, 4)]
+    assert bus.read(0x10, 4) == 0xFFFFFFFF
+    with pytest.raises(InternalError, match="is not on"):
+        bus.move(before, 0x20)
+
+
+@pytest.mark.parametrize(("start", "words"), [(0x1C, "overlaps"), (0xFFFC, "fit"), (-1, "fit")])
+def test_region_that_cannot_move_stays(bus, start, words):
+    ram = Ram(8)
+    region = bus.add(0x10, 8, ram, "ram")
+    bus.add(0x20, 8, Ram(8), "other")
+    with pytest.raises(InternalError, match=words):
+        bus.move(region, start)
+    assert bus.find(0x10) is region
+    assert len(bus.regions) == 2
+
+
+def test_device_moves_itself_from_within_an_access(bus):
+    """As a function does whose BAR is written."""
+
+    class Bar(Ram):
+        def on_write(self, offset, size, value):
+            self.region = bus.move(self.region, value)
+
+    device = Bar(4)
+    device.region = bus.add(0x10, 4, device, "bar")
+    bus.write(0x10, 1, 0x40)
+    assert bus.read(0x40, 1) == 0
+    assert bus.find(0x10) is None
+
+
+def test_access_sees_one_map_while_regions_move(bus):
+    """Two threads each move one of many regions, and a third looks: nothing that stays is ever
+    missing, and no device is entered at an offset that it does not have."""
+    staying = [bus.add(0x1000 + 16 * number, 8, Ram(8), "stays") for number in range(50)]
+    failures, ended = [], []
+
+    def move(region, places):
+        for turn in range(3000):
+            region = bus.move(region, places[turn % len(places)])
+        ended.append(region)
+
+    movers = [(bus.add(at, 8, Ram(8), "moves"), (0x2000 + at, at)) for at in (0x100, 0x200)]
+    for mover in movers:
+        spawn(lambda mover=mover: move(*mover), failures.append)
+    while len(ended) + len(failures) < len(movers):
+        for region in staying:
+            assert bus.find(region.start) is region
+        for at in (0x100, 0x2100, 0x200, 0x2200):
+            bus.read(at, 1)  # Ram asserts the offset
+    assert failures == []
+    assert len(bus.regions) == 52

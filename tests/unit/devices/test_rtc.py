@@ -342,7 +342,7 @@ def test_update_ended_interrupt(rtc, clock):
 
 
 def test_no_timer_without_interrupts(rtc, clock):
-    rtc.resume()
+    rtc.attach()
     clock.now += 10
     assert read(rtc, REG_C) == 0x50  # what could have come, had it been enabled
     assert read(rtc, REG_C) == 0
@@ -494,7 +494,7 @@ def test_alarm_during_an_update_comes_after_it(rtc, clock, carry):
     new = make(clock)
     carry(rtc, new)
     clock.now += 5
-    new.resume()
+    new.attach()
     assert new.irq.changes == [True]
 
 
@@ -514,7 +514,7 @@ def test_line_that_is_high_stays_so_over_an_update(rtc, clock, carry):
     rtc.loop.fire()
     new = make(clock)
     carry(rtc, new)
-    new.resume()
+    new.attach()
     assert (new.irq.level, new.irq.changes, new.loop.timers) == (True, [], [])
     read(new, REG_C)
     assert new.irq.changes == [False]
@@ -555,7 +555,7 @@ def test_any_time_in_a_state_is_taken_or_refused(cmos, index, offset, seen):
     except VmStateError:
         return
     new.load(record)
-    new.resume()
+    new.attach()
     new.loop.settle()
     for register in (*TIME.values(), REG_A, REG_B, REG_C):
         assert 0 <= read(new, register) < 256

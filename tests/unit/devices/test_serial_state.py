@@ -43,7 +43,7 @@ def test_state_goes_over_in_mid_activity(make_port, carry, fcr):
     assert new.irq.level
     assert new.irq.changes == []
     new.chardev.unread += old.chardev.unread
-    new.uart.resume()
+    new.uart.attach()
     new.chardev.loop.run_once(0)
     new.chardev.make_room(None)
     assert new.sent() == (b"out" if fcr else b"o")
@@ -77,7 +77,7 @@ def test_input_that_came_meanwhile_is_taken_on_resuming(make_port, carry):
     carry(old.uart, new.uart)
     new.chardev.loop.run_once(0)
     assert new.read(LSR) == IDLE
-    new.uart.resume()
+    new.uart.attach()
     new.chardev.loop.run_once(0)
     assert new.read(RBR) == ord("x")
 
@@ -89,7 +89,7 @@ def test_edge_while_resuming_is_delivered(make_port, carry):
     assert not old.irq.level
     carry(old.uart, new.uart)
     assert new.irq.changes == []
-    new.uart.resume()
+    new.uart.attach()
     assert new.irq.changes == [True]
     assert new.sent() == b"x"
 
@@ -119,7 +119,7 @@ def test_shift_register_of_another_writer_is_sent_first(make_port, encode):
     new = make_port()
     data = encode(busy(make_port, 1).uart)
     load(new, add_tsr(bytearray(data), b"?!"))
-    new.uart.resume()
+    new.uart.attach()
     assert new.sent() == b"!out"
 
 
@@ -242,8 +242,8 @@ def test_a_port_that_was_carried_over_goes_on_like_the_old_one(before, after):
         new.chardev.unread += old.chardev.unread
         new.chardev.room = old.chardev.room
         old.irq.changes.clear()
-        old.uart.resume()
-        new.uart.resume()
+        old.uart.attach()
+        new.uart.attach()
         invariants(new)
         for action in [("loop",), *after]:
             # Without data RBR shows what was read last, which no state carries in full.
@@ -260,7 +260,7 @@ def test_any_state_loads_or_is_refused(data):
             load(port, data)
         except VmStateError:
             return
-        port.uart.resume()
+        port.uart.attach()
         port.drain()
         assert len(port.uart.to_send) <= 17
 

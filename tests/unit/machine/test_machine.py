@@ -3,13 +3,12 @@
 import pytest
 
 from pyvmm.core import runstate
-from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.threads import Event
-from pyvmm.cpr.fdstore import FdStore
 from pyvmm.devices.base import Device
 from pyvmm.errors import ConfigError, HostError, StateError
 from pyvmm.machine.config import MachineConfig
 from pyvmm.machine.machine import Machine
+from pyvmm.testing.fake_parts import make_parts
 
 
 class Hanging(Device):
@@ -31,7 +30,9 @@ class Hanging(Device):
 
 @pytest.fixture
 def machine():
-    machine = Machine(MachineConfig(), EventLoop(), FdStore())
+    config = MachineConfig()
+    machine = Machine(make_parts(config), config)
+    machine.cpus = []
     machine.devices = [Hanging(), Hanging()]
     machine.runstate.set(runstate.RUNNING)
     yield machine
@@ -40,7 +41,7 @@ def machine():
 
 def test_disk_that_hangs_does_not_let_a_guest_go_on_that_has_ended(machine, capfd):
     """Emulation failed: entered once more, the vCPU would do who knows what."""
-    machine.on_thread_error("thread virtio-0 failed")
+    machine.end.on_thread_error("thread virtio-0 failed")
     machine.loop.run_once()
     assert machine.runstate.state == runstate.INTERNAL_ERROR
     assert all(device.resting for device in machine.devices)
@@ -73,7 +74,7 @@ def test_thread_that_dies_in_any_state(machine, state, after):
     machine.subscribe(lambda name, _data: events.append(name))
     machine.runstate.state = state
     machine.devices = []
-    machine.on_thread_error("thread virtio-0 failed")
+    machine.end.on_thread_error("thread virtio-0 failed")
     machine.loop.run_once()
     assert machine.runstate.state == after
     assert events == (["STOP"] if state == runstate.RUNNING else [])
@@ -98,16 +99,16 @@ def test_each_event_has_its_action(machine, state, event, action, after, exit_co
     machine.devices = []
     machine.config.actions[event] = action
     if event == "shutdown":
-        machine.request_power_off()
+        machine.end.request_power_off()
     elif event == "panic":
-        machine.report_panic(1)
+        machine.end.report_panic(1)
     else:
-        machine.on_cpu_error(0, "emulation failed")
+        machine.end.on_cpu_error(0, "emulation failed")
     machine.runstate.state = state
     machine.loop.run_once()
     assert machine.runstate.state == after or after is None
-    assert machine.loop.stopping == (exit_code is not None)
-    assert machine.exit_code == (exit_code or 0)
+    assert machine.ended == machine.loop.stopping == (exit_code is not None)
+    assert machine.end.exit_code == (exit_code or 0)
 
 
 @pytest.mark.parametrize("error", [ConfigError("-kernel x: gone"), OSError(5, "I/O"), ValueError()])
@@ -123,7 +124,7 @@ def test_reset_that_fails(machine, monkeypatch, capfd, error, state, action, by_
     machine.config.actions["internal-error"] = action
     monkeypatch.setattr(machine, "power_on", fail)
     if by_guest:
-        machine.request_reset()
+        machine.end.request_reset()
         machine.loop.run_once()
     else:
         with pytest.raises(type(error)):
@@ -131,10 +132,10 @@ def test_reset_that_fails(machine, monkeypatch, capfd, error, state, action, by_
     assert capfd.readouterr().err.count("pyvmm: reset: ") == 1
     if action == "pause":
         assert machine.runstate.state == runstate.INTERNAL_ERROR
-        assert not machine.loop.stopping
+        assert not machine.ended
     else:
-        assert machine.exit_code == 1
-        assert machine.loop.stopping
+        assert machine.end.exit_code == 1
+        assert machine.ended
 
 
 def test_stop_that_fails_by_a_bug_lets_the_guest_go_on(machine, monkeypatch):
@@ -193,6 +194,9 @@ class Cpu:
     def resume(self):
         self.runs = True
 
+    def wait_entered(self, timeout_s):
+        assert timeout_s <= 0.05
+
 
 @pytest.fixture
 def held(machine):
@@ -214,25 +218,25 @@ def test_guest_that_has_ended_does_not_go_on_for_a_disk_that_holds_a_vcpu(
     machine, held, monkeypatch, capfd
 ):
     monkeypatch.setattr("pyvmm.machine.machine.RESET_RETRY_S", 0)
-    machine.on_thread_error("thread virtio-0 failed")
+    machine.end.on_thread_error("thread virtio-0 failed")
     for _ in range(3):
         machine.loop.run_once(1)
     started = []
     held.start = lambda: started.append(1)
     machine.resume_cpus()  # an operator's stop that failed, say
     assert not started
-    assert machine.has_requests
+    assert machine.end.has_requests
     held.holds_cpu = False
     machine.loop.run_once(1)
     assert machine.runstate.state == runstate.INTERNAL_ERROR
-    assert not machine.has_requests
+    assert not machine.end.has_requests
     assert capfd.readouterr().err.count("disk a hangs") == 1
 
 
 def test_reset_of_a_guest_that_stands_waits_for_its_disk_too(machine, monkeypatch):
     """It stopped by itself, with requests under way."""
     monkeypatch.setattr("pyvmm.machine.machine.RESET_RETRY_S", 0)
-    machine.on_thread_error("thread virtio-0 failed")
+    machine.end.on_thread_error("thread virtio-0 failed")
     machine.loop.run_once()
     done = []
     monkeypatch.setattr(machine, "power_on", lambda: done.append(machine.runstate.state))
@@ -251,13 +255,13 @@ def test_reset_of_a_guest_that_stands_waits_for_its_disk_too(machine, monkeypatc
 
 def test_device_that_cannot_take_input_keeps_no_other_from_it(machine):
     class Broken(Device):
-        def resume(self):
+        def attach(self):
             raise OSError("no such terminal")
 
     class Works(Device):
         attached = False
 
-        def resume(self):
+        def attach(self):
             self.attached = True
 
     machine.devices = [Broken(), Works()]
@@ -280,11 +284,11 @@ def test_reset_waits_for_a_disk_that_hangs_and_nothing_else_does(machine, monkey
         assert machine.runstate.running
         assert machine.devices[0].resting
     assert (events, done) == ([], [])
-    assert machine.has_requests
+    assert machine.end.has_requests
     for device in machine.devices:
         device.hangs = False
     machine.loop.run_once(1)
     assert (events, done) == (["RESET"], ["power on"])
-    assert not machine.has_requests
+    assert not machine.end.has_requests
     assert not any(device.resting for device in machine.devices)
     assert capfd.readouterr().err.count("requests do not end") == 1

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine import options, virtio, virtio_console
+from pyvmm.machine import options, shape
+from pyvmm.machine.drivers import virtio_console
 
 SERIAL = ["-device", "virtio-serial-device"]
 
@@ -15,24 +16,26 @@ def parse(*words):
     return options.parse(["-serial", "none", *words]).devices
 
 
+def describe(*words):
+    return shape.describe(options.parse(["-serial", "none", *words]))
+
+
 def ports(*words):
     """Numbers and drivers of the ports of the first serial device, and how many there may be."""
-    devices = parse(*words)
-    serial = next(device for device in devices if device.driver == virtio_console.SERIAL)
-    found, count = virtio_console.ports(devices, serial)
-    return {number: port.properties.get("id") for number, port in found.items()}, count
+    serial = next(one for one in parse(*words) if one.driver is virtio_console.SERIAL)
+    found = {number: port.values["id"] for number, port in serial.values["ports"].items()}
+    return found, serial.values["max_ports"]
 
 
-def test_slots_are_in_the_order_of_the_options():
-    devices = parse(
-        *("-device", "virtio-rng-device,id=a", "-device", "pvpanic"),
-        *("-device", "virtio-serial-device,id=b", "-device", "virtconsole"),
-        *("-device", "virtio-rng-device,id=c"),
+def test_sections_are_in_the_order_of_the_options():
+    config = options.parse(
+        [
+            *("-device", "virtio-rng-device,id=a", "-device", "pvpanic"),
+            *("-device", "virtio-serial-device,id=b", "-device", "virtconsole"),
+            *("-device", "virtio-rng-device,id=c"),
+        ]
     )
-    assert [
-        (config.properties["id"], base, gsi) for config, base, gsi in virtio.slots(devices)
-    ] == [("a", 0xFEB00000, 16), ("b", 0xFEB00200, 17), ("c", 0xFEB00400, 18)]
-    assert list(virtio.descriptions(devices)) == [
+    assert [key for key in shape.descriptions(config) if key[0].startswith("virt")] == [
         ("virtio-rng-device", 0),
         ("virtio-serial-device", 0),
         ("virtio-rng-device", 1),
@@ -42,23 +45,22 @@ def test_slots_are_in_the_order_of_the_options():
 def test_shape_has_the_virtio_devices_in_order():
     first = ["-device", "virtio-rng-device", "-device", "pvpanic", "-device", "isa-debug-exit"]
     second = [*SERIAL, "-device", "virtconsole"]
-    shape = options.parse(["-serial", "none", *first, *second]).shape()
-    assert shape["-device"] == (
+    whole = describe(*first, *second)
+    assert whole["-device"] == (
         "isa-debug-exit,pvpanic,virtio-rng-device,virtio-serial-device,virtconsole"
     )
-    other = options.parse(["-serial", "none", *second, *first]).shape()
-    assert other["-device"] != shape["-device"]
+    assert describe(*second, *first)["-device"] != whole["-device"]
 
 
 def test_shape_has_which_network_is_which():
-    def shape(*netdevs):
+    def networks(*netdevs):
         words = [
             *("-netdev", "stream,id=a,addr.path=x", "-netdev", "stream,id=b,addr.path=y"),
             *(word for id in netdevs for word in ("-device", f"virtio-net-device,netdev={id}")),
         ]
-        return options.parse(["-serial", "none", *words]).shape()["-device"]
+        return describe(*words)["-device"]
 
-    assert shape("a", "b") != shape("b", "a")
+    assert networks("a", "b") != networks("b", "a")
 
 
 @pytest.mark.parametrize(
@@ -71,18 +73,18 @@ def test_shape_has_which_network_is_which():
     ],
 )
 def test_shape_has_what_the_guest_was_told(one, other, same):
-    def shape(properties):
+    def disk(properties):
         words = ("-drive", "file=a,format=raw,if=none,id=d")
         words += ("-device", f"virtio-blk-device,drive=d{properties}")
-        return options.parse(["-serial", "none", *words]).shape()
+        return describe(*words)
 
-    assert (shape(one) == shape(other)) == same
+    assert (disk(one) == disk(other)) == same
 
 
 def test_kinds_of_chardevs():
     words = ["-chardev", "socket,id=a,path=x,server=on", "-chardev", "pty,id=b,mux=on"]
     words += ["-serial", "chardev:b", "-monitor", "tcp:localhost:1,server=on", "-serial", "none"]
-    assert options.parse(words).chardev_kinds() == {
+    assert shape.chardev_kinds(options.parse(words)) == {
         "a": "unix socket",
         "b": "pty,mux=on",
         "compat_monitor0": "tcp socket",
@@ -90,18 +92,16 @@ def test_kinds_of_chardevs():
 
 
 def test_shape_has_the_ports():
-    def shape(*words):
-        return (
-            options.parse(["-serial", "none", *words]).shape().get("-device virtio-serial-device")
-        )
+    def ports(*words):
+        return describe(*words).get("-device virtio-serial-device")
 
-    assert shape("-device", "virtio-rng-device") is None
+    assert ports("-device", "virtio-rng-device") is None
     port = ["-device", "virtserialport,name=a"]
-    assert shape(*SERIAL, "-device", "virtconsole", *port) == (
+    assert ports(*SERIAL, "-device", "virtconsole", *port) == (
         "2 ports: 0 virtconsole, 1 virtserialport a"
     )
-    assert shape(*SERIAL) == "1 ports:"
-    assert shape("-device", "virtio-serial-device,max_ports=4", *port) == (
+    assert ports(*SERIAL) == "1 ports:"
+    assert ports("-device", "virtio-serial-device,max_ports=4", *port) == (
         "4 ports: 1 virtserialport a"
     )
 
@@ -125,10 +125,9 @@ def test_ports_sit_on_the_bus_that_they_name():
         *("-device", "virtio-serial-device,id=one", "-device", "virtio-serial-device,id=two"),
         *("-device", "virtconsole,id=x,bus=one.0", "-device", "virtconsole,id=y"),
     ]
-    devices = parse(*words)
-    one, two = (device for device in devices if device.driver == virtio_console.SERIAL)
-    assert virtio_console.ports(devices, one)[0][0].properties["id"] == "x"
-    assert virtio_console.ports(devices, two)[0][0].properties["id"] == "y"
+    one, two = (one for one in parse(*words) if one.driver is virtio_console.SERIAL)
+    assert one.values["ports"][0].values["id"] == "x"
+    assert two.values["ports"][0].values["id"] == "y"
 
 
 @pytest.mark.parametrize(
@@ -176,8 +175,8 @@ def test_chardev_is_not_given_to_two():
 def test_machine_without_virtio_imports_none_of_it():
     code = """
 import sys
-from pyvmm.machine import builder, options
-builder.descriptions(options.parse(["-device", "pvpanic"]))
+from pyvmm.machine import builder, options, shape
+shape.descriptions(options.parse(["-device", "pvpanic"]))
 sys.exit(", ".join(name for name in sys.modules if "virtio" in name) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm._native import ffi
 from pyvmm.errors import VmStateError
 from pyvmm.migration import savevm
 from pyvmm.testing import streams
@@ -35,16 +36,18 @@ def plain(value):
         return value.machine, value.blocks, {k: plain(v) for k, v in value.records.items()}
     if isinstance(value, Record):
         return {name: plain(part) for name, part in value.__dict__.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, ffi.CData):
+        return bytes(ffi.buffer(value))
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def within(loaded, made):
     """Whether all that was loaded is as it was made."""
     if isinstance(loaded, Record):
         return all(within(value, getattr(made, name)) for name, value in loaded.__dict__.items())
-    if isinstance(loaded, list):
+    if isinstance(loaded, (list, tuple)):
         return len(loaded) == len(made) and all(map(within, loaded, made))
-    return loaded == made
+    return plain(loaded) == plain(made)
 
 
 def section(name, instance, description, values=None):
@@ -296,7 +299,7 @@ def fake_machine():
     machine = type("Machine", (), {})()
     sections = [section(*key, found) for key, found in OWN.items() if key[0] != "globalstate"]
     machine.sections_to_load = machine.sections_to_save = lambda: sections
-    machine.backends = [
+    machine.ram_blocks = [
         type("Backend", (), {"name": name, "size": size})() for name, size in read(DATA).blocks
     ]
     return machine
@@ -315,10 +318,10 @@ def test_machine_saves_and_describes_itself():
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda machine: machine.backends.pop(), "2 blocks, the machine has 1"),
-        (lambda machine: machine.backends.append(machine.backends[0]), "the machine has 3"),
-        (lambda machine: machine.backends.reverse(), "Unknown ramblock 'pc.ram'"),
-        (lambda machine: setattr(machine.backends[1], "size", 1 << 20), "mismatch: pc.bios"),
+        (lambda machine: machine.ram_blocks.pop(), "2 blocks, the machine has 1"),
+        (lambda machine: machine.ram_blocks.append(machine.ram_blocks[0]), "the machine has 3"),
+        (lambda machine: machine.ram_blocks.reverse(), "Unknown ramblock 'pc.ram'"),
+        (lambda machine: setattr(machine.ram_blocks[1], "size", 1 << 20), "mismatch: pc.bios"),
     ],
 )
 def test_other_ram_is_refused(change, problem):

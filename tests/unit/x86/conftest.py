@@ -1,7 +1,7 @@
 import pytest
 
 from pyvmm.testing.images import guest_memory
-from pyvmm.x86 import tables
+from pyvmm.x86.hardware import Hardware
 
 
 @pytest.fixture
@@ -13,10 +13,10 @@ def memory():
 
 @pytest.fixture
 def hardware():
-    """Makes a :class:`tables.Hardware` with a bit of everything."""
+    """Makes a :class:`Hardware` with a bit of everything."""
 
     def make(cpus=2, virtio=3):
-        return tables.Hardware(
+        return Hardware(
             cpus,
             pm1_base=0x600,
             sci=9,

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from pyvmm._native import ffi
 from pyvmm.errors import ConfigError
-from pyvmm.machine import options
+from pyvmm.machine import options, shape
 from pyvmm.x86 import cpu_features, cpuid
 from pyvmm.x86.cpuid import Topology
 
@@ -68,7 +68,7 @@ def shown(host, topology=None, index=0, changes=(), tsc_khz=0):
     """What vCPU ``index`` is shown: (leaf, subleaf) -> registers."""
     topology = topology or Topology(1, 1, 1)
     found = cpuid.host_cpuid(host, topology, dict(changes), tsc_khz)
-    cpuid.set_identity(found, index, topology)
+    cpuid.identity(found, topology)(index)
     entries = [found.entries[i] for i in range(found.nent)]
     leaves = {
         (each.function, each.index): (each.eax, each.ebx, each.ecx, each.edx) for each in entries
@@ -131,7 +131,7 @@ def test_one_socket_of_cores_gives_every_cpu_its_place(count):
     topology = Topology(1, count, 1)
     found = cpuid.host_cpuid(Host(AMD), topology, {})
     for index in {0, count // 2, count - 1}:
-        cpuid.set_identity(found, index, topology)
+        cpuid.identity(found, topology)(index)
         entry = next(each for each in (found.entries[i] for i in range(found.nent))
                      if each.function == 0x8000001E)  # fmt: skip
         assert (entry.eax, entry.ebx & 0xFF, entry.ecx) == (index, index, 0)
@@ -214,7 +214,7 @@ def test_option(text, changes):
     config = options.parse(["-cpu", text])
     assert config.cpu_changes == changes
     words = [("+" if on else "-") + name for name, on in sorted(changes.items())]
-    assert config.shape()["-cpu"] == ",".join(["host", *words])
+    assert shape.describe(config)["-cpu"] == ",".join(["host", *words])
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_any_text_is_features_or_an_error(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "topology", "shape"),
+    ("text", "topology", "shown"),
     [
         ("4", (1, 4, 1), "4"),
         ("cpus=3", (1, 3, 1), "3"),
@@ -258,12 +258,12 @@ def test_any_text_is_features_or_an_error(text):
         ("cores=6,maxcpus=6", (1, 6, 1), "6"),
     ],
 )
-def test_smp(text, topology, shape):
+def test_smp(text, topology, shown):
     config = options.parse(["-smp", text])
     found = config.topology
     assert (found.sockets, found.cores, found.threads) == topology
     assert config.smp == found.count
-    assert config.shape()["-smp"] == shape
+    assert shape.describe(config)["-smp"] == shown
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from harness.virtio_disk import SIZE, Disk
 from harness.virtio_network import Network
 
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.devices.virtio.queue import Queue
+from pyvmm.devices.virtio import fastpath
 from pyvmm.testing.virtio_driver import VirtioDriver
 
 
@@ -62,7 +62,7 @@ def disk(tmp_path, request):
 @pytest.fixture
 def python_only(monkeypatch):
     """No disk request is served natively: what a test puts in the place of Python's is called."""
-    monkeypatch.setattr(Queue, "serve", lambda *_, **__: 0)
+    monkeypatch.setattr(fastpath, "serve", lambda *_, **__: 0)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import struct
 import pytest
 from harness import needs
 
-from pyvmm.devices.virtio import blk, mmio
+from pyvmm.devices.virtio import blk, transport
 from pyvmm.errors import VmStateError
 
 SECTOR = 512
@@ -152,7 +152,7 @@ def test_chain_that_the_guest_broke_meanwhile(disk, monkeypatch):
     one.driver.memory.write(queue.desc, b"\xff" * 16 * queue.size)
     one.driver.transport.start()
     one.driver.run(0.1)
-    assert one.driver.status & mmio.S_NEEDS_RESET
+    assert one.driver.status & transport.S_NEEDS_RESET
 
 
 def test_flush_that_failed_for_good_does_not_stop_the_guest_for_ever(disk, monkeypatch, tmp_path):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pyvmm.backends.block import BlockFile
 from pyvmm.core.threads import Event, spawn
 from pyvmm.core.workers import Workers
-from pyvmm.cpr.fdstore import FdStore
-from pyvmm.devices.virtio import blk, mmio
+from pyvmm.cpr.handover import Handover
+from pyvmm.devices.virtio import blk, mmio, transport
 from pyvmm.errors import HostError, VmStateError
 
 # ---- what the host cannot do ----------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_no_header_or_no_status(disk, readable, writable):
     one.driver.queues[0].add(readable, writable)
     one.driver.queues[0].kick()
     one.driver.run()
-    assert one.driver.status & mmio.S_NEEDS_RESET
+    assert one.driver.status & transport.S_NEEDS_RESET
     assert one.driver.queues[0].reap() == []
     one.driver.start()
     assert one.ask(blk.T_IN, 0, room=512)[0] == blk.S_OK
@@ -185,7 +185,7 @@ def test_drain_does_not_wait_for_a_write_that_hangs_on_the_loop(disk, monkeypatc
         assert go.wait(DEADLINE_S)
 
     monkeypatch.setattr(BlockFile, "write", write)
-    monkeypatch.setattr(mmio, "DRAIN_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(transport, "DRAIN_TIMEOUT_S", 0.01)
     queue = one.driver.queues[0]
     queue.add([struct.pack("<IIQ", blk.T_OUT, 0, 0), bytes(512)], [1])
     queue.kick()
@@ -281,7 +281,7 @@ def test_states_that_cannot_be(disk, field, value, problem):
 def test_a_larger_image_is_no_larger_disk_before_the_next_start(disk):
     one = disk()
     os.truncate(one.config.filename, 2 * SIZE)
-    file, one.file = one.file, BlockFile(one.config, FdStore(one.file._fds.kept()))
+    file, one.file = one.file, BlockFile(one.config, Handover({("block/disk", 0): one.file.fd}))
     assert one.file.size == 2 * SIZE
     one.driver.update(one.device())
     assert one.driver.config(0, 8) == struct.pack("<Q", SECTORS)

@@ -11,10 +11,10 @@ from harness.virtio_ring import BUFFER, RAM, ROM, Ring
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.devices.virtio import blk, mmio
+from pyvmm.devices.virtio import blk, fastpath, mmio
 from pyvmm.devices.virtio.blk import VirtioBlk
 from pyvmm.devices.virtio.device import F_INDIRECT_DESC
-from pyvmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Queue
+from pyvmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import MemoryRegion
@@ -32,14 +32,14 @@ def header(kind, sector=0):
 def served(monkeypatch):
     """How many requests each native call has done, but for those without."""
     counts = []
-    real = Queue.serve
+    real = fastpath.serve
 
     def serve(*arguments, **options):
         count = real(*arguments, **options)
         counts.extend([count] if count else [])
         return count
 
-    monkeypatch.setattr(Queue, "serve", serve)
+    monkeypatch.setattr(fastpath, "serve", serve)
     return counts
 
 
@@ -278,8 +278,8 @@ def image():
 
 
 def serve(it, fd, most=8, read_flags=0):
-    return it.queue.serve(
-        fd, read_flags, writable=True, block=512, longest=4096, capacity=4096, most=most
+    return fastpath.serve(
+        it.queue, fd, read_flags, writable=True, block=512, longest=4096, capacity=4096, most=most
     )
 
 

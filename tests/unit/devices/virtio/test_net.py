@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pyvmm.backends.net.base import HEADER, MAX_FRAME
 from pyvmm.backends.net.stream import StreamBackend
-from pyvmm.devices.virtio import mmio, net
+from pyvmm.devices.virtio import mmio, net, transport
 from pyvmm.devices.virtio.device import F_EVENT_IDX
 from pyvmm.devices.virtio.net import RX, TX
 
@@ -47,7 +47,7 @@ def test_configuration(network):
 )
 def test_no_feature_is_offered_without_what_it_needs(network, monkeypatch, left_out, gone):
     monkeypatch.setattr(StreamBackend, "has_offloads", True)
-    everything = sum(net.FLAGS.values())
+    everything = net.FEATURES
     offered = network(features=everything & ~left_out).driver.offered()
     assert offered & everything == everything & ~left_out & ~gone
 
@@ -125,7 +125,7 @@ def test_frame_without_a_header_is_a_broken_driver(network):
     n.tx.add([b"too short"])
     n.tx.kick()
     n.run()
-    assert n.driver.status & mmio.S_NEEDS_RESET
+    assert n.driver.status & transport.S_NEEDS_RESET
     n.start()
     n.send(frame(b"after the reset"))
     assert n.from_guest(1) == [frame(b"after the reset")]
@@ -379,7 +379,7 @@ def test_buffer_for_reading_is_a_broken_driver(network, monkeypatch):
     n.rx.kick()
     n.peer.sendall(framed(frame(b"frame")))
     n.run(1)
-    assert n.driver.status & mmio.S_NEEDS_RESET
+    assert n.driver.status & transport.S_NEEDS_RESET
     n.peer.sendall(framed(frame(b"another")))
     n.run()
     assert quiet(n, monkeypatch)  # the frame that waits does not keep the loop busy

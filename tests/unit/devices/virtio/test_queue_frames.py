@@ -8,7 +8,11 @@ from harness.virtio_ring import BUFFER, DESC, RAM, ROM, SIZE, USED, Ring
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm.devices.virtio import fastpath
 from pyvmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, QueueError
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
+from pyvmm.memory.guest import MemoryRegion
 
 HEADER = 12
 TABLE = 0x8000  # an indirect one
@@ -36,7 +40,7 @@ def frame(size):
 
 
 def spread(it, data, mergeable=True):
-    return it.queue.spread(memoryview(bytearray(data)), mergeable=mergeable)
+    return fastpath.spread(it.queue, memoryview(bytearray(data)), mergeable=mergeable)
 
 
 def test_frame_lies_in_the_next_chains(it):
@@ -52,6 +56,26 @@ def test_frame_lies_in_the_next_chains(it):
     assert it.memory.read(BUFFER + 0x1000 + 60, 4) == bytes(4)
     assert it.used() == (3, 1, 60)
     assert (it.queue.last_avail_idx, it.queue.in_flight) == (3, 0)
+
+
+def test_memory_that_comes_and_goes_under_an_enabled_queue(it):
+    more = RamBackend(RamConfig("memory-backend-memfd", "more", 0x1000))
+    region = MemoryRegion("more", ROM * 2, 0x1000, more)
+    for slot in range(3):
+        it.desc(slot, BUFFER if slot == 0 else region.gpa, 100, DESC_F_WRITE)
+    it.offer(0, 1, 2)
+    data = frame(50)
+    assert spread(it, data) == 1
+    it.memory.add(region)
+    assert spread(it, data) == 1
+    assert it.memory.read(region.gpa, 10) == data[:10]
+    more.write(0, bytes(100))
+    it.memory.remove(region)
+    assert spread(it, data) == 0  # for pop, which says why
+    with pytest.raises(QueueError, match="no memory"):
+        it.queue.pop()
+    assert bytes(more.view[:100]) == bytes(100)
+    more.close()
 
 
 def test_too_few_chains_are_left_where_they_are(it):
@@ -225,7 +249,7 @@ def test_any_ring_is_survived(descriptors, available, size):
         it.memory.write(it.queue.avail, available)
         for mergeable in (True, False):
             assert ~SIZE <= spread(it, frame(size), mergeable) <= SIZE
-        assert 0 <= it.queue.send(null, 1, 1 << 31, 2 * SIZE) <= 2 * SIZE
+        assert 0 <= fastpath.send(it.queue, null, 1, 1 << 31, 2 * SIZE) <= 2 * SIZE
         assert it.memory.read(ROM, 0x1000) == bytes(0x1000)
     finally:
         os.close(null)
@@ -234,8 +258,8 @@ def test_any_ring_is_survived(descriptors, available, size):
 
 def receive(it, fd, budget=1 << 20, mergeable=True):
     buffer = memoryview(bytearray(4096))
-    spent, held = it.queue.receive(
-        fd.fileno(), buffer, 20, mergeable=mergeable, budget=budget, least=100
+    spent, held = fastpath.receive(
+        it.queue, fd.fileno(), buffer, 20, mergeable=mergeable, budget=budget, least=100
     )
     return spent, bytes(buffer[:held])
 
@@ -314,7 +338,7 @@ def test_chains_are_written_in_one_call_each(it, packets):
     it.desc(0, BUFFER + 1, 20, DESC_F_NEXT, 1, table=TABLE)
     it.desc(1, BUFFER + 7, 5, table=TABLE)
     it.offer(4, 0, 1)
-    assert it.queue.send(ours.fileno(), 12, 1000, 10) == 3
+    assert fastpath.send(it.queue, ours.fileno(), 12, 1000, 10) == 3
     data = bytes(range(256))
     assert arrived(theirs) == [
         data[:10] + data[20:50] + data[100:101],
@@ -330,7 +354,7 @@ def test_no_more_than_that_at_once(it, packets):
     ours, theirs = packets
     it.desc(0, BUFFER, 20)
     it.offer(*[0] * 5)
-    assert it.queue.send(ours.fileno(), 12, 1000, 3) == 3
+    assert fastpath.send(it.queue, ours.fileno(), 12, 1000, 3) == 3
     assert len(arrived(theirs)) == 3
     assert it.queue.waiting == 2
 
@@ -340,17 +364,17 @@ def test_what_is_not_taken_yet_stays(it, packets):
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
     it.desc(0, BUFFER, 1000)
     it.offer(*[0] * SIZE)
-    sent = it.queue.send(ours.fileno(), 12, 1000, SIZE)
+    sent = fastpath.send(it.queue, ours.fileno(), 12, 1000, SIZE)
     assert 0 < sent < SIZE
     assert it.used()[0] == it.queue.last_avail_idx == sent
     assert len(arrived(theirs)) == sent
-    assert it.queue.send(ours.fileno(), 12, 1000, SIZE) > 0
+    assert fastpath.send(it.queue, ours.fileno(), 12, 1000, SIZE) > 0
 
 
 def test_what_is_refused_is_dropped(it):
     it.desc(0, BUFFER, 100)
     it.offer(0, 0)
-    assert it.queue.send(-1, 12, 1000, 10) == 2
+    assert fastpath.send(it.queue, -1, 12, 1000, 10) == 2
     assert it.used()[0] == 2
 
 
@@ -359,7 +383,7 @@ def test_frames_of_other_lengths_are_left(it, packets, length):
     it.desc(0, BUFFER, 50)
     it.desc(1, BUFFER, length)
     it.offer(0, 1, 0)
-    assert it.queue.send(packets[0].fileno(), 12, 100, 10) == 1
+    assert fastpath.send(it.queue, packets[0].fileno(), 12, 100, 10) == 1
     assert len(arrived(packets[1])) == 1
 
 
@@ -388,7 +412,7 @@ def test_chains_of_other_kinds_are_left(it, packets, values):
     it.desc(0, BUFFER, 20, table=TABLE)
     it.desc(2, TABLE, 16, DESC_F_INDIRECT, table=TABLE)
     it.offer(1, 0)
-    assert it.queue.send(packets[0].fileno(), 12, 1000, 10) == 1
+    assert fastpath.send(it.queue, packets[0].fileno(), 12, 1000, 10) == 1
     assert len(arrived(packets[1])) == 1
 
 
@@ -396,7 +420,7 @@ def test_frame_with_a_buffer_to_be_written_is_left(it, packets):
     it.desc(0, BUFFER, 20, DESC_F_NEXT, 1)
     it.desc(1, BUFFER + 0x1000, 20, DESC_F_WRITE)
     it.offer(0)
-    assert it.queue.send(packets[0].fileno(), 12, 1000, 10) == 0
+    assert fastpath.send(it.queue, packets[0].fileno(), 12, 1000, 10) == 0
     assert arrived(packets[1]) == []
 
 
@@ -406,7 +430,7 @@ def test_indirect_table_needs_negotiation(packets):
         it.desc(0, TABLE, 16, DESC_F_INDIRECT)
         it.desc(0, BUFFER, 20, table=TABLE)
         it.offer(0)
-        assert it.queue.send(packets[0].fileno(), 12, 1000, 10) == 0
+        assert fastpath.send(it.queue, packets[0].fileno(), 12, 1000, 10) == 0
     finally:
         it.close()
 
@@ -440,7 +464,7 @@ def test_same_frames_as_by_hand(direct, indirect, heads):
                 it.desc(slot, *values, table=table)
         it.offer(*heads)
         theirs.setblocking(False)
-        count = it.queue.send(ours.fileno(), 12, 1000, 2 * SIZE)
+        count = fastpath.send(it.queue, ours.fileno(), 12, 1000, 2 * SIZE)
         found = arrived(theirs)
         assert len(found) == count == it.used()[0]
         it.queue.last_avail_idx = it.queue.used_idx = 0

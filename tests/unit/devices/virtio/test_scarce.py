@@ -8,7 +8,7 @@ from harness.scarce import Scarce
 from harness.virtio_disk import pattern
 from harness.virtio_network import frame, framed
 
-from pyvmm.devices.virtio import blk, mmio
+from pyvmm.devices.virtio import blk, mmio, transport
 from pyvmm.devices.virtio.console import Port, VirtioConsole
 from pyvmm.devices.virtio.rng import VirtioRng
 from pyvmm.errors import RamError
@@ -17,7 +17,7 @@ from pyvmm.testing.memory_chardev import MemoryChardev
 
 SECTOR = 512
 CONTENT = pattern(1 << 20)
-OK = mmio.S_ACKNOWLEDGE | mmio.S_DRIVER | mmio.S_DRIVER_OK | mmio.S_FEATURES_OK
+OK = transport.S_ACKNOWLEDGE | transport.S_DRIVER | transport.S_DRIVER_OK | transport.S_FEATURES_OK
 
 
 def starve(scarce, run, done):
@@ -300,4 +300,4 @@ def test_a_broken_ring_is_still_the_drivers_fault(loop, plug):
     driver.queues[0].kick()
     driver.run()
     assert scarce.errors == []
-    assert driver.status & mmio.S_NEEDS_RESET
+    assert driver.status & transport.S_NEEDS_RESET

@@ -1,0 +1,107 @@
+"""The one owner of what carries events between a VM's guest and its devices past Python: which
+device has which GSI, and which descriptors KVM holds (KVM API, sections 4.25, 4.52, 4.59, 4.75).
+
+===========================  ==================================  ===============================
+what                         today                               what comes
+===========================  ==================================  ===============================
+device to guest              lines, pulses: KVM_IRQ_LINE on a    ``irqfd(gsi, fd)``: KVM_IRQFD,
+                             GSI that is an input of PIC and     and ``msi(address, data)``: a
+                             IOAPIC, as the irqchip's default    GSI from 24 on, with a route of
+                             routes have it                      KVM_SET_GSI_ROUTING
+guest to device              kicks: KVM_IOEVENTFD                the same, at a BAR that moves
+===========================  ==================================  ===============================
+
+A GSI has one user. The routing table is one table for the VM, set as a whole, which is why MSI
+routes have no other place than this either.
+
+Before an exec: KVM drops all of it with the VM, whose address space ends. It has to be taken from
+KVM by hand (:meth:`IrqRouting.deassign`) only where the old VM outlives the exec, since KVM
+refuses an eventfd as irqfd of a second VM (EBUSY).
+"""
+
+from __future__ import annotations
+
+from pyvmm._native import ffi, ioctl
+from pyvmm.core.irq import IrqLine
+from pyvmm.errors import InternalError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm.kvm.vm import Vm
+
+
+class IrqRouting:
+    """The owner, of one VM. Main loop thread, but for what it gives out.
+
+    :param vm: with its irqchip, by the time that anything is delivered
+    """
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._users: dict[int, str] = {}
+        # (gpa, value) -> eventfd and whose it is.
+        self._kicks: dict[tuple[int, int], tuple[int, str]] = {}
+
+    def claim(self, gsi: int, user: str) -> None:
+        """Give a GSI to one user for good.
+
+        :raises InternalError: another has it
+        """
+        if gsi in self._users:
+            raise InternalError(f"GSI {gsi} of {user} is that of {self._users[gsi]}")
+        self._users[gsi] = user
+
+    def line(self, gsi: int, user: str) -> IrqLine:
+        """Return a line whose level the device sets; any thread.
+
+        :raises InternalError: another has the GSI
+        """
+        self.claim(gsi, user)
+        return IrqLine(gsi, self._vm.irq_line)
+
+    def pulse(self, gsi: int, user: str) -> Callable[[], None]:
+        """Return what pulses an input of the IOAPIC, which the guest must have set to edge: any
+        thread, one call at a time. The interrupt is delivered when it returns; that of an irqfd
+        would be by a kernel thread, which on a busy host comes late.
+
+        :raises InternalError: another has the GSI
+        """
+        self.claim(gsi, user)
+        vm = self._vm
+        ends = ffi.new("struct kvm_irq_level[2]")
+        ends[0].irq = ends[1].irq = gsi
+        ends[0].level = True
+
+        def pulse() -> None:
+            ioctl(vm.fd, "KVM_IRQ_LINE", ends)
+            ioctl(vm.fd, "KVM_IRQ_LINE", ends + 1)
+
+        return pulse
+
+    def kick(self, gpa: int, value: int, fd: int, user: str) -> None:
+        """Have the guest's 32-bit writes of ``value`` to ``gpa`` signal an eventfd.
+
+        :raises KvmError: another's are the same, or KVM has no room
+        """
+        self._vm.ioeventfd(gpa, fd, value)
+        self._kicks[gpa, value] = fd, user
+
+    @property
+    def assigned(self) -> list[str]:
+        """What KVM holds a descriptor for, one line each."""
+        return [
+            f"ioeventfd {fd} of {user}: {value} at {gpa:#x}"
+            for (gpa, value), (fd, user) in self._kicks.items()
+        ]
+
+    def deassign(self) -> None:
+        """Take all of :attr:`assigned` from KVM: the guest's kicks are MMIO exits again, which the
+        bus leads to the same device.
+
+        :raises KvmError: what is left is still assigned
+        """
+        for (gpa, value), (fd, _) in list(self._kicks.items()):
+            self._vm.ioeventfd(gpa, fd, value, assign=False)
+            del self._kicks[gpa, value]

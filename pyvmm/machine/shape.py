@@ -1,0 +1,80 @@
+"""What the next image of a live update must have too: the machine as the guest knows it.
+
+Nothing is opened or made, so a command line can be judged before the update. Off the way of a
+new image to its guest.
+"""
+
+from __future__ import annotations
+
+from pyvmm.devices import acpi_pm, i8042
+from pyvmm.devices.rtc import Rtc
+from pyvmm.devices.serial import Serial
+from pyvmm.x86 import irqchip, vcpu_state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.drivers import DeviceConfig
+    from pyvmm.vmstate.fields import Description
+
+
+def describe(config: MachineConfig) -> dict[str, str]:
+    """Return what must be equal, by the option that says it."""
+    ordered = [device for device in config.devices if device.driver.is_ordered]
+    unordered = [device for device in config.devices if not device.driver.is_ordered]
+    return {
+        "-m": str(config.memory_size),
+        "-smp": str(config.topology),
+        "-cpu": ",".join(["host", *("-+"[on] + name for name, on in config.cpu_changes.items())]),
+        "-object": ", ".join(f"{block.id} ({block.size} bytes)" for block in config.objects),
+        "-serial": str(len(config.serials)),
+        "-drive": " ".join(sorted(drive.shape() for drive in config.drives)),
+        # What a back end can do is part of what the guest was told.
+        "-netdev": ", ".join(netdev.shape() for netdev in config.netdevs),
+        "-device": ",".join(
+            [*sorted(_told(device) for device in unordered), *(_told(device) for device in ordered)]
+        ),
+        **_extents(config.devices),
+    }
+
+
+def chardev_kinds(config: MachineConfig) -> dict[str, str]:
+    """Return of what kind each chardev is: one that an update keeps goes on with the descriptors
+    and the state that it has."""
+    places = [*config.chardevs, *config.serials, *(monitor.chardev for monitor in config.monitors)]
+    return {one.id: one.shape() for one in places if one is not None and one.kind != "chardev"}
+
+
+def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
+    """Return what a machine of this configuration writes into a state, by section and instance."""
+    found = {(Serial.name, number): Serial.vmstate for number in range(len(config.serials))}
+    for model in (Rtc, i8042.I8042, i8042.Port92, acpi_pm.AcpiPm):
+        found[(model.name, 0)] = model.vmstate
+    for index in range(config.smp):
+        found[(vcpu_state.VCPU.name, index)] = vcpu_state.VCPU
+    for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
+        found[(chip.name, 0)] = chip
+    found[(irqchip.I8259.name, 1)] = irqchip.I8259
+    for device in config.devices:
+        description = device.driver.description()
+        if description is not None:
+            instance = sum(name == description.name for name, _ in found)
+            found[(description.name, instance)] = description
+    return found
+
+
+def _told(device: DeviceConfig) -> str:
+    """Which disk or network is which, and all that the guest was told."""
+    behind = [*device.refers("drive"), *device.refers("netdev")]
+    told = {one.name for one in device.driver.properties if not one.host}
+    words = [f"{key}={text}" for key, text in sorted(device.given.items()) if key in told]
+    return " ".join([device.driver.name, *(f"({id})" for id in behind), *words])
+
+
+def _extents(devices: list[DeviceConfig]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for device in devices:
+        option, extent = f"-device {device.driver.name}", device.driver.extent(device)
+        if extent:
+            found[option] = f"{found[option]}; {extent}" if option in found else extent
+    return found

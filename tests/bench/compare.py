@@ -1,0 +1,43 @@
+"""Two versions of pyvmm in one run: what else the host does meets both.
+
+They are measured in turns of a few samples, and which of them begins changes from turn to turn.
+"""
+
+from bench.report import Result
+
+
+def bench(benchmark, plan, other, turn):
+    """Three rows for each of the benchmark's: this version, the other one, and the ratio of the
+    medians; one row for what only one of them has, or what was left out.
+
+    :param plan: of this version
+    :param other: the version to compare with
+    :param turn: samples of one version before it is the other's turn
+    """
+    found = {}
+    pair = [plan.version, other]
+    for start in range(0, plan.runs, turn):
+        runs = min(turn, plan.runs - start)
+        for version in pair:
+            for result in benchmark(plan.but(version=version, runs=runs)):
+                own = found.setdefault(result.name, {})
+                if version in own:
+                    own[version].samples += result.samples
+                else:
+                    own[version] = result
+        pair.reverse()
+    for results in found.values():
+        yield from _rows(results, plan.version, other)
+
+
+def _rows(results, this, other):
+    own, theirs = results.get(this), results.get(other)
+    if own is None:
+        yield Result(f"{theirs.name}, only in {other.name}", theirs.samples, theirs.unit)
+        return
+    yield own
+    if theirs is None or not theirs.samples or not own.samples:
+        return
+    yield Result(f"  {other.name}", theirs.samples, theirs.unit)
+    ratio = own.median / theirs.median if theirs.median else float("nan")
+    yield Result(f"  {this.name}/{other.name}", [ratio], "x")
