@@ -77,7 +77,7 @@ def test_what_a_guest_writes_it_reads(vm, tmp_path, smp, keys, device, program):
 )
 @lives.STANDS_STILL
 def test_the_guest_goes_on_writing_and_checking(any_vm, tmp_path, keys, smp):
-    program = f"virtio-blk depth=32 zero mb={1 if 'through' in keys else 4}"
+    program = f"virtio-blk depth=32 zero mb={1 if 'through' in keys else 2}"
     path = image(tmp_path, size=4 * SIZE)
     machine = any_vm(*drive(path, keys, ",serial=abc"), append=program, smp=smp)
     machine.expect("pass 0 ok")
@@ -215,7 +215,7 @@ def test_evil_guest_harms_nothing_but_its_own_data(any_vm, tmp_path, smp):
     fds, before = machine.footprint()[0], machine.memory_kib("Anonymous")
     for number in range(6):
         machine.expect(r"attack \d+ broken \d+\r\n")
-        if number % 2:
+        if number % 3 == 1:
             machine.live()
         assert machine.status == "running"
     assert machine.footprint()[0] == fds

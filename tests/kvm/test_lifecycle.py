@@ -21,10 +21,11 @@ RESETS = {
 @pytest.mark.parametrize("command", ["reset", "triplefault"])
 def test_guest_reset_boots_again(any_vm, command):
     machine = any_vm(smp=2)
-    for _ in range(3):
+    for number in range(3):
         machine.expect(BANNER)
         machine.expect("guest> ")
-        machine.live()
+        if number < 2:
+            machine.live()
         machine.type(f"{command}\n")
     machine.expect(BANNER)
     machine.expect("guest> ")
@@ -37,9 +38,10 @@ def test_reset_from_real_mode(any_vm, tmp_path, way):
     """The guest resets at any moment of what it lives through."""
     code = guests.print_text("up\n") + RESETS[way] + guests.HALT
     machine = any_vm("-kernel", guests.flat(tmp_path, code))
-    for _ in range(3):
+    for _ in range(2):
         machine.expect("up\n")
         machine.live()
+    machine.expect("up\n")
     machine.expect("up\n")
     assert machine.status == "running"
 
