@@ -45,18 +45,18 @@ DRIVE_KEYS = (
 
 
 class BlockConfig:
-    """One image.
+    """One disk image.
 
     :ivar id: name of the ``-drive``, or node name of the ``-blockdev``
     :ivar is_drive: whether it is a ``-drive``
     :ivar driver: ``file``, ``host_device``, or empty for whichever the path is
-    :ivar stated: whether the operator said that the image is raw
+    :ivar stated: whether the operator said that it is raw
     :ivar writeback: whether a write is done when the host's page cache has it
     :ivar direct: bypass the page cache (O_DIRECT)
     :ivar no_flush: ignore flushes
-    :ivar unmap: whether discards reach the image
+    :ivar unmap: whether discards reach the disk image
     :ivar locking: ``on``, ``off`` or ``auto`` (where the file system can)
-    :ivar share_rw: whether others may write the image meanwhile
+    :ivar share_rw: whether others may write the disk image meanwhile
     :ivar werror: one of :data:`WERROR`: ``stop`` pauses the guest, whose request is repeated when
         it goes on, and ``enospc`` does so if there is no space, and tells the guest otherwise
     :ivar rerror: one of :data:`RERROR`
@@ -88,7 +88,7 @@ class BlockConfig:
         access = ",read-only" if self.read_only else ""
         try:
             path = os.path.abspath(self.filename)
-        except OSError:  # the working directory was deleted; for both images
+        except OSError:  # the working directory was deleted; for both disk images
             path = self.filename
         return f"{self.id}={path}{access}"
 
@@ -187,7 +187,7 @@ class BlockOptions:
         self._nodes[name] = keys
 
     def complete(self) -> list[BlockConfig]:
-        """The images, each once.
+        """The disk images, each once.
 
         :raises ConfigError: a ``file=`` that is no node, or is used twice
         """

@@ -2,7 +2,7 @@
 
 :func:`build` reads top to bottom: each step a paragraph, with a comment where the order
 matters. The same function serves a live update's new image: whatever was inherited is taken
-from the store of descriptors instead of being opened.
+from the hand-over instead of being opened.
 """
 
 from __future__ import annotations
@@ -209,14 +209,14 @@ def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamB
     # Preserved like RAM, whatever the new image brings: the guest may be executing it.
     inherited = _take_block(ROM_BLOCK, ROM_BLOCK, handover)
     if inherited is None:
-        image = rom.read(config.bios or builtin.path(builtin.ROM))
-        size = len(image)
+        contents = rom.read(config.bios or builtin.path(builtin.ROM))
+        size = len(contents)
     else:
         size = os.fstat(inherited).st_size
     rom_config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
     block = _keep_block(RamBackend(rom_config, inherited, ROM_BLOCK), handover, opened)
     if inherited is None:
-        block.write(0, image)
+        block.write(0, contents)
     return block
 
 

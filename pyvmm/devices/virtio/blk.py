@@ -1,9 +1,9 @@
-"""The block device (virtio 1.3, 5.2): a disk for the guest, on an image file.
+"""The block device (virtio 1.3, 5.2): a disk for the guest, on a disk image.
 
 Left out: several queues, secure erase, zones, lifetime, and the legacy SCSI commands. Requests
 are served on the device's own loop. Those that the host answers from its page cache are done
 there and then; what has to wait for a disk goes to worker threads, several at a time, and is
-returned in the order in which it ends. Data goes directly between guest memory and the image,
+returned in the order in which it ends. Data goes directly between guest memory and the file,
 and what is most frequent goes without Python: reads and writes that are as they should be and
 that the host does at once. All that is not is judged here, once.
 
@@ -144,7 +144,7 @@ class BlkConfig:
 class VirtioBlk(VirtioDevice):
     """The device.
 
-    :param file: the image
+    :param file: the disk image
     :param config: the properties of the ``-device``
     :param on_error: told of what the host could not do: ``read`` or ``write``, why, and what
         follows: ``report``, ``ignore`` or ``stop``; on any thread, about once a second at most
@@ -153,7 +153,7 @@ class VirtioBlk(VirtioDevice):
     :ivar writeback: the driver's choice: whether writes may wait for a flush
     :ivar retries: requests (their ``head``) that wait for the guest to go on
     :ivar io_status: ``ok``, or why it was paused: ``nospace`` or ``failed``
-    :raises ConfigError: a block size that the image cannot do
+    :raises ConfigError: a block size that the disk image cannot do
     """
 
     virtio_id = 2
@@ -314,7 +314,7 @@ class VirtioBlk(VirtioDevice):
     def _fail(self, kind: int, error: OSError, chain: Chain) -> int | None:
         """The host could not do it: the status for the guest; None if it is tried again."""
         if error.errno == errno.EFAULT:
-            # Not the image's: the host cannot back the guest's buffers.
+            # Not the disk's: the host cannot back the guest's buffers.
             self.retries.append(chain)
             self.memory.report(chain.find_lack())
             return None
