@@ -113,7 +113,7 @@ def commit(revision):
     full = _resolve(revision)
     folder = CACHE / f"{full[:12]}-{Path(sys.prefix).name}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
+    with open(CACHE / f"{folder.name}.lock", "w") as lock:
         # Inherited by the build's processes: as long as one of them runs, nobody else begins.
         fcntl.flock(lock, fcntl.LOCK_EX)
         ready = folder / "ready"
