@@ -124,21 +124,21 @@ def run(argv: list[str], started: int) -> int:
     try:
         if PROBE in os.environ:
             # What an update imports only after the exec must be sound, too.
-            from pyvmm.migration import manager, preflight  # noqa: F401
+            from pyvmm.migration import manager, outgoing, preflight  # noqa: F401
             from pyvmm.monitor import attach  # noqa: F401
 
             return preflight.answer(argv)
         from pyvmm.cpr import state as cpr_state
 
         carried = cpr_state.inherit(keep=wayback.is_open())
-        if carried is not None:
-            from pyvmm.migration import rollback
-
-            rollback.adopt(carried)
-        else:
+        if carried is None:
             from pyvmm.cpr import probe
 
             probe.check_environment()
+        elif not wayback.is_open():
+            from pyvmm.migration import rollback
+
+            rollback.adopt(carried)
         return serve(argv, started, carried)
     except BaseException as error:
         # Until the guest runs any error leads back to the image before: this does not return.
@@ -165,11 +165,12 @@ def end(error: BaseException) -> int:
 
 def restore_terminal(carried: CprState) -> None:
     """Give the terminal back that the image before made raw: nobody else knows of it by now."""
-    for name, value in carried.values.items():
-        if name.startswith("chardev/"):
-            from pyvmm.chardev.stdio import restore_terminal
+    from pyvmm.cpr.handover import CHARDEV, Handover
 
-            restore_terminal(value)
+    for state in Handover({}, carried.values).inherited_states(CHARDEV).values():
+        from pyvmm.chardev.stdio import restore_terminal
+
+        restore_terminal(state)
 
 
 def serve(argv: list[str], started: int, carried: CprState | None = None) -> int:
@@ -177,7 +178,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     from pyvmm import wayback
     from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine import builder, options
     from pyvmm.migration.manager import Migration
 
@@ -191,12 +192,11 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         print(help.describe(*request.args), end="")
         return 0
     if carried is None and config.incoming not in ("", "defer"):
-        from pyvmm.migration import target
+        from pyvmm.migration import open_channel
 
-        target.parse(config.incoming).check()
+        open_channel(config.incoming).check()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    values = dict(carried.values) if carried else {}
-    fds = FdStore(carried.fds if carried else None)
+    handover = Handover(carried.fds, carried.values) if carried else Handover()
     if carried is None:
         # Until the main loop is there to end in order; for an update all of them wait.
         for number in ENDING:
@@ -208,17 +208,15 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     monitors: list[MonitorFrontend] = []
     publication: Publication | None = None
     try:
-        states = (_strip(values, prefix) for prefix in ("chardev/", "netdev/"))
-        machine = builder.build(config, loop, fds, loop.stop, *states)
+        machine = builder.build(config, loop, handover, loop.stop)
         handle_signals(machine)
         # Whatever started it (python -m, an update): this is how ps shows it.
         name_thread("pyvmm")
-        migration = Migration(machine, values)
-        migration.progress.mark("start", started)
+        migration = Migration(machine, started)
         machine.start()
         migration.begin()
     except BaseException:
-        if machine is not None and not fds.is_incoming:
+        if machine is not None and not handover.is_incoming:
             machine.close()
         if entry is not None:
             entry.remove()
@@ -230,10 +228,9 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         machine.attempt(unblock_signals, "signals")
         monitors = open_monitors(machine, migration)
         publication = publish(machine, migration, entry)
-        import_ahead(machine, {name: values[name] for name in values if name.startswith("boot/")})
+        import_ahead(machine, migration)
         entry = publication.entry if publication else entry
-        for name, index in () if migration.waiting else fds.close_unclaimed():
-            machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
+        migration.settle()
         gc.enable()
         tell_drops(loop)
         loop.run()
@@ -241,17 +238,19 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         wayback.close()
         return machine.end.exit_code
     finally:
-        migration.close()
-        for monitor in monitors:
-            monitor.close()
-        if publication is not None:
-            publication.close()
-        machine.close()
-        log.err.on_drop = None
-        log.err.catch_up()
-        # Last: from here on another VM may have the name.
-        if entry is not None:
-            entry.remove()
+        # While there is a way back, what is open is the other image's, which goes on with it.
+        if not wayback.is_open():
+            migration.close()
+            for monitor in monitors:
+                monitor.close()
+            if publication is not None:
+                publication.close()
+            machine.close()
+            log.err.on_drop = None
+            log.err.catch_up()
+            # Last: from here on another VM may have the name.
+            if entry is not None:
+                entry.remove()
 
 
 def end_early(number: int, _frame: object) -> None:
@@ -296,24 +295,21 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         return []
 
 
-def import_ahead(machine: Machine, paths: dict[str, bytes]) -> None:
-    """Not when an update or a reset comes: the package on disk may be another version by then,
-    and so may be the kernel; *paths* is what the image before says of those that it kept."""
-    try:
-        from pyvmm.migration import preflight, program, quiesce, uri  # noqa: F401
-    except Exception as error:
-        machine.warn(f"there can be no update: {type(error).__name__}: {error}")
-    try:
-        from pyvmm.boot import loader  # noqa: F401
-        from pyvmm.machine import firmware  # noqa: F401
+def import_ahead(machine: Machine, migration: Migration) -> None:
+    """Have each part import what it has use for later: not when an update or a reset comes, for the
+    package on disk may be another version by then, and so may be the kernel."""
+    from pyvmm.machine import cpu
 
-        machine.kernel.keep(paths)
-    except Exception as error:
-        machine.warn(f"there can be no reset: {type(error).__name__}: {error}")
-    try:
-        from pyvmm.machine import backing  # noqa: F401
-    except Exception as error:
-        machine.warn(f"errors of memory cannot be told: {type(error).__name__}: {error}")
+    parts: tuple[tuple[str, Callable[[], None]], ...] = (
+        ("there can be no update", migration.import_ahead),
+        ("there can be no reset", machine.kernel.keep),
+        ("errors of memory cannot be told", cpu.import_ahead),
+    )
+    for lost, part in parts:
+        try:
+            part()
+        except Exception as error:
+            machine.warn(f"{lost}: {type(error).__name__}: {error}")
 
 
 def tell_drops(loop: EventLoop) -> None:
@@ -346,9 +342,3 @@ def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publ
 
 def _handle(machine: Machine, number: int, handler: Callable[[], None]) -> None:
     _signal.signal(number, lambda _number, _frame: machine.loop.call_soon(handler))
-
-
-def _strip(values: dict[str, bytes], prefix: str) -> dict[str, bytes]:
-    # The values under a prefix, without it; they leave the rest.
-    found = {name: values.pop(name) for name in list(values) if name.startswith(prefix)}
-    return {name.removeprefix(prefix): value for name, value in found.items()}

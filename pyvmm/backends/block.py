@@ -2,7 +2,7 @@
 
 Main loop thread: opening, closing. Any thread: reads, writes and the like, which block for as
 long as the host takes, and raise OSError. The buffers are views of guest memory: the kernel
-copies (or, with O_DIRECT, transfers) straight between them and the image. Left out: resizing,
+copies (or, with O_DIRECT, transfers) straight between them and the disk image. Left out: resizing,
 and formats that are more than the disk's own bytes.
 """
 
@@ -18,14 +18,15 @@ import struct
 from pyvmm._native import copy, lib
 from pyvmm.backends import locking
 from pyvmm.backends.block_config import SECTOR
-from pyvmm.errors import ConfigError, HostError, MigrationError
+from pyvmm.cpr.handover import BLOCK
+from pyvmm.errors import ConfigError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.backends.block_config import BlockConfig
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
     Buffers = list[memoryview]
     Call = Callable[[Buffers, int], int]
@@ -39,7 +40,7 @@ _TMPFS = 0x01021994  # linux/magic.h
 _BLKDISCARD = 0x1277
 _BLKSSZGET = 0x1268
 
-#: First bytes of images that are not raw.
+#: First bytes of disk images that are not raw.
 _MAGICS = {
     b"QFI\xfb": "qcow2",
     b"KDMV": "vmdk",
@@ -51,7 +52,7 @@ _MAGICS = {
 
 
 class BlockFile:
-    """One open image.
+    """One open disk image.
 
     :ivar size: bytes, a multiple of 512: the last sector of a file may lie beyond its end
     :ivar alignment: bytes; offsets and lengths of requests must be multiples
@@ -61,40 +62,31 @@ class BlockFile:
     :ivar is_memory: whether nothing on it ever waits (tmpfs)
     """
 
-    def __init__(self, config: BlockConfig, fds: FdStore) -> None:
+    def __init__(self, config: BlockConfig, handover: Handover) -> None:
         """Open it, or take it over from the image before; lock it.
 
         :raises ConfigError: it cannot be opened, is in use, or is not what the options say
         :raises HostError: what was inherited is not this image
+        :raises MigrationError: an image before has not handed it over: a fresh one may be another
+            file, and somebody else's by now
         """
         self.config = config
         self.read_only = config.read_only
-        self._fds = fds
-        self._name = f"block/{config.id}"
+        self._parcel = handover.parcel(BLOCK, config.id)
         self.lost = 0
-        inherited = fds.take(self._name)
-        if inherited is None:
-            if fds.is_incoming:
-                # A fresh one may be another file, and somebody else's by now.
-                raise MigrationError(
-                    f"The image of {config.id} was not handed over by the image before"
-                )
-            self.fd = _open(config)
-        else:
-            self.fd = inherited
+        inherited = self._parcel.require(f"disk image of {config.id}")
+        self.fd = _open(config) if inherited is None else inherited
         try:
             was_direct = inherited is not None and self._check_adopted()
             self._set_up(fresh=inherited is None, probed=was_direct)
         except BaseException:
-            if inherited is None:
-                os.close(self.fd)
+            self._parcel.close(self.fd)
             raise
-        fds.keep(self._name, self.fd)
+        self._parcel.keep(self.fd)
 
     def close(self) -> None:
         """Give it back; the locks go with it."""
-        self._fds.forget(self._name)
-        os.close(self.fd)
+        self._parcel.close(self.fd)
 
     # ---- requests --------------------------------------------------------------------------
 
@@ -235,7 +227,7 @@ class BlockFile:
         mode = os.O_RDONLY if self.read_only else os.O_RDWR
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
         if flags & os.O_ACCMODE != mode:
-            raise HostError(f"inherited image {self.config.id} has another access mode")
+            raise HostError(f"inherited disk image {self.config.id} has another access mode")
         wanted = flags | os.O_DIRECT if self.config.direct else flags & ~os.O_DIRECT
         try:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, wanted)

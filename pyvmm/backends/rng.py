@@ -10,16 +10,17 @@ import os
 import stat
 
 from pyvmm._util import log
-from pyvmm._util.keyval import check_id, check_keys
+from pyvmm._util.keyval import check_id, check_keys, shorten
 from pyvmm.core.eventloop import READABLE
+from pyvmm.cpr.handover import RNG
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 BUILTIN, RANDOM = KINDS = ("rng-builtin", "rng-random")
 DEFAULT_FILE = "/dev/urandom"
@@ -44,6 +45,27 @@ class RngConfig:
         self.filename = options.get("filename", DEFAULT_FILE) if kind == RANDOM else ""
 
 
+def check_rngs(rngs: list[RngConfig], taken: Collection[str], users: Iterable[str]) -> None:
+    """See that each device has the source that it names, for itself.
+
+    :param taken: ids of other objects
+    :param users: ``rng=`` of each device
+    :raises ConfigError: two objects of one name, a name that nothing has, two devices on one
+    """
+    ids = [rng.id for rng in rngs]
+    for id in ids:
+        if ids.count(id) > 1 or id in taken:
+            raise ConfigError(f"-object: the id {id} is given twice; rename one")
+    used = set()
+    for name in users:
+        where = f"-device virtio-rng-device: rng={shorten(name)}"
+        if name not in ids:
+            raise ConfigError(f"{where}: there is no such source; add -object rng-random,id=ID")
+        if name in used:
+            raise ConfigError(f"{where}: it is in use by another device; add an -object")
+        used.add(name)
+
+
 class Rng:
     """The kernel's generator."""
 
@@ -64,14 +86,13 @@ class RngFile(Rng):
     :raises ConfigError: it cannot be read
     """
 
-    def __init__(self, config: RngConfig, loop: EventLoop, fds: FdStore) -> None:
+    def __init__(self, config: RngConfig, loop: EventLoop, handover: Handover) -> None:
         self._loop = loop
-        self._fds = fds
-        self._name = f"rng/{config.id}"
+        self._parcel = handover.parcel(RNG, config.id)
         self._path = config.filename
-        inherited = fds.take(self._name)
+        inherited = self._parcel.take()
         self._fd = _open(config) if inherited is None else inherited
-        fds.keep(self._name, self._fd)
+        self._parcel.keep(self._fd)
 
     def read(self, count: int, ready: Callable[[], None]) -> bytes:
         if self._fd < 0:
@@ -91,8 +112,7 @@ class RngFile(Rng):
     def close(self) -> None:
         if self._fd >= 0:
             self._loop.remove(self._fd)
-            self._fds.forget(self._name)
-            os.close(self._fd)
+            self._parcel.close(self._fd)
             self._fd = -1
 
     def _handle_ready(self, ready: Callable[[], None]) -> None:
@@ -101,7 +121,7 @@ class RngFile(Rng):
 
     def _end(self, problem: str) -> None:
         # The guest gets no more of it: better none than some that are not random.
-        log.say(f"{self._name}: {self._path}: {problem}")
+        log.say(f"{self._parcel.name}: {self._path}: {problem}")
         self.close()
 
 

@@ -6,8 +6,8 @@ open, and once the guest runs, which is not delayed for it, what is needed of it
 sealed memfd. Its size and time tell whether that is what was loaded; if not, or without memory for
 a copy, the file itself is kept, which survives its removal, and the operator is told.
 
-Updates hand on what is kept (descriptors ``boot/kernel`` and ``boot/initrd``, their paths as CPR
-values of the same names). What a reset loads after an update:
+Updates hand on what is kept (``boot/kernel`` and ``boot/initrd``: descriptors, and their paths as
+states). What a reset loads after an update:
 
 * what is kept, if the new command line gives the same path, whatever is there by now: the guest
   comes back as it was;
@@ -25,19 +25,20 @@ import fcntl
 import os
 
 from pyvmm.boot import loader
-from pyvmm.boot.image import ImageFile
+from pyvmm.boot.blob import FileBlob
+from pyvmm.cpr.handover import BOOT, Passenger
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.boot.config import KernelConfig
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover, Parcel
 
 _STEP = 1 << 20  # bytes copied at once; signals are handled in between
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 
 
-class _File:
+class _File(Passenger):
     """An open file; ``mark`` is the state that it was loaded in, None once it is kept."""
 
     __slots__ = ("fd", "mark", "path")
@@ -47,18 +48,21 @@ class _File:
         self.fd = fd
         self.mark = mark
 
+    def save_state(self) -> bytes:
+        return os.fsencode(self.path)
+
 
 class BootFiles:
     """What ``-kernel`` and ``-initrd`` name, by option.
 
-    :param fds: where what is kept is preserved for the next image
+    :param handover: where what is kept is preserved for the next image
     """
 
-    def __init__(self, fds: FdStore) -> None:
-        self._fds = fds
+    def __init__(self, handover: Handover) -> None:
+        self._handover = handover
         self._files: dict[str, _File] = {}
 
-    def open(self, path: str, option: str) -> ImageFile:
+    def open(self, path: str, option: str) -> FileBlob:
         """Return what is kept for *option*; if that is nothing, the file *path*, which stays open
         until :meth:`keep`. The caller closes what it is given.
 
@@ -66,7 +70,7 @@ class BootFiles:
         """
         file = self._files.get(option)
         if file is not None:
-            return ImageFile(file.path, option, fd=file.fd)
+            return FileBlob(file.path, option, fd=file.fd)
         return self._open(path, option)
 
     def forget_unkept(self, *options: str) -> None:
@@ -93,26 +97,22 @@ class BootFiles:
             if problem:
                 what = "" if problem.startswith(option) else f"{option} {file.path}: "
                 problems.append(f"{what}{problem} (a reset loads what the file has then)")
-            file.mark = None
-            self._fds.keep(_name(option), file.fd)
+            self._keep(option, file)
         return problems
 
-    def take_over(self, config: KernelConfig, paths: dict[str, bytes]) -> list[str]:
+    def take_over(self, config: KernelConfig) -> list[str]:
         """In an image that loaded nothing itself: go on with what the one before kept, or else
-        keep what the paths have now; return what is wrong with it.
-
-        :param paths: what :meth:`save_state` returned there
-        """
+        keep what the paths have now; return what is wrong with it."""
         problems = []
         for option, path in (("-kernel", config.kernel), ("-initrd", config.initrd)):
-            name = _name(option)
-            fd = self._fds.take(name)
-            kept = None if fd is None else _File(os.fsdecode(paths.get(name, b"")), fd)
+            parcel = self._parcel(option)
+            fd, inherited_path = parcel.take(), os.fsdecode(parcel.take_state())
+            kept = None if fd is None else _File(inherited_path, fd)
             if path and (kept is None or kept.path != path):
                 try:
-                    with self._open(path, option) as image:
+                    with self._open(path, option) as blob:
                         if option == "-kernel":
-                            loader.prepare(image, config)
+                            loader.prepare(blob, config)
                 except ConfigError as error:
                     self.forget_unkept(option)
                     then = f"what {kept.path} had" if kept else "what is there by then"
@@ -121,44 +121,44 @@ class BootFiles:
                 continue
             if path and option not in self._files:
                 self._files[option] = kept
-                self._fds.keep(name, kept.fd)
+                self._keep(option, kept)
             else:
-                self._fds.drop(kept.fd)
+                parcel.close(kept.fd)
         problems += self.keep(config)
         if "-kernel" in self._files:
             try:
-                with self.open(config.kernel, "-kernel") as image:
-                    loader.prepare(image, config)
+                with self.open(config.kernel, "-kernel") as blob:
+                    loader.prepare(blob, config)
             except ConfigError as error:
                 problems.append(str(error))
         return problems
 
-    def save_state(self) -> dict[str, bytes]:
-        """The paths of what is kept, as CPR values."""
-        return {
-            _name(option): os.fsencode(file.path)
-            for option, file in self._files.items()
-            if file.mark is None
-        }
-
     def close(self) -> None:
         """Give everything back."""
         for option, file in self._files.items():
-            self._fds.forget(_name(option))
-            os.close(file.fd)
+            self._parcel(option).leave()
+            self._parcel(option).close(file.fd)
         self._files.clear()
 
-    def _open(self, path: str, option: str) -> ImageFile:
-        image = ImageFile(path, option)
-        mark = image.mark()
-        self._files[option] = _File(path, image.lend(), mark)
-        return image
+    def _parcel(self, option: str) -> Parcel:
+        return self._handover.parcel(BOOT, option[1:])
+
+    def _keep(self, option: str, file: _File) -> None:
+        file.mark = None
+        self._parcel(option).keep(file.fd)
+        self._parcel(option).board(file)
+
+    def _open(self, path: str, option: str) -> FileBlob:
+        blob = FileBlob(path, option)
+        mark = blob.mark()
+        self._files[option] = _File(path, blob.lend(), mark)
+        return blob
 
     def _copy(self, option: str, file: _File, config: KernelConfig) -> str:
         """Put a copy in the place of the file; return why that cannot be, empty if it is done."""
-        with ImageFile(file.path, option, fd=file.fd) as image:
-            size = loader.prepare(image, config) if option == "-kernel" else image.size
-            fd = os.memfd_create(_name(option), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        with FileBlob(file.path, option, fd=file.fd) as blob:
+            size = loader.prepare(blob, config) if option == "-kernel" else blob.size
+            fd = os.memfd_create(self._parcel(option).name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
                 # Not sendfile(2), which not every file system knows and which is not faster.
                 buffer = memoryview(bytearray(min(size, _STEP)))
@@ -168,7 +168,7 @@ class BootFiles:
                     if not count or os.pwrite(fd, buffer[:count], done) != count:
                         break
                     done += count
-                if done < size or image.mark() != file.mark:
+                if done < size or blob.mark() != file.mark:
                     os.close(fd)
                     return "it changed as soon as the guest was started"
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
@@ -178,7 +178,3 @@ class BootFiles:
         os.close(file.fd)
         file.fd = fd
         return ""
-
-
-def _name(option: str) -> str:
-    return f"boot/{option[1:]}"

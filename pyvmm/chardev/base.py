@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from pyvmm._util import log
 from pyvmm.core.threads import Lock
+from pyvmm.cpr.handover import CHARDEV, Passenger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.chardev.rights import Rights
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 # Events for Frontend.handle_event.
 OPENED = "opened"  # a peer is there (sent on attach too, if one is there already)
@@ -49,13 +50,12 @@ class Frontend:
         """Output is taken again after a write that was cut short."""
 
 
-class Chardev:
+class Chardev(Passenger):
     """One back end.
 
     :param id: the name given on the command line
     :param loop: serves the descriptors
-    :param fds: gives inherited descriptors back and preserves them over an exec, under the
-        name ``chardev/ID``
+    :param handover: its parcel there is the chardev of that id
     """
 
     #: Whether a person sits at the other end (colour, line editing).
@@ -66,12 +66,13 @@ class Chardev:
 
     #: Whether the stream came through a live update: the peer has been greeted already.
     #: False again as soon as that peer goes.
-    resumed = False
+    is_inherited = False
 
-    def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
+    def __init__(self, id: str, loop: EventLoop, handover: Handover) -> None:
         self.id = id
         self.loop = loop
-        self.fds = fds
+        self.handover = handover
+        self.parcel = handover.parcel(CHARDEV, id)
         self.frontend: Frontend | None = None
         self.lock = Lock()
         #: How many bytes were taken that are lost, since the process began.
@@ -130,7 +131,7 @@ class Chardev:
         return 24, 80
 
     def save_state(self) -> bytes:
-        """Host-side state beyond the descriptors, to be carried over an exec."""
+        """Return host-side state beyond the descriptors, to go over an exec."""
         return b""
 
     def load_state(self, state: bytes) -> None:

@@ -1,7 +1,7 @@
 """Finds the peer of a stream socket: listens or calls, one connection at a time.
 
 A listener stays open while a client is there; further clients wait in its backlog until that
-one goes. Listener and connection are preserved over a live update, under the owner's name,
+one goes. Listener and connection are preserved over a live update, in the owner's parcel,
 so no client notices and no connect() is refused. Loop thread only.
 
 It stands on ``_socket``, because ``socket`` takes 5 ms to import, all within the pause.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pyvmm.chardev.address import Address
     from pyvmm.core.eventloop import EventLoop, Timer
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Parcel
 
 STREAM, LISTENER = 0, 1
 _CONNECT_TIMEOUT_S = 10
@@ -37,7 +37,7 @@ _RETRY_S = 1.0  # after an accept that failed for want of descriptors or memory
 class Connector:
     """Listener or caller of one stream.
 
-    :param name: of the descriptors in ``fds``
+    :param parcel: what the owner takes from the image before, and gives to the next
     :param address: where to listen, or whom to call
     :param adopt: takes each connection's descriptor: nonblocking, preserved, the owner's
         until :meth:`lost`
@@ -50,9 +50,8 @@ class Connector:
 
     def __init__(
         self,
-        name: str,
+        parcel: Parcel,
         loop: EventLoop,
-        fds: FdStore,
         *,
         address: Address,
         adopt: Callable[[int], None],
@@ -63,9 +62,8 @@ class Connector:
     ) -> None:
         self.address = address
         self.server = server
-        self._name = name
+        self._parcel = parcel
         self._loop = loop
-        self._fds = fds
         self._adopt = adopt
         self._reconnect_s = reconnect_s
         self._nodelay = nodelay
@@ -86,15 +84,14 @@ class Connector:
         :raises VmStateError: if an inherited descriptor is not the socket it should be
         """
         try:
-            resumed = self._open()
+            is_inherited = self._open()
             self._opened = True
-            return resumed
+            return is_inherited
         except BaseException:
-            # What was inherited stays open: the old image needs it for its return.
+            # The image before needs its name, too, if it has to come back.
             if self._listener is not None and self._listener is self._inherited:
                 self._listener = None
-                self._fds.forget(self._name, LISTENER)
-                self._fds.drop(self._inherited.detach())
+                self._parcel.close(self._inherited.detach(), LISTENER)
             raise
 
     def _open(self) -> bool:
@@ -102,18 +99,18 @@ class Connector:
             self._listener = self._inherited = self._take(LISTENER, listening=True)
             if self._listener is not None and not self.address.matches(self._listener):
                 # The new command line gives another address.
-                self._fds.drop(self._listener.detach())
+                self._parcel.close(self._listener.detach(), LISTENER)
                 self._listener = None
             if self._listener is None:
                 self._listener = self.address.listen()
-            self._fds.keep(self._name, self._listener.fileno(), LISTENER)
+            self._parcel.keep(self._listener.fileno(), LISTENER)
         stream = self._take(STREAM, listening=False)
         if stream is not None:
             self._answered(stream)
             return True
         if self.server:
             self._watch_listener()
-        elif self._fds.is_incoming:
+        elif self._parcel.is_incoming:
             # It was lost before the update. The guest goes on, whether anybody answers or not.
             self._call()
         elif self._running:
@@ -142,29 +139,30 @@ class Connector:
             self._timer.cancel()
         if self._listener is not None:
             self._loop.remove(self._listener.fileno())
-            self._fds.forget(self._name, LISTENER)
             # First the name, then the socket: whoever finds the name must be served.
             self.address.remove()
-            self._listener.close()
+            self._parcel.close(self._listener.detach(), LISTENER)
             self._listener = None
         self._stop_calling()
 
     def _take(self, index: int, *, listening: bool) -> _socket.socket | None:
         """The inherited socket of that index, once it is known to be one."""
-        fd = self._fds.take(self._name, index)
+        fd = self._parcel.take(index)
         if fd is None:
             return None
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            self._fds.drop(fd)
-            raise VmStateError(self._name, f"inherited descriptor {fd} is no socket")
+            self._parcel.close(fd, index)
+            raise VmStateError(self._parcel.name, f"inherited descriptor {fd} is no socket")
         sock = _socket.socket(fileno=fd)
         if (
             sock.family not in self.address.families
             or sock.type != _socket.SOCK_STREAM
             or bool(sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_ACCEPTCONN)) != listening
         ):
-            self._fds.drop(sock.detach())
-            raise VmStateError(self._name, f"inherited descriptor {fd} is a socket of another kind")
+            self._parcel.close(sock.detach(), index)
+            raise VmStateError(
+                self._parcel.name, f"inherited descriptor {fd} is a socket of another kind"
+            )
         sock.setblocking(False)
         return sock
 
@@ -174,7 +172,7 @@ class Connector:
         if self._nodelay and sock.family != _socket.AF_UNIX:
             sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)
         fd = sock.detach()
-        self._fds.keep(self._name, fd, STREAM)
+        self._parcel.keep(fd, STREAM)
         self._adopt(fd)
 
     # Server.

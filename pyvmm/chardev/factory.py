@@ -9,6 +9,7 @@ import os
 
 from pyvmm.chardev.base import Chardev
 from pyvmm.chardev.config import ChardevConfig, parse_chardev
+from pyvmm.cpr.handover import ADDED, Passenger
 from pyvmm.errors import CommandError, ConfigError, PyvmmError
 
 TYPE_CHECKING = False
@@ -18,27 +19,39 @@ if TYPE_CHECKING:
     from pyvmm.chardev.mux import MuxChardev
     from pyvmm.chardev.stdio import StdioChardev
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
+
+
+class Added(Passenger):
+    """A chardev that was made while the machine runs: the next image's command line has none."""
+
+    def __init__(self, config: ChardevConfig, chardev: Chardev) -> None:
+        self._config = config
+        self._chardev = chardev
+
+    def save_state(self) -> bytes:
+        """Return what it is, and its state."""
+        return os.fsencode(self._config.line()) + b"\0" + self._chardev.save_state()
 
 
 class ChardevSet:
     """The chardevs, in the order in which they were made.
 
-    First :meth:`create` all that ``-chardev`` asks for, then, after an exec,
-    :meth:`load_state`; then each front end gets its own by :meth:`claim`.
+    First :meth:`create` all that ``-chardev`` asks for; then each front end gets its own by
+    :meth:`claim`; then, after an exec, :meth:`load_state`.
 
     :param quit: called for Ctrl-a x
     """
 
-    def __init__(self, loop: EventLoop, fds: FdStore, quit: Callable[[], None]) -> None:
+    def __init__(self, loop: EventLoop, handover: Handover, quit: Callable[[], None]) -> None:
         self._loop = loop
-        self._fds = fds
+        self._handover = handover
         self._quit = quit
         self._chardevs: dict[str, Chardev] = {}
         self._muxes: dict[str, MuxChardev] = {}
         self._users: dict[str, int] = {}
-        # Made while the machine runs, so not on the next image's command line.
-        self._added: dict[str, ChardevConfig] = {}
+        # Ids of those that were made while the machine runs.
+        self._added: set[str] = set()
         self._running = False
         self.stdio: StdioChardev | None = None
 
@@ -55,12 +68,12 @@ class ChardevSet:
             if name in self._chardevs:
                 raise ConfigError(f"{config.option}: the name {name} is in use; give another id")
         chardev = self._make(config, id)
-        self._chardevs[id] = chardev
+        self._insert(id, chardev)
         if mux:
             from pyvmm.chardev.mux import MuxChardev
 
             self._muxes[config.id] = chardev = MuxChardev(config.id, chardev, self._quit)
-            self._chardevs[config.id] = chardev
+            self._insert(config.id, chardev)
         return chardev
 
     def claim(self, config: ChardevConfig) -> Chardev:
@@ -95,7 +108,9 @@ class ChardevSet:
         """
         self._running = True
         chardev = self.create(config)
-        self._added[config.id] = config
+        chardev.parcel.leave()
+        self._handover.parcel(ADDED, config.id).board(Added(config, chardev))
+        self._added.add(config.id)
         return chardev
 
     def remove(self, id: str) -> None:
@@ -111,7 +126,9 @@ class ChardevSet:
         if id not in self._added:
             # The next image's command line has it, and would bring it back.
             raise CommandError(f"Chardev '{id}' is of the command line and stays")
-        del self._chardevs[id], self._added[id]
+        del self._chardevs[id]
+        self._added.discard(id)
+        self._handover.parcel(ADDED, id).leave()
         if chardev is self.stdio:
             self.stdio = None
         chardev.close()
@@ -129,23 +146,12 @@ class ChardevSet:
         for chardev in list(self._chardevs.values()):
             chardev.wait_connected()
 
-    def save_state(self) -> dict[str, bytes]:
-        """What is to be carried over an exec beside descriptors, by name."""
-        states = {id: chardev.save_state() for id, chardev in self.items()}
-        return {id: state for id, state in states.items() if state and id not in self._added}
-
-    def save_added(self) -> dict[str, bytes]:
-        """The same for the chardevs that are not on the command line: what they are, and
-        their state."""
-        return {
-            id: os.fsencode(config.line()) + b"\0" + self._chardevs[id].save_state()
-            for id, config in self._added.items()
-        }
-
-    def load_added(self, states: dict[str, bytes]) -> list[str]:
-        """Make again what :meth:`save_added` described; what stands in the way of which."""
+    def load_added(self) -> list[str]:
+        """Make again what was added in the image before; return what stands in the way of those
+        that cannot be."""
         problems = []
-        for state in states.values():
+        for id in self._handover.inherited_states(ADDED):
+            state = self._handover.parcel(ADDED, id).take_state()
             line, _, inner = state.partition(b"\0")
             try:
                 chardev = self.add(parse_chardev(os.fsdecode(line)))
@@ -155,14 +161,14 @@ class ChardevSet:
                 problems.append(str(error))
         return problems
 
-    def load_state(self, states: dict[str, bytes]) -> None:
-        """Take over what the image before saved. State of a chardev that is gone is dropped.
+    def load_state(self) -> None:
+        """Go on with what the image before saved. State of a chardev that is gone is dropped.
 
         :raises VmStateError: if a state is not possible
         """
-        for id, state in states.items():
-            chardev = self._chardevs.get(id)
-            if chardev is not None:
+        for chardev in self._chardevs.values():
+            state = chardev.parcel.take_state()
+            if state:
                 chardev.load_state(state)
 
     def close(self) -> None:
@@ -173,8 +179,12 @@ class ChardevSet:
         self._muxes.clear()
         self.stdio = None
 
+    def _insert(self, id: str, chardev: Chardev) -> None:
+        self._chardevs[id] = chardev
+        chardev.parcel.board(chardev)
+
     def _make(self, config: ChardevConfig, id: str) -> Chardev:
-        loop, fds, option = self._loop, self._fds, config.option
+        loop, handover, option = self._loop, self._handover, config.option
         if config.kind == "stdio":
             if self.stdio is not None:
                 raise ConfigError(
@@ -184,27 +194,27 @@ class ChardevSet:
             from pyvmm.chardev.stdio import StdioChardev
 
             signal = config.flag("signal") if "signal" in config.options else None
-            self.stdio = StdioChardev(id, loop, fds, signal=signal)
+            self.stdio = StdioChardev(id, loop, handover, signal=signal)
             return self.stdio
         if config.kind == "file":
             from pyvmm.chardev.file import FileChardev
 
             path, append = config.text("path"), config.flag("append")
-            return FileChardev(id, loop, fds, path=path, append=append, option=option)
+            return FileChardev(id, loop, handover, path=path, append=append, option=option)
         if config.kind == "pty":
             from pyvmm.chardev.pty import PtyChardev
 
             path, announced = config.text("path"), not self._running
-            return PtyChardev(id, loop, fds, path=path, option=option, announced=announced)
+            return PtyChardev(id, loop, handover, path=path, option=option, announced=announced)
         if config.kind == "socket":
             return self._make_socket(config, id)
         if config.kind == "ringbuf":
             from pyvmm.chardev.ringbuf import DEFAULT_SIZE, RingbufChardev
 
-            return RingbufChardev(id, loop, fds, size=config.size("size", DEFAULT_SIZE))
+            return RingbufChardev(id, loop, handover, size=config.size("size", DEFAULT_SIZE))
         from pyvmm.chardev.null import NullChardev
 
-        return NullChardev(id, loop, fds)
+        return NullChardev(id, loop, handover)
 
     def _make_socket(self, config: ChardevConfig, id: str) -> Chardev:
         from pyvmm.chardev.address import Address, TcpAddress, UnixAddress
@@ -218,7 +228,7 @@ class ChardevSet:
         return SocketChardev(
             id,
             self._loop,
-            self._fds,
+            self._handover,
             address=address,
             server=config.flag("server"),
             wait=config.flag("wait", True),

@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.chardev.base import Frontend
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 # One read of one wake-up: a flood on one chardev must not keep the loop from the others.
 CHUNK = 4096
@@ -40,9 +40,8 @@ class FdChardev(Chardev):
     Descriptors are nonblocking, and owned from :meth:`_open_stream` on.
     """
 
-    def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
-        super().__init__(id, loop, fds)
-        self._name = f"chardev/{id}"
+    def __init__(self, id: str, loop: EventLoop, handover: Handover) -> None:
+        super().__init__(id, loop, handover)
         self._in = -1
         self._out = -1
         self._connected = False
@@ -114,9 +113,8 @@ class FdChardev(Chardev):
 
     def _release_stream(self, fds: set[int]) -> None:
         """The stream is no longer used: by default, its descriptors are closed."""
-        self.fds.forget(self._name)
         for fd in fds:
-            os.close(fd)
+            self.parcel.close(fd)
 
     def _handle_disconnected(self) -> None:
         """The peer is gone and the front end knows: look out for another."""
@@ -139,7 +137,7 @@ class FdChardev(Chardev):
             return
         owed = self._output_full
         self._drop_stream()
-        self._connected = self.resumed = False
+        self._connected = self.is_inherited = False
         self._tell(CLOSED)
         if owed and self.frontend is not None:
             self.frontend.handle_writable()  # what it holds back is dropped from now on
@@ -150,7 +148,7 @@ class FdChardev(Chardev):
             self.frontend.handle_event(event)
 
     def _error(self, problem: str) -> VmStateError:
-        return VmStateError(self._name, problem)
+        return VmStateError(self.parcel.name, problem)
 
     # Readiness.
 

@@ -16,7 +16,7 @@ from pyvmm.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 
 class FileChardev(FdChardev):
@@ -32,22 +32,22 @@ class FileChardev(FdChardev):
         self,
         id: str,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         *,
         path: str,
         append: bool = False,
         option: str = "-chardev",
     ) -> None:
-        super().__init__(id, loop, fds)
-        fd = fds.take(self._name)
+        super().__init__(id, loop, handover)
+        fd = self.parcel.take()
         if fd is None:
             fd = _open(path, append, option)
         elif stat.S_ISSOCK(os.fstat(fd).st_mode):
-            fds.drop(fd)
+            self.parcel.close(fd)
             raise self._error(f"inherited descriptor {fd} is no file")
         else:
-            self.resumed = True
-        fds.keep(self._name, fd)
+            self.is_inherited = True
+        self.parcel.keep(fd)
         self._open_stream(-1, fd)
 
     @property

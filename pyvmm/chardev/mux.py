@@ -46,7 +46,7 @@ class MuxChardev(Chardev, Frontend):
     """
 
     def __init__(self, id: str, base: Chardev, quit: Callable[[], None]) -> None:
-        super().__init__(id, base.loop, base.fds)
+        super().__init__(id, base.loop, base.handover)
         self.base = base
         self._quit = quit
         self._ports: list[MuxPort] = []
@@ -160,7 +160,7 @@ class MuxChardev(Chardev, Frontend):
         if event == CLOSED:
             self._escaped = False
         for port in self._ports:
-            port.resumed = self.base.resumed
+            port.is_inherited = self.base.is_inherited
             if event != BREAK or port.index == self._focus:
                 port.tell(event)
 
@@ -193,7 +193,7 @@ class MuxChardev(Chardev, Frontend):
         except struct.error:
             at = -1
         if at != len(state):
-            raise VmStateError(f"chardev/{self.id}", "state of a mux that is cut short")
+            raise VmStateError(self.parcel.name, "state of a mux that is cut short")
         if (
             focus >= LARGEST_COUNT
             or flags > 7
@@ -201,7 +201,7 @@ class MuxChardev(Chardev, Frontend):
             or len(waiting) > LARGEST_COUNT
             or any(len(data) > _WAITING_LIMIT for data in waiting)
         ):
-            raise VmStateError(f"chardev/{self.id}", "state that no mux can have")
+            raise VmStateError(self.parcel.name, "state that no mux can have")
         self._focus = focus
         self._escaped = bool(flags & _ESCAPED)
         self._stamped = bool(flags & _STAMPED)
@@ -258,12 +258,12 @@ class MuxPort(Chardev):
     """One front end's share of a mux: its own input, the common output."""
 
     def __init__(self, mux: MuxChardev, index: int) -> None:
-        super().__init__(mux.id, mux.loop, mux.fds)
+        super().__init__(mux.id, mux.loop, mux.handover)
         self.mux = mux
         self.index = index
         self.is_terminal = mux.base.is_terminal
         self.is_typed = mux.base.is_typed
-        self.resumed = mux.base.resumed
+        self.is_inherited = mux.base.is_inherited
         self.waiting = bytearray()
         self._cut_short = False
 

@@ -21,7 +21,7 @@ from pyvmm.errors import ConfigError, HostError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop, Timer
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 _LOOK_S = 1.0
 _TIOCGPTN = 0x80045430  # number of the terminal, asm-generic/ioctls.h
@@ -42,41 +42,36 @@ class PtyChardev(FdChardev):
         self,
         id: str,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         *,
         path: str = "",
         option: str = "-chardev",
         announced: bool = True,
     ) -> None:
-        super().__init__(id, loop, fds)
+        super().__init__(id, loop, handover)
         self._path = path
         self._has_link = False
         self._timer: Timer | None = None
         self._poll = select.poll()
-        inherited = fds.take(self._name)
+        inherited = self.parcel.take()
         if inherited is None:
             self._master = _open_pty(id)
         else:
             self._master = inherited
-        fds.keep(self._name, self._master)
+        self.parcel.keep(self._master)
         try:
             self._terminal = self._find_name()
             os.set_blocking(self._master, False)
             if path:
                 self._link(option, inherited is not None)
         except BaseException:
-            # What was inherited stays open: the old image needs it for its return.
-            if inherited is not None:
-                fds.forget(self._name)
-                fds.drop(inherited)
-                self._master = -1
             self.close()
             raise
         if inherited is None and announced:
             # On standard output, as QEMU says it.
             log.out.write(f"char device redirected to {self._terminal} (label {id})\n")
         self._poll.register(self._master, 0)
-        self.resumed = inherited is not None and self._is_open()
+        self.is_inherited = inherited is not None and self._is_open()
         self._look()
 
     @property
@@ -102,8 +97,7 @@ class PtyChardev(FdChardev):
                     os.unlink(self._path)
                 except OSError:
                     pass  # its folder can no longer be written
-            self.fds.forget(self._name)
-            os.close(self._master)
+            self.parcel.close(self._master)
             self._master = -1
 
     def _is_open(self) -> bool:

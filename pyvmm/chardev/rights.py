@@ -7,12 +7,11 @@ wait, the others are closed. Loop thread only.
 from __future__ import annotations
 
 import _socket
-import os
 import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Parcel
 
 MAX_FDS = 16
 _INT = struct.Struct("i")
@@ -22,14 +21,13 @@ _SPACE = _socket.CMSG_SPACE(MAX_FDS * _INT.size)
 class Rights:
     """The descriptors that one peer sent.
 
-    :param name: under which they are preserved over an exec
+    :param parcel: what is preserved over an exec
     """
 
-    def __init__(self, fds: FdStore, name: str) -> None:
-        self._store = fds
-        self._name = name
+    def __init__(self, parcel: Parcel) -> None:
+        self._parcel = parcel
         self._waiting: list[int] = []
-        for fd in fds.take_all(name).values():
+        for fd in parcel.take_all().values():
             self._add(fd)
 
     def receive(self, fd: int, count: int) -> bytes:
@@ -52,22 +50,24 @@ class Rights:
         return bytes(data)
 
     def take(self) -> int | None:
-        """The oldest one; the caller owns it."""
+        """Return the oldest one; the caller owns it."""
         if not self._waiting:
             return None
         fd = self._waiting.pop(0)
-        self._store.forget(self._name, fd)
+        self._parcel.forget(fd)
         return fd
 
     def close(self) -> None:
         """The peer is gone: nobody will ask for them."""
-        while (fd := self.take()) is not None:
-            os.close(fd)
+        while self._waiting:
+            self._drop_oldest()
 
     def _add(self, fd: int) -> None:
         self._waiting.append(fd)
-        self._store.keep(self._name, fd, fd)
+        self._parcel.keep(fd, fd)
         if len(self._waiting) > MAX_FDS:
-            oldest = self.take()
-            assert oldest is not None
-            os.close(oldest)
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        fd = self._waiting.pop(0)
+        self._parcel.close(fd, fd)

@@ -11,7 +11,7 @@ from pyvmm.errors import VmStateError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 DEFAULT_SIZE = 64 << 10
 
@@ -22,8 +22,10 @@ class RingbufChardev(Chardev):
     :param size: how many bytes are remembered
     """
 
-    def __init__(self, id: str, loop: EventLoop, fds: FdStore, *, size: int = DEFAULT_SIZE) -> None:
-        super().__init__(id, loop, fds)
+    def __init__(
+        self, id: str, loop: EventLoop, handover: Handover, *, size: int = DEFAULT_SIZE
+    ) -> None:
+        super().__init__(id, loop, handover)
         self.size = size
         self._data = bytearray()
 
@@ -51,7 +53,7 @@ class RingbufChardev(Chardev):
     def load_state(self, state: bytes) -> None:
         if len(state) > self.size:
             raise VmStateError(
-                f"chardev/{self.id}", f"{len(state)} bytes do not fit a ringbuf of {self.size}"
+                self.parcel.name, f"{len(state)} bytes do not fit a ringbuf of {self.size}"
             )
         with self.lock:
             self._data[:] = state

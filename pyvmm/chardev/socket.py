@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.chardev.address import Address
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 
 class SocketChardev(FdChardev):
@@ -36,7 +36,7 @@ class SocketChardev(FdChardev):
         self,
         id: str,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         *,
         address: Address,
         server: bool = False,
@@ -45,13 +45,12 @@ class SocketChardev(FdChardev):
         nodelay: bool = False,
         running: bool = False,
     ) -> None:
-        super().__init__(id, loop, fds)
+        super().__init__(id, loop, handover)
         self.address = address
         self._wait = server and wait
         self.connector = Connector(
-            self._name,
+            self.parcel,
             loop,
-            fds,
             address=address,
             adopt=lambda fd: self._open_stream(fd, fd),
             server=server,
@@ -60,7 +59,7 @@ class SocketChardev(FdChardev):
             running=running,
         )
         try:
-            self.resumed = self.connector.open()
+            self.is_inherited = self.connector.open()
         except BaseException:
             self.close()
             raise

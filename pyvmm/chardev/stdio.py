@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pyvmm.chardev.terminal import Modes
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
     T = TypeVar("T")
 
@@ -43,27 +43,27 @@ class StdioChardev(FdChardev):
         self,
         id: str,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         *,
         signal: bool | None = None,
         stdin: int = 0,
         stdout: int = 1,
     ) -> None:
-        super().__init__(id, loop, fds)
+        super().__init__(id, loop, handover)
         self._signal = signal
         self._keys_taken = False
         self._original: Modes | None = None
         self._sockets: set[int] = set()
         self._stdio = (stdin, stdout)
         self._unblocked = 0  # bit n: O_NONBLOCK was set on what the caller's stdio[n] shares
-        inherited_in, inherited_out = (fds.take(self._name, index) for index in (INPUT, OUTPUT))
-        self.resumed = inherited_out is not None
+        inherited_in, inherited_out = (self.parcel.take(index) for index in (INPUT, OUTPUT))
+        self.is_inherited = inherited_out is not None
         in_fd = self._own(INPUT, inherited_in)
         out_fd = self._own(OUTPUT, inherited_out)
         self.is_terminal = terminal.is_terminal(in_fd) and terminal.is_terminal(out_fd)
         self.is_typed = terminal.is_terminal(in_fd)
         self._open_stream(in_fd, out_fd)
-        if self.is_typed and not self.resumed:
+        if self.is_typed and not self.is_inherited:
             self._original = terminal.get_modes(in_fd)
             self.handle_cont()
         elif self.is_typed:
@@ -102,7 +102,7 @@ class StdioChardev(FdChardev):
         return bytes([self._unblocked]) + modes
 
     def load_state(self, state: bytes) -> None:
-        self._unblocked, self._original = _parse_state(state, self._name)
+        self._unblocked, self._original = _parse_state(state, self.parcel.name)
         self.handle_cont()
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class StdioChardev(FdChardev):
                 self._sockets.add(own)
         except OSError:
             return -1
-        self.fds.keep(self._name, own, index)
+        self.parcel.keep(own, index)
         return own
 
     def _reopen(self, index: int) -> int:
@@ -163,15 +163,12 @@ class StdioChardev(FdChardev):
         with self.lock:
             fd, self._in = self._in, -1
         self.loop.remove(fd)
-        self.fds.forget(self._name, INPUT)
-        os.close(fd)
+        self.parcel.close(fd, INPUT)
         self._refresh()
 
     def _release_stream(self, fds: set[int]) -> None:
-        self.fds.forget(self._name, INPUT)
-        self.fds.forget(self._name, OUTPUT)
         for fd in fds:
-            os.close(fd)
+            self.parcel.close(fd, INPUT if self.parcel.kept(INPUT) == fd else OUTPUT)
 
 
 def _on_socket(fd: int, call: Callable[[Socket, int], T]) -> T:

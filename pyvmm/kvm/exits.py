@@ -31,6 +31,7 @@ class Io:
         self.port = io.port
         self.size = io.size
         self.count = io.count
+        # Behind struct kvm_run. KVM takes input from there at the next KVM_RUN.
         at = io.data_offset
         self.data = mapping[at : at + self.size * self.count]
 
@@ -71,7 +72,7 @@ class SystemEvent:
         self.type = run.exit.system_event.type
 
 
-class InternalError:
+class KvmInternalError:
     """KVM cannot go on, most often because its emulator does not know an instruction.
 
     :ivar suberror: a KVM_INTERNAL_ERROR number
@@ -119,7 +120,9 @@ INTERRUPTED = Interrupted()
 SHUTDOWN = Shutdown()
 HALT = Halt()
 
-Exit = Interrupted | Io | Mmio | Shutdown | Halt | SystemEvent | InternalError | FailEntry | Unknown
+Exit = (
+    Interrupted | Io | Mmio | Shutdown | Halt | SystemEvent | KvmInternalError | FailEntry | Unknown
+)
 
 
 class Decoder:
@@ -137,6 +140,7 @@ class Decoder:
         self._mapping = memoryview(ffi.buffer(base, size))
         self._io = run.exit.io
         self._mmio = run.exit.mmio
+        # MMIO's data is in struct kvm_run itself, and at most 8 bytes: KVM splits longer accesses.
         self._mmio_data = memoryview(ffi.buffer(self._mmio.data))
 
     def decode(self) -> Exit:
@@ -147,6 +151,7 @@ class Decoder:
             return Io(self._io, self._mapping)
         if reason == lib.KVM_EXIT_MMIO:
             return Mmio(self._mmio, self._mmio_data)
+        # With the irqchip in the kernel nobody asks for the window; either way all is complete.
         if reason in (lib.KVM_EXIT_INTR, lib.KVM_EXIT_IRQ_WINDOW_OPEN):
             return INTERRUPTED
         if reason == lib.KVM_EXIT_SHUTDOWN:
@@ -156,7 +161,7 @@ class Decoder:
         if reason == lib.KVM_EXIT_SYSTEM_EVENT:
             return SystemEvent(run)
         if reason == lib.KVM_EXIT_INTERNAL_ERROR:
-            return InternalError(run)
+            return KvmInternalError(run)
         if reason == lib.KVM_EXIT_FAIL_ENTRY:
             return FailEntry(run)
         return Unknown(reason)

@@ -95,12 +95,14 @@ class System:
     def get_supported_cpuid(self) -> Any:
         """KVM_GET_SUPPORTED_CPUID: a ``struct kvm_cpuid2`` with what this host can offer."""
         cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": MAX_CPUID_ENTRIES})
+        # How much room there is; KVM puts the number of entries there, or fails with E2BIG.
         cpuid.nent = MAX_CPUID_ENTRIES
         ioctl(self.fd, "KVM_GET_SUPPORTED_CPUID", cpuid)
         return cpuid
 
     def get_msr_index_list(self) -> list[int]:
         """KVM_GET_MSR_INDEX_LIST: the MSRs that are part of a vCPU's state."""
+        # A list that is too short KVM refuses, and says in it how long it must be.
         count = ffi.new("struct kvm_msr_list *", {"indices": 0})
         try:
             ioctl(self.fd, "KVM_GET_MSR_INDEX_LIST", count)

@@ -26,6 +26,22 @@ REG_GUEST_SSP = 0x2030_0003_0000_0000
 MAX_MSRS_PER_CALL = 255  # KVM refuses MAX_IO_MSRS, which is 256
 
 
+class MsrBlock:
+    """Registers that are read of one vCPU after the other: KVM's requests for them, made once.
+
+    :param indices: which; each vCPU should have all of them
+    """
+
+    __slots__ = ("indices", "requests")
+
+    def __init__(self, indices: list[int]) -> None:
+        self.indices = indices
+        self.requests = []
+        for at in range(0, len(indices), MAX_MSRS_PER_CALL):
+            chunk = indices[at : at + MAX_MSRS_PER_CALL]
+            self.requests.append(bytes(ffi.buffer(_msr_buffer(chunk, [0] * len(chunk)))))
+
+
 class Vcpu:
     """The vCPU descriptor and its kvm_run mapping.
 
@@ -33,23 +49,27 @@ class Vcpu:
     :param index: its number and APIC id
     :param event_flags: of its events what the VM tells and takes besides
     :ivar listed_msrs: what KVM lists as a vCPU's state
-    :ivar state_msrs: what was found to be the state of this one; empty until somebody looked
+    :ivar state_msrs: what was found to be the state of this one; None until somebody looked
     """
 
     def __init__(self, fd: int, index: int, system: System, event_flags: int = 0) -> None:
         self.fd = fd
         self.index = index
         self.event_flags = event_flags
+        # KVM shares it with this process: struct kvm_run, and behind it the page that the data of
+        # port accesses goes through.
         self._size = system.get_vcpu_mmap_size()
         self._base = ffi.cast("char *", lib.pyvmm_map(fd, self._size))
         if self._base == ffi.NULL:
             raise KvmError("mmap of kvm_run", errno.ENOMEM, f"vCPU {index}")
         self._run = ffi.cast("struct pyvmm_run *", self._base)
         self._exits = exits.Decoder(self._base, self._size)
+        # KVM_SET_XSAVE takes no size: KVM reads as much as its own area has. That is a page, or
+        # what KVM_CAP_XSAVE2 tells (since Linux 5.17): more only with AMX.
         self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
         self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
         self.listed_msrs = system.msr_indices
-        self.state_msrs: list[int] = []
+        self.state_msrs: MsrBlock | None = None
 
     def run(self) -> exits.Exit:
         """KVM_RUN: enter the guest until something wants attention. Never retried here.
@@ -57,6 +77,7 @@ class Vcpu:
         :raises KvmError: if KVM refuses
         """
         result = lib.pyvmm_run(self.fd)
+        # Only then the mapping tells why: after EINTR it may hold the reason of an earlier exit.
         if result == 0:
             return self._exits.decode()
         # EAGAIN: a vCPU that waited for its start-up message was woken.
@@ -98,6 +119,8 @@ class Vcpu:
         """KVM_SET_SREGS2. KVM_SET_SREGS reads these four from memory, where by now may be others
         than the CPU has read."""
         both = ffi.new("struct kvm_sregs2 *")
+        # The two begin alike. What follows differs: SREGS2 lacks the bitmap of the interrupt that
+        # is being injected, which KVM_SET_VCPU_EVENTS gives.
         ffi.memmove(both, sregs, ffi.offsetof("struct kvm_sregs2", "flags"))
         both.flags = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
         both.pdptrs = pdptrs
@@ -185,24 +208,39 @@ class Vcpu:
         values: dict[int, int] = {}
         while wanted:
             chunk = wanted[:MAX_MSRS_PER_CALL]
-            buffer = _msr_buffer([(index, 0) for index in chunk])
-            # The result is how many were read before the first that could not be.
+            buffer = _msr_buffer(chunk, [0] * len(chunk))
+            # KVM stops at a register that the vCPU lacks: the result is how many came before it.
             done = ioctl(self.fd, "KVM_GET_MSRS", buffer)
             words = ffi.unpack(buffer, 1 + 2 * done)
             values.update(zip(words[1::2], words[2::2], strict=True))
             wanted = wanted[done:] if done == len(chunk) else wanted[done + 1 :]
         return values
 
+    def get_msr_block(self, block: MsrBlock) -> Iterable[tuple[int, int]]:
+        """KVM_GET_MSRS of a block: index and value of each; those that KVM cannot read are left
+        out."""
+        values: list[int] = []
+        for request in block.requests:
+            buffer = bytearray(request)
+            done = ioctl(self.fd, "KVM_GET_MSRS", ffi.from_buffer(buffer))
+            words = memoryview(buffer).cast("Q").tolist()
+            if done < words[0]:
+                return self.get_msrs(block.indices).items()
+            values += words[2::2]
+        return zip(block.indices, values, strict=True)
+
     def set_msrs(self, values: dict[int, int]) -> list[int]:
         """KVM_SET_MSRS: the indices that KVM refused. It drops some writes in silence, so
         what matters is read back."""
         refused = []
-        todo = list(values.items())
+        todo = list(values)
         while todo:
             chunk = todo[:MAX_MSRS_PER_CALL]
-            done = ioctl(self.fd, "KVM_SET_MSRS", _msr_buffer(chunk))
+            buffer = _msr_buffer(chunk, [values[index] for index in chunk])
+            # Likewise: those before the first refused one are set, those behind it are not.
+            done = ioctl(self.fd, "KVM_SET_MSRS", buffer)
             if done < len(chunk):
-                refused.append(chunk[done][0])
+                refused.append(chunk[done])
                 done += 1
             todo = todo[done:]
         return refused
@@ -277,10 +315,13 @@ class Vcpu:
         return state
 
 
-def _msr_buffer(values: list[tuple[int, int]]) -> Any:
+def _msr_buffer(indices: list[int], values: list[int]) -> Any:
     # struct kvm_msrs and its entries as words of 64 bits: the number of entries, then of each
-    # the index, whose upper half is reserved, and the value.
-    return ffi.new("uint64_t[]", [len(values), *(word for pair in values for word in pair)])
+    # the index, whose upper half is reserved, and the value. A vCPU has hundreds.
+    words = [len(indices)] * (1 + 2 * len(indices))
+    words[1::2] = indices
+    words[2::2] = values
+    return ffi.new("uint64_t[]", words)
 
 
 def _one_reg(id: int, value: Any) -> Any:

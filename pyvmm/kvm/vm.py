@@ -87,6 +87,8 @@ class Vm:
         region.flags = lib.KVM_MEM_READONLY if read_only else 0
         region.guest_phys_addr = gpa
         region.memory_size = len(view)
+        # From here on KVM reads and writes what is at this address, also when something else is
+        # mapped there one day.
         region.userspace_addr = int(ffi.cast("uintptr_t", view))
         ioctl(self.fd, "KVM_SET_USER_MEMORY_REGION", region, f"slot {slot} at {gpa:#x}")
         self._memory[slot] = view
@@ -114,11 +116,13 @@ class Vm:
     def create_pit2(self) -> None:
         """KVM_CREATE_PIT2: the i8254, with the speaker port answered by the kernel."""
         config = ffi.new("struct kvm_pit_config *")
+        # Port 0x61, too: it has the gate and the output of channel 2, which are the PIT's.
         config.flags = lib.KVM_PIT_SPEAKER_DUMMY
         ioctl(self.fd, "KVM_CREATE_PIT2", config)
 
     def create_vcpu(self, index: int) -> Vcpu:
         """KVM_CREATE_VCPU: the vCPU with APIC id ``index``; 0 is the bootstrap processor."""
+        # The vCPU's descriptor keeps the VM, whose own one may be closed before it.
         fd = ioctl_value(self.fd, "KVM_CREATE_VCPU", index, f"vCPU {index}")
         return Vcpu(fd, index, self.system, self.event_flags)
 
@@ -138,6 +142,7 @@ class Vm:
         """
         request = ffi.new("struct kvm_ioeventfd *")
         request.addr = gpa
+        # An access of another width, or of another value, exits as before.
         request.len = 4
         request.fd = fd
         request.datamatch = value

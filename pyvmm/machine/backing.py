@@ -41,7 +41,7 @@ class Backing:
         if exit is None:
             return self._find() or self._memory.fault()
         if isinstance(exit, exits.Shutdown) or (
-            isinstance(exit, exits.InternalError)
+            isinstance(exit, exits.KvmInternalError)
             and exit.suberror == lib.KVM_INTERNAL_ERROR_EMULATION
         ):
             return self._find()
@@ -70,7 +70,7 @@ class Backing:
     def retract(self, exit: exits.Exit) -> bool:
         """Whether an exit comes of :meth:`probe` alone, which is undone: where KVM has it emulated,
         the emulator need not know the instruction."""
-        if not self._is_shown or not isinstance(exit, exits.InternalError):
+        if not self._is_shown or not isinstance(exit, exits.KvmInternalError):
             return False
         self._is_shown = False
         self._set_shadow(0)

@@ -2,23 +2,21 @@
 
 :func:`build` reads top to bottom: each step a paragraph, with a comment where the order
 matters. The same function serves a live update's new image: whatever was inherited is taken
-from the store of descriptors instead of being opened.
+from the hand-over instead of being opened.
 """
 
 from __future__ import annotations
 
 import os
 
-from pyvmm._util.keyval import parse_int
 from pyvmm.boot import builtin, rom
-from pyvmm.chardev.config import ChardevConfig
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core.bus import Bus
+from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
 from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
-from pyvmm.errors import MigrationError
 from pyvmm.kvm.system import System
 from pyvmm.machine.guest_end import GuestEnd
 from pyvmm.machine.machine import Machine
@@ -37,12 +35,9 @@ if TYPE_CHECKING:
     from pyvmm.backends.net.factory import NetdevSet
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
-    from pyvmm.machine.config import DeviceConfig, MachineConfig
+    from pyvmm.cpr.handover import Handover
+    from pyvmm.machine.config import MachineConfig
 
-# Memory is handed over under the bare id of its object, as in QEMU; all else but these has a
-# prefix with a slash, which no id has.
-KVM_FD = "kvm"
 ROM_BLOCK = "pc.bios"
 RAM_BLOCK = "pc.ram"
 
@@ -50,37 +45,34 @@ RAM_BLOCK = "pc.ram"
 def build(
     config: MachineConfig,
     loop: EventLoop,
-    fds: FdStore,
+    handover: Handover,
     on_end: Callable[[], None],
-    chardev_states: dict[str, bytes],
-    netdev_states: dict[str, bytes],
 ) -> Machine:
     """Return a machine ready to start, or to have a state loaded into it.
 
+    :param handover: what the process before left, and what the next one takes
     :param on_end: called when the machine has come to its end; who called this closes it then
-    :param chardev_states: host-side state that the image before left, by chardev id
-    :param netdev_states: the same of network back ends
     :raises PyvmmError: naming the option or what the host lacks; nothing is left behind
     """
     opened = Opened()
     try:
         # The permission to use KVM is checked before anything is created on disk.
-        system = opened.add(open_system(fds))
+        system = opened.add(open_system(handover))
         events = Events()
         end = GuestEnd(loop, config.actions, events.emit, on_end)
         # Memory before the VM: a wrong -object is found while there is nothing to undo.
-        memory, ram_blocks = make_memory(config, fds, opened)
+        memory, ram_blocks = make_memory(config, handover, opened)
         memory.report = end.on_ram_error
         platform = opened.add(
             Platform(system, memory, config.topology, config.cpu_changes), in_vm=True
         )
         # Chardevs and back ends before devices: each device is given its own.
-        chardevs = opened.add(ChardevSet(loop, fds, end.quit))
+        chardevs = opened.add(ChardevSet(loop, handover, end.quit))
         for chardev in config.chardevs:
             chardevs.create(chardev)
         parts = Parts(
             loop=loop,
-            fds=fds,
+            handover=handover,
             opened=opened,
             events=events,
             end=end,
@@ -91,18 +83,16 @@ def build(
             mmio=Bus("memory", 1 << 64, memory),
             power=AcpiPm(platform.irqs.line(acpi_pm.SCI, AcpiPm.name), end.request_power_off),
             chardevs=chardevs,
-            drives=make_drives(config, fds, opened),
-            netdevs=make_netdevs(config, loop, fds, opened, netdev_states),
+            drives=make_drives(config, handover, opened),
+            netdevs=make_netdevs(config, loop, handover, opened),
             rngs={rng.id: rng for rng in config.rngs},
         )
         add_devices(parts, config)
         # The serial ports come first on a mux: the console begins with the focus.
-        parts.monitors += [
-            (monitor, chardevs.claim(monitor.chardev)) for monitor in config.monitors
-        ]
+        parts.monitors += [chardevs.claim(monitor.chardev) for monitor in config.monitors]
         # All chardevs are there, and nobody reads them yet: what they did in the image before
         # goes on.
-        chardevs.load_state(chardev_states)
+        chardevs.load_state()
         # An update's guest stands still: it waits for nobody.
         if not config.incoming:
             chardevs.wait_connected()
@@ -112,7 +102,7 @@ def build(
             machine.kernel.load()
     except BaseException:
         # What was inherited stays open: the old image needs it for its return.
-        if not fds.is_incoming:
+        if not handover.is_incoming:
             opened.close()
         raise
     return machine
@@ -121,26 +111,27 @@ def build(
 def block_name(config: MachineConfig, id: str) -> str:
     """What the memory of the object ``id`` is called in states and in what an exec hands over:
     the id, unless that is a name of the machine's own."""
-    own = [KVM_FD, ROM_BLOCK]
+    own = [*RESERVED, ROM_BLOCK]
     if not config.memory_backend:
         own.append(RAM_BLOCK)
     return f"ram/{id}" if id in own else id
 
 
-def open_system(fds: FdStore) -> System:
+def open_system(handover: Handover) -> System:
     """/dev/kvm: the inherited descriptor, or a fresh one."""
-    inherited = fds.take(KVM_FD)
+    parcel = handover.parcel(OWN, KVM)
+    inherited = parcel.take()
     if inherited is None:
         system = System.open()
     else:
         system = System(inherited)
         system.check("The inherited /dev/kvm")
-    fds.keep(KVM_FD, system.fd)
+    parcel.keep(system.fd)
     return system
 
 
 def make_memory(
-    config: MachineConfig, fds: FdStore, opened: Opened
+    config: MachineConfig, handover: Handover, opened: Opened
 ) -> tuple[GuestMemory, list[RamBackend]]:
     """RAM from the objects (or one made for ``-m``), and the ROM; with all the host's memory that
     is behind them."""
@@ -149,48 +140,41 @@ def make_memory(
     ram = None
     for object_config in config.objects:
         name = block_name(config, object_config.id)
-        blocks.append(_make_block(object_config, name, fds, opened))
+        blocks.append(_make_block(object_config, name, handover, opened))
         if object_config.id == config.memory_backend:
             ram = blocks[-1]
     if ram is None:
         kind = "memory-backend-memfd" if config.anon_alloc == "memfd" else "memory-backend-ram"
         ram_config = RamConfig(kind, RAM_BLOCK, config.memory_size)
-        ram = _make_block(ram_config, RAM_BLOCK, fds, opened)
+        ram = _make_block(ram_config, RAM_BLOCK, handover, opened)
         blocks.append(ram)
     memory.add_ram(ram, layout.ram_ranges(ram.size))
-    blocks.append(_make_rom(config, fds, opened))
+    blocks.append(_make_rom(config, handover, opened))
     rom.add(memory, blocks[-1], ram)
     return memory, blocks
 
 
-def make_drives(config: MachineConfig, fds: FdStore, opened: Opened) -> dict[str, BlockFile]:
+def make_drives(config: MachineConfig, handover: Handover, opened: Opened) -> dict[str, BlockFile]:
     """The disk images by id."""
     if not config.drives:
         return {}
     from pyvmm.backends.block import BlockFile
 
-    return {drive.id: opened.add(BlockFile(drive, fds)) for drive in config.drives}
+    return {drive.id: opened.add(BlockFile(drive, handover)) for drive in config.drives}
 
 
 def make_netdevs(
-    config: MachineConfig,
-    loop: EventLoop,
-    fds: FdStore,
-    opened: Opened,
-    states: dict[str, bytes],
+    config: MachineConfig, loop: EventLoop, handover: Handover, opened: Opened
 ) -> NetdevSet | None:
-    """The network back ends.
-
-    :param states: host-side state that the image before left, by id
-    """
+    """The network back ends."""
     if not config.netdevs:
         return None
     from pyvmm.backends.net.factory import NetdevSet
 
-    netdevs = opened.add(NetdevSet(loop, fds))
+    netdevs = opened.add(NetdevSet(loop, handover))
     for netdev in config.netdevs:
         netdevs.create(netdev)
-    netdevs.load_state(states)
+    netdevs.load_state()
     return netdevs
 
 
@@ -202,7 +186,7 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
         if chardev_config is None:
             from pyvmm.chardev.null import NullChardev
 
-            chardev: Chardev = NullChardev("null", parts.loop, parts.fds)
+            chardev: Chardev = NullChardev("null", parts.loop, parts.handover)
         else:
             chardev = parts.chardevs.claim(chardev_config)
         line = platform.irqs.line(irq, f"serial {number}")
@@ -214,70 +198,40 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
     parts.add_isa(i8042.I8042(end.request_reset), layout.I8042_DATA[0], i8042.PORTS)
     parts.add_isa(i8042.Port92(end.request_reset), *layout.PORT92)
     parts.add_isa(parts.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
-    for device in config.devices:
-        if not device.driver.startswith("virt"):
-            add_device(parts, device)
-    if any(device.driver.startswith("virt") for device in config.devices):
-        from pyvmm.machine import virtio
-
-        virtio.add_devices(parts, config)
+    # The order in which their state is written, too.
+    for bus in ("isa", "virtio"):
+        for device in config.devices:
+            if device.driver.bus == bus:
+                device.driver.add(parts, device)
 
 
-def add_device(parts: Parts, config: DeviceConfig) -> None:
-    """One ``-device``; ``options`` has checked driver and properties."""
-    properties = config.properties
-
-    def number(key: str, default: int) -> int:
-        where = f"-device {config.driver}"
-        return parse_int(properties[key], where, key, 0, 0xFFFF) if key in properties else default
-
-    # Each is imported where it is wanted: that is time of an update's pause.
-    if config.driver == "isa-debug-exit":
-        from pyvmm.devices import debugexit
-
-        iobase = number("iobase", debugexit.IOBASE)
-        iosize = number("iosize", debugexit.IOSIZE)
-        exit = debugexit.DebugExit(parts.end.request_exit, iobase=iobase, iosize=iosize)
-        parts.add_isa(exit, iobase, iosize, debugexit.WIDTH)
-    elif config.driver == "isa-debugcon":
-        from pyvmm.devices import debugcon
-
-        iobase = number("iobase", debugcon.IOBASE)
-        chardev = None
-        if "chardev" in properties:
-            name = properties["chardev"]
-            chardev = parts.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
-        parts.add_isa(debugcon.DebugConsole(chardev, iobase=iobase), iobase, 1)
-    else:
-        from pyvmm.devices import pvpanic
-
-        ioport = number("ioport", pvpanic.IOPORT)
-        parts.add_isa(pvpanic.PvPanic(parts.end.report_panic, ioport=ioport), ioport, 1)
-
-
-def _make_rom(config: MachineConfig, fds: FdStore, opened: Opened) -> RamBackend:
+def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamBackend:
     # Preserved like RAM, whatever the new image brings: the guest may be executing it.
-    inherited = fds.take(ROM_BLOCK)
+    inherited = _take_block(ROM_BLOCK, ROM_BLOCK, handover)
     if inherited is None:
-        image = rom.read(config.bios or builtin.path(builtin.ROM))
-        size = len(image)
+        contents = rom.read(config.bios or builtin.path(builtin.ROM))
+        size = len(contents)
     else:
         size = os.fstat(inherited).st_size
     rom_config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
-    block = _make_block(rom_config, ROM_BLOCK, fds, opened, inherited)
+    block = _keep_block(RamBackend(rom_config, inherited, ROM_BLOCK), handover, opened)
     if inherited is None:
-        block.write(0, image)
+        block.write(0, contents)
     return block
 
 
-def _make_block(
-    config: RamConfig, name: str, fds: FdStore, opened: Opened, inherited: int | None = None
-) -> RamBackend:
-    fd = fds.take(name) if inherited is None else inherited
-    if fd is None and fds.is_incoming:
-        # A fresh block would be empty, and the guest's memory lost.
-        raise MigrationError(f"The memory of {config.id} was not handed over by the image before")
-    block = opened.add(RamBackend(config, fd, name), in_vm=True)
+def _make_block(config: RamConfig, name: str, handover: Handover, opened: Opened) -> RamBackend:
+    fd = _take_block(name, config.id, handover)
+    return _keep_block(RamBackend(config, fd, name), handover, opened)
+
+
+def _take_block(name: str, id: str, handover: Handover) -> int | None:
+    # A fresh block would be empty, and the guest's memory lost.
+    return handover.parcel(RAM, name).require(f"memory of {id}")
+
+
+def _keep_block(block: RamBackend, handover: Handover, opened: Opened) -> RamBackend:
+    opened.add(block, in_vm=True)
     if block.fd is not None and block.is_shared:
-        fds.keep(name, block.fd)
+        handover.parcel(RAM, block.name).keep(block.fd)
     return block

@@ -99,29 +99,35 @@ class Cpu:
         self._ident = 0
         self._stopped = Event()
         self._go = Event()
+        self._entered = Event()
         self._call_lock = Lock()
         # Around what the thread and resume() decide on together.
         self._guard = Lock()
 
     def start(self) -> None:
-        """Start the thread, which goes to its waiting place. It exists until :meth:`close`.
+        """Start the thread, which goes to its waiting place; does not wait for that. It exists
+        until :meth:`close`.
 
-        :raises HostError: the host has no room for a further thread
+        :raises HostError: the host allows no further thread
         """
         install_kick(KICK_SIGNAL)
         self.vcpu.set_immediate_exit(True)
-        started = Event()
 
         def body() -> None:
             name_thread(f"vcpu-{self.index}")
             _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {KICK_SIGNAL})
             self._ident = _thread.get_ident()
             self.thread_id = _thread.get_native_id()
-            started.set()
             self._run()
 
         spawn(body, self._handle_crash)
-        if not started.wait(START_TIMEOUT_S):
+
+    def wait_started(self) -> None:
+        """Wait until the thread, which was started and not resumed yet, is at its waiting place.
+
+        :raises HostError: the host has no room for it
+        """
+        if not self._stopped.wait(START_TIMEOUT_S) or not self._ident:
             raise HostError(f"thread vcpu-{self.index} does not begin; free memory on the host")
 
     def request_stop(self) -> None:
@@ -148,11 +154,19 @@ class Cpu:
     def resume(self) -> None:
         """Let a stopped vCPU run."""
         with self._guard:
+            if self._stopped.is_set():
+                self._entered.clear()
             self._stopped.clear()
             self._stop = False
             # Before the thread goes: cleared later it could hide a new request to stop.
             self.vcpu.set_immediate_exit(False)
         self._go.set()
+
+    def wait_entered(self, timeout_s: float) -> None:
+        """Wait until a vCPU that was resumed has what it needs of the interpreter to be in the
+        guest. The caller, who is the interpreter's busiest user then, would hold it up: for a
+        switch interval, and one vCPU after the other."""
+        self._entered.wait(timeout_s)
 
     def call(self, function: Callable[[Vcpu], T]) -> T:
         """Run ``function`` on the vCPU's thread, between two KVM_RUNs, and return its result.
@@ -257,6 +271,8 @@ class Cpu:
                 self.vcpu.kvmclock_ctrl()
             except KvmError:
                 pass  # a watchdog's complaint costs the guest less than standing still
+        # The interpreter is given up next when KVM_RUN begins.
+        self._entered.set()
 
     def _enter(self) -> None:
         # One KVM_RUN after the other, until a kick ends one with nothing left half done.
@@ -329,7 +345,7 @@ class Cpu:
 
     def _look(self) -> Backing:
         if self._backing is None:
-            # An update does without it. Its file has been read since (``cli.import_ahead``).
+            # An update does without it. Its file has been read since (:func:`import_ahead`).
             from pyvmm.machine.backing import Backing
 
             assert self._memory is not None
@@ -380,3 +396,8 @@ class Cpu:
         self._ident = 0
         self._stopped.set()
         self._events.on_cpu_error(self.index, f"vCPU thread failed: {error!r}")
+
+
+def import_ahead() -> None:
+    """Import what is of use only if the host cannot back memory, once the guest runs."""
+    from pyvmm.machine import backing  # noqa: F401

@@ -39,7 +39,7 @@ class GuestKernel:
         from pyvmm.machine import firmware
 
         parts = self._parts
-        files = self._files = self._files or BootFiles(parts.fds)
+        files = self._files = self._files or BootFiles(parts.handover)
         rsdp = firmware.write_tables(parts, self._config)
         try:
             loader.load(parts.memory, self._config.kernel, rsdp, files.open)
@@ -47,25 +47,18 @@ class GuestKernel:
             files.forget_unkept()
             raise
 
-    def keep(self, paths: dict[str, bytes]) -> None:
+    def keep(self) -> None:
         """See to it that a reset finds what the guest was booted from. Not before the guest runs,
-        whose start and whose updates are not delayed for it.
-
-        :param paths: what :meth:`save_state` returned in the image before
-        """
+        whose start and whose updates are not delayed for it."""
         from pyvmm.boot.files import BootFiles
 
         if self._files is None:
-            self._files = BootFiles(self._parts.fds)
-            problems = self._files.take_over(self._config.kernel, paths)
+            self._files = BootFiles(self._parts.handover)
+            problems = self._files.take_over(self._config.kernel)
         else:
             problems = self._files.keep(self._config.kernel)
         for problem in problems:
             log.say(problem)
-
-    def save_state(self) -> dict[str, bytes]:
-        """What the next image has to know of what is kept for a reset, as CPR values."""
-        return self._files.save_state() if self._files else {}
 
     def close(self) -> None:
         """Give the files back."""

@@ -35,6 +35,8 @@ RESET_PATIENCE_S = 0.2
 RESET_RETRY_S = 0.5
 # What each vCPU adds to such a time: its thread has to get the host's processor once.
 CPU_PATIENCE_S = 0.05
+# How long at most the interpreter is left to the vCPUs that are on their way into the guest.
+ENTRY_PATIENCE_S = 0.05
 
 # How soon a device is started again that the host did not let start.
 START_RETRY_S = 0.1
@@ -59,7 +61,7 @@ class Machine:
     def __init__(self, parts: Parts, config: MachineConfig) -> None:
         self.config = config
         self.loop = parts.loop
-        self.fds = parts.fds
+        self.handover = parts.handover
         self.memory = parts.memory
         self.ram_blocks = parts.ram_blocks
         self.platform = parts.platform
@@ -69,7 +71,7 @@ class Machine:
         self.drives = parts.drives
         self.netdevs = parts.netdevs
         self.devices = parts.devices
-        self.monitors = parts.monitors
+        self.monitors = list(zip(config.monitors, parts.monitors, strict=True))
         self.end = parts.end
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.cpus = [
@@ -153,7 +155,7 @@ class Machine:
         self.emit("RESET", {"guest": reason.startswith("guest"), "reason": reason})
         if running:
             self.resume_cpus()
-        self.kernel.keep({})
+        self.kernel.keep()
         return None
 
     def _reset_later(self, reason: str, error: HostError) -> None:
@@ -210,8 +212,11 @@ class Machine:
         :raises HostError: the host allows no further thread
         """
         self.prepare_devices()
+        # All of them first: they come up beside each other.
         for cpu in self.cpus:
             cpu.start()
+        for cpu in self.cpus:
+            cpu.wait_started()
         if any(block.is_limited for block in self.ram_blocks):
             self.loop.call_later(RAM_INTERVAL_S, self._watch_ram)
         if self.runstate.state == runstate.PRELAUNCH:
@@ -329,6 +334,9 @@ class Machine:
             self._start_device(device)
         for cpu in self.cpus:
             cpu.resume()
+        end = time.monotonic() + ENTRY_PATIENCE_S
+        for cpu in self.cpus:
+            cpu.wait_entered(end - time.monotonic())
         # The guest runs by now: it is no part of a pause.
         self._pic_watch.start()
 

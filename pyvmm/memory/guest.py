@@ -92,6 +92,11 @@ class MemoryRegion:
         return self.gpa + self.size
 
     @property
+    def address(self) -> int:
+        """Host address of its first byte, for ``_native``."""
+        return self.backend.address + self.offset
+
+    @property
     def view(self) -> memoryview:
         """The memory itself, writable, for system calls and KVM; as :meth:`GuestMemory.view`."""
         return memoryview(self.backend.view)[self.offset : self.offset + self.size]
@@ -173,10 +178,7 @@ class GuestMemory:
     def _publish(self, regions: Iterable[MemoryRegion]) -> None:
         self.regions = tuple(sorted(regions, key=lambda region: region.gpa))
         self._spans = tuple(
-            [
-                (each.gpa, each.end, each.backend.address + each.offset - each.gpa, each.readonly)
-                for each in self.regions
-            ]
+            [(each.gpa, each.end, each.address - each.gpa, each.readonly) for each in self.regions]
         )
 
     def add_ram(self, backend: RamBackend, ranges: Sequence[tuple[int, int, int]]) -> None:

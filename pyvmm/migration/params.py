@@ -1,13 +1,14 @@
 """Migration parameters and capabilities, under QEMU's names and with its defaults.
 
 Those that belong to ways of migrating that pyvmm does not have can be set and are shown, and
-have no effect. Nothing is carried over a live update: the new image begins with the defaults.
+have no effect. No parameter is carried over a live update: the new image begins with the defaults.
 """
 
 from __future__ import annotations
 
 from pyvmm._util.sizes import parse_size
 from pyvmm.errors import CommandError, ConfigError
+from pyvmm.migration.status import SUPPORTED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,8 +54,6 @@ _CAPABILITIES = (
     "x-ignore-shared validate-uuid background-snapshot zero-copy-send postcopy-preempt "
     "switchover-ack dirty-limit mapped-ram"
 )
-#: Capabilities that may be on.
-SUPPORTED = {"events"}
 
 
 class Settings:
@@ -80,18 +79,18 @@ class Settings:
         return list(self._values)
 
     def get(self, name: str) -> Any:
-        """One value."""
+        """Return one value."""
         return self._values[name]
 
     def words(self, name: str) -> tuple[str, ...]:
         """The legal values of a name, if they can be listed (for completion)."""
-        if isinstance(self._values.get(name), bool):
+        if name in self._values and isinstance(self.get(name), bool):
             return ("on", "off")
         return self._words.get(name, ())
 
     def text(self, name: str) -> str:
-        """One value as ``info`` shows it."""
-        value = self._values[name]
+        """Return one value as ``info`` shows it."""
+        value = self.get(name)
         if isinstance(value, bool):
             return "on" if value else "off"
         if isinstance(value, list):
@@ -116,10 +115,14 @@ class Settings:
         """
         for name, value in values.items():
             self._check(name, value)
-        self._values.update(values)
+        for name, value in values.items():
+            self._set(name, value)
+
+    def _set(self, name: str, value: Any) -> None:
+        self._values[name] = value
 
     def _parse(self, name: str, text: str) -> Any:
-        old = self._values[name]
+        old = self.get(name)
         if isinstance(old, bool):
             if text not in ("on", "off"):
                 raise CommandError(f"Parameter '{name}' expects 'on' or 'off'")
@@ -134,7 +137,7 @@ class Settings:
     def _check(self, name: str, value: Any) -> None:
         if name not in self._values:
             raise CommandError(f"Parameter '{name}' is unexpected")
-        old = self._values[name]
+        old = self.get(name)
         if type(value) is not type(old) or (
             isinstance(value, list) and not all(isinstance(word, str) for word in value)
         ):
@@ -147,7 +150,23 @@ class Settings:
 
 
 class Capabilities(Settings):
-    """Capabilities: all known ones are listed, the supported ones can be switched on."""
+    """Capabilities: all known ones are listed, the supported ones can be switched on.
+
+    :param on: names of those that are on, which is kept as it changes
+    """
+
+    def __init__(self, on: set[str]) -> None:
+        super().__init__(dict.fromkeys(_CAPABILITIES.split(), False))
+        self._on = on
+
+    def get(self, name: str) -> Any:
+        return name in self._on
+
+    def _set(self, name: str, value: Any) -> None:
+        if value:
+            self._on.add(name)
+        else:
+            self._on.discard(name)
 
     def _check(self, name: str, value: Any) -> None:
         if name not in self._values:
@@ -158,17 +177,12 @@ class Capabilities(Settings):
 
 
 def parameters() -> Settings:
-    """The parameters with their defaults."""
+    """Return the parameters with their defaults."""
     return Settings(
         {name: default for name, default, _, _ in _PARAMETERS},
         {name: unit for name, _, unit, _ in _PARAMETERS},
         {name: words for name, _, _, words in _PARAMETERS if words},
     )
-
-
-def capabilities() -> Capabilities:
-    """The capabilities, all off."""
-    return Capabilities(dict.fromkeys(_CAPABILITIES.split(), False))
 
 
 def split_command(text: str) -> list[str]:

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine.config import MachineConfig
-    from pyvmm.migration.target import Target
+    from pyvmm.migration.channel import Channel
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
@@ -85,10 +85,10 @@ def answer(argv: list[str]) -> int:
     return 0
 
 
-def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
+def compare(own: dict[str, Any], new: dict[str, Any], channel: Channel) -> None:
     """See that an image that describes itself as ``new`` can go on for ``own``.
 
-    :param target: where the state will be
+    :param channel: where the state will be
     :raises MigrationError: naming the first difference, and both values
     """
     if new.get("error"):
@@ -97,11 +97,11 @@ def compare(own: dict[str, Any], new: dict[str, Any], target: Target) -> None:
     if not incoming:
         raise MigrationError(
             "the new command lacks -incoming and would start a guest of its own; "
-            f"add -incoming {target.text}"
+            f"add -incoming {channel.text}"
         )
-    if incoming != "defer" and not target.matches(incoming):
+    if incoming != "defer" and not channel.matches(incoming):
         raise MigrationError(
-            f"the new command: -incoming {incoming}: the state goes to {target.text}; "
+            f"the new command: -incoming {incoming}: the state goes to {channel.text}; "
             "make them equal"
         )
     if new.get("machine") != own["machine"]:
@@ -145,7 +145,7 @@ def _check_version(new: dict[str, Any], what: str, reads: list[int], version: in
         )
 
 
-def check_descriptors(fds: FdStore) -> None:
+def check_descriptors(handover: Handover) -> None:
     """See that what is to be handed over can be, and that the process can open some more files
     than it has open.
 
@@ -154,7 +154,7 @@ def check_descriptors(fds: FdStore) -> None:
     :raises MigrationError: one of them cannot be
     """
     try:
-        state.decode(state.encode(state.CprState(fds.kept(), {})))
+        state.decode(state.encode(state.CprState(handover.kept(), {})))
     except VmStateError as error:
         raise MigrationError(f"{error}; close what is not needed") from None
     probe.check_free_descriptors(SPARE_FDS, "an update")

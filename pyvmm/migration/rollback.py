@@ -13,22 +13,20 @@ import sys
 
 from pyvmm import wayback
 from pyvmm.cpr import state as cpr_state
+from pyvmm.cpr.handover import CPR, ROLLBACK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
 
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.cpr.state import CprState
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
-EXE_FD = "cpr/exe"
-RECORD_FD = "cpr/way-back"
-# Values for images before version 1 of the record, which went back by these alone.
-COMMAND = "rollback/command"
-ERROR = "rollback/error"
-WHERE = "rollback/where"
+# Names on the wire: for images before version 1 of the record, which went back by these alone.
+COMMAND, ERROR = f"{ROLLBACK}/command", f"{ROLLBACK}/error"
+EXE = (f"{CPR}/exe", 0)
 DEADLINE_S = wayback.DEADLINE_S
 REPEAT_S = 1.0  # should something have swallowed the first alarm
 
@@ -58,27 +56,28 @@ def own_command(incoming: str) -> list[str]:
     return [*kept, "-incoming", incoming]
 
 
-def arm(fds: FdStore) -> None:
+def arm(handover: Handover) -> None:
     """In the old image: keep what the way back needs, and start the deadline."""
-    fds.keep(EXE_FD, os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC))
-    fds.keep(RECORD_FD, os.memfd_create("way-back", os.MFD_CLOEXEC))
+    handover.parcel(CPR, "exe").keep(os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC))
+    handover.parcel(CPR, "way-back").keep(os.memfd_create("way-back", os.MFD_CLOEXEC))
     # The timer goes on through the exec, and kills an image that does not handle it.
     _signal.setitimer(_signal.ITIMER_REAL, DEADLINE_S, REPEAT_S)
     _signal.pthread_sigmask(_signal.SIG_BLOCK, _DEFERRED)
 
 
-def publish(fds: FdStore, values: dict[str, bytes], incoming: str) -> tuple[int, dict[str, str]]:
+def publish(handover: Handover, incoming: str) -> tuple[int, dict[str, str]]:
     """In the old image, after :func:`arm`: write the CPR state and the record of the way back.
     Return the state's descriptor, and what the new image's environment must say.
 
     :param incoming: URI of the state for the way back
     """
     command = [os.fsencode(word) for word in own_command(incoming)]
-    kept = fds.kept()
-    state = cpr_state.publish(kept, values | {COMMAND: b"\0".join(command)})
+    handover.parcel(ROLLBACK, "command").give(b"\0".join(command))
+    kept = handover.kept()
+    state = cpr_state.publish(kept, handover.states())
     try:
-        record = kept[(RECORD_FD, 0)]
-        program = kept[(EXE_FD, 0)]
+        record = kept[(f"{CPR}/way-back", 0)]
+        program = kept[EXE]
         wayback.write(record, wayback.Record(program, state, [state, *kept.values()], command))
     except BaseException:
         os.close(state)
@@ -86,15 +85,15 @@ def publish(fds: FdStore, values: dict[str, bytes], incoming: str) -> tuple[int,
     return state, {cpr_state.ENVIRONMENT: str(state), wayback.RECORD: str(record)}
 
 
-def disarm(fds: FdStore) -> None:
+def disarm(handover: Handover) -> None:
     """In the old image: undo :func:`arm`, after an exec that failed."""
     wayback.stop_timer()
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _DEFERRED)
-    for name in (EXE_FD, RECORD_FD):
-        fd = fds.kept().get((name, 0))
+    for id in ("exe", "way-back"):
+        parcel = handover.parcel(CPR, id)
+        fd = parcel.kept()
         if fd is not None:
-            fds.forget(name)
-            os.close(fd)
+            parcel.close(fd)
 
 
 def adopt(carried: CprState) -> None:
@@ -103,7 +102,7 @@ def adopt(carried: CprState) -> None:
     It reads why it is back in the state, not in the environment, so the state says so already.
     """
     words = carried.values.get(COMMAND)
-    program = carried.fds.get((EXE_FD, 0))
+    program = carried.fds.get(EXE)
     if wayback.is_open() or not words or program is None or wayback.FAILURE in os.environ:
         return
     values = {name: value for name, value in carried.values.items() if name != COMMAND}
@@ -111,11 +110,3 @@ def adopt(carried: CprState) -> None:
     state = cpr_state.publish(carried.fds, values)
     fds = [state, *carried.fds.values()]
     wayback.adopt(wayback.Record(program, state, fds, words.split(b"\0"), is_told=False))
-
-
-def failure(values: dict[str, bytes]) -> tuple[str, str]:
-    """In an image that was executed: return why it is back and the function that failed, both
-    empty if it is a new one. They leave environment and ``values``."""
-    why, where = wayback.take_failure()
-    told = [values.pop(name, b"").decode("utf-8", "replace") for name in (ERROR, WHERE)]
-    return (why, where) if why else (told[0], told[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from pyvmm._util import log
+from pyvmm.cpr.handover import MONITOR
 from pyvmm.errors import VmStateError
 from pyvmm.monitor.commands import build_registry
 from pyvmm.monitor.registry import Context
@@ -15,9 +16,10 @@ from pyvmm.monitor.registry import Context
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.chardev.base import Chardev
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine.config import MonitorConfig
     from pyvmm.machine.machine import Machine
-    from pyvmm.migration.manager import Migration, Passenger
+    from pyvmm.migration.manager import Migration
     from pyvmm.monitor.frontend import MonitorFrontend
 
 
@@ -26,23 +28,24 @@ def open_monitors(
 ) -> list[MonitorFrontend]:
     """Attach a monitor to each chardev; main loop thread.
 
-    What the image before left for one in ``migration.carried`` it takes over, and it is put
-    among ``migration.passengers`` for the next exec. The caller closes them at the end.
+    Each goes on with what the image before left for it, and is a passenger of the next exec. The
+    caller closes them at the end.
     """
     registry = build_registry()
     monitors: list[MonitorFrontend] = []
     for config, chardev in specs:
         context = Context(machine, migration, registry)
         monitor = _make(config, chardev, context)
-        name = _unused(chardev.id, migration.passengers)
-        state = migration.carried.pop(f"monitor/{name}", b"")
+        name = _unused(chardev.id, machine.handover)
+        parcel = machine.handover.parcel(MONITOR, name)
+        state = parcel.take_state()
         if state:
             try:
                 monitor.load_state(state)
             except VmStateError as error:
                 # The guest runs; that somebody has to type a line again must not end it.
                 log.say(f"monitor {name}: {error}")
-        migration.passengers[name] = monitor
+        parcel.board(monitor)
         monitors.append(monitor)
         chardev.attach(monitor)
     return monitors
@@ -62,9 +65,10 @@ def _make(config: MonitorConfig, chardev: Chardev, context: Context) -> MonitorF
     return LineMonitor(chardev, context, echo=chardev.is_terminal or chardev.is_typed)
 
 
-def _unused(id: str, taken: dict[str, Passenger]) -> str:
+def _unused(id: str, handover: Handover) -> str:
+    # A mux has several monitors on one chardev.
     name, number = id, 1
-    while name in taken:
+    while handover.parcel(MONITOR, name).is_boarded:
         number += 1
         name = f"{id}.{number}"
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.chardev.base import Frontend
+from pyvmm.cpr.handover import Passenger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,11 +13,11 @@ if TYPE_CHECKING:
 def take_failure(migration: Any) -> str:
     """The reply to a command that waited for an update which failed after the exec; empty if
     there is none, or somebody had it already."""
-    error, migration.untold = migration.untold, None
+    error = migration.take_error()
     return f"Error: {error}\n" if error else ""
 
 
-class MonitorFrontend(Frontend):
+class MonitorFrontend(Frontend, Passenger):
     """A monitor. Main loop thread only."""
 
     def load_state(self, state: bytes) -> None:
@@ -24,16 +25,6 @@ class MonitorFrontend(Frontend):
 
         :raises VmStateError: impossible state
         """
-
-    def save_state(self) -> bytes:
-        """What the next image has to know."""
-        return b""
-
-    def quiesce(self) -> None:
-        """An execve is about to come. The guest stands still: 2 ms at the most."""
-
-    def restart(self) -> None:
-        """It did not come."""
 
     def close(self) -> None:
         """The machine ends."""

@@ -19,6 +19,7 @@ from pyvmm.chardev.address import UnixAddress
 from pyvmm.chardev.config import ChardevConfig
 from pyvmm.chardev.fdio import FdChardev, read_socket
 from pyvmm.core.eventloop import READABLE
+from pyvmm.cpr.handover import MONITOR, RUN
 from pyvmm.errors import ConfigError
 from pyvmm.machine.config import MonitorConfig
 from pyvmm.monitor.attach import open_monitors
@@ -32,12 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
     from pyvmm.machine.machine import Machine
     from pyvmm.migration.manager import Migration
     from pyvmm.monitor.frontend import MonitorFrontend
 
-LOCK_FD = "run/lock"
 MAX_CLIENTS = 32  # of one socket at a time; further ones wait in its backlog
 _RETRY_S = 1.0  # after an accept that failed for want of descriptors or memory
 
@@ -51,11 +51,11 @@ class Publication:
     """
 
     def __init__(self, machine: Machine, migration: Migration, entry: rundir.Entry | None) -> None:
-        fds, name = machine.fds, machine.config.name
-        lock_fd = fds.take(LOCK_FD)
+        lock, name = machine.handover.parcel(RUN, "lock"), machine.config.name
+        lock_fd = lock.take()
         inherited = None if lock_fd is None else rundir.inherit(lock_fd)
         self.entry = entry or inherited or rundir.reserve(name or f"vm-{os.getpid()}")
-        fds.keep(LOCK_FD, self.entry.lock_fd)
+        lock.keep(self.entry.lock_fd)
         if inherited and name not in ("", inherited.name):
             machine.warn(f"-name {name}: in the run directory the VM keeps the name {self.name}")
         self._servers: list[MonitorServer] = []
@@ -106,8 +106,10 @@ class Client(FdChardev):
     :param on_free: called when a client has gone
     """
 
-    def __init__(self, id: str, loop: EventLoop, fds: FdStore, on_free: Callable[[], None]) -> None:
-        super().__init__(id, loop, fds)
+    def __init__(
+        self, id: str, loop: EventLoop, handover: Handover, on_free: Callable[[], None]
+    ) -> None:
+        super().__init__(id, loop, handover)
         self._on_free = on_free
 
     @property
@@ -117,18 +119,18 @@ class Client(FdChardev):
     def adopt(self, fd: int) -> None:
         """A client is there."""
         os.set_blocking(fd, False)
-        self.fds.keep(self._name, fd)
+        self.parcel.keep(fd)
         self._open_stream(fd, fd)
 
     def inherit(self) -> bool:
-        """Go on with the client of the image before; whether there was one."""
-        fd = self.fds.take(self._name)
+        """Go on with the client of the image before; return whether there was one."""
+        fd = self.parcel.take()
         if fd is None:
             return False
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            os.close(fd)
+            self.parcel.close(fd)
             return False
-        self.resumed = True
+        self.is_inherited = True
         self.adopt(fd)
         return True
 
@@ -155,7 +157,7 @@ class MonitorServer:
         self._mode = mode
         self._machine = machine
         self._migration = migration
-        self._name = f"run/{mode}"
+        self._parcel = machine.handover.parcel(RUN, mode)
         self._listener: _socket.socket | None = None
         # A client's chardev and monitor serve another one when it has gone.
         self._clients: list[Client] = []
@@ -167,15 +169,14 @@ class MonitorServer:
         :param keep_listener: whether an inherited listener is still the one that is found
         :raises ConfigError: the address cannot be used
         """
-        fds = self._machine.fds
         for number in range(MAX_CLIENTS):
             client = self._make_client(number)
             if client.inherit():
                 self._add(client)
             else:
-                self._migration.carried.pop(f"monitor/{client.id}", None)
+                self._machine.handover.parcel(MONITOR, client.id).take_state()
         self._listener = self._take_listener(keep_listener) or self._address.listen()
-        fds.keep(self._name, self._listener.fileno())
+        self._parcel.keep(self._listener.fileno())
         self._watch()
 
     def recover(self) -> None:
@@ -186,8 +187,7 @@ class MonitorServer:
         """Send everybody away."""
         if self._listener is not None:
             self._machine.loop.remove(self._listener.fileno())
-            self._machine.fds.forget(self._name)
-            self._listener.close()
+            self._parcel.close(self._listener.detach())
             self._listener = None
         for monitor in self._monitors:
             monitor.close()
@@ -195,7 +195,7 @@ class MonitorServer:
             client.close()
 
     def _take_listener(self, keep: bool) -> _socket.socket | None:
-        fd = self._machine.fds.take(self._name)
+        fd = self._parcel.take()
         if fd is None:
             return None
         if keep and stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -203,15 +203,15 @@ class MonitorServer:
             if self._address.matches(listener):
                 return listener
             listener.detach()
-        os.close(fd)
+        self._parcel.close(fd)
         return None
 
     def _make_client(self, number: int) -> Client:
         machine = self._machine
-        return Client(f"{self._name}/{number}", machine.loop, machine.fds, self._watch)
+        return Client(f"{self._parcel.name}/{number}", machine.loop, machine.handover, self._watch)
 
     def _add(self, client: Client) -> None:
-        config = ChardevConfig("chardev", client.id, {}, self._name)
+        config = ChardevConfig("chardev", client.id, {}, self._parcel.name)
         spec = (MonitorConfig(config, self._mode), client)
         self._monitors += open_monitors(self._machine, self._migration, [spec])
         self._clients.append(client)

@@ -13,7 +13,7 @@ from pyvmm.core.bus import Bus, BusDevice
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.runstate import PAUSED, RUNNING, RunState
 from pyvmm.core.threads import Lock
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import MigrationError, StateError
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
@@ -126,7 +126,7 @@ class FakeMachine:
         self.config = SimpleNamespace(
             name=name, smp=cpus, memory_size=RAM_SIZE, argv=[], only_migratable=False
         )
-        self.fds = FdStore()
+        self.handover = Handover()
         self.loop = EventLoop()
         self.runstate = RunState(RUNNING)
         self.memory = GuestMemory()
@@ -145,7 +145,7 @@ class FakeMachine:
         ]
         self.drives: dict[str, BlockFile] = {}
         self.netdevs: Any = None
-        self.chardevs = ChardevSet(self.loop, self.fds, lambda: None)
+        self.chardevs = ChardevSet(self.loop, self.handover, lambda: None)
         self.cpus = [FakeCpu(index) for index in range(cpus)]
         self.acts: list[str] = []
         self.observers: list[Callable[[str, dict[str, Any] | None], None]] = []
@@ -204,22 +204,24 @@ class FakeMigration:
 
     def __init__(self) -> None:
         self.parameters = params.parameters()
-        self.capabilities = params.capabilities()
-        self.passengers: dict[str, Any] = {}
-        self.carried: dict[str, bytes] = {}
+        self.capabilities = params.Capabilities(set())
         self.refuse: str | None = None
         self.started: list[tuple[str, bool]] = []
         self.acts: list[str] = []
         self.finish: Callable[[str | None], None] = lambda _error: None
         self.data: dict[str, Any] = {}
-        self.missed: list[tuple[str, dict[str, Any] | None, int]] = []
+        self.early_events: list[tuple[str, dict[str, Any] | None, int]] = []
         self.status: str | None = None
         self.error: str | None = None
-        self.untold: str | None = None
 
     def info(self) -> dict[str, Any]:
         """What query-migrate returns."""
         return self.data
+
+    def take_error(self) -> str | None:
+        """Return what is wrong with an update, once."""
+        error, self.error = self.error, None
+        return error
 
     def start(self, uri: str, detach: bool, done: Callable[[str | None], None]) -> None:
         """Record the start, or refuse it."""

@@ -8,7 +8,7 @@ from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core.bus import Bus
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.irq import IrqLine
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.machine.guest_end import GuestEnd
 from pyvmm.machine.parts import Events, Opened, Parts
@@ -33,13 +33,13 @@ def make_parts(config: MachineConfig, platform: Any = None, loop: EventLoop | No
     :param platform: has ``vcpus``, ``vm`` and ``close()``
     """
     loop = loop or EventLoop()
-    fds = FdStore()
+    handover = Handover()
     opened, events = Opened(), Events()
     end = GuestEnd(loop, config.actions, events.emit, loop.stop)
     memory = GuestMemory()
     return Parts(
         loop=loop,
-        fds=fds,
+        handover=handover,
         opened=opened,
         events=events,
         end=end,
@@ -49,7 +49,7 @@ def make_parts(config: MachineConfig, platform: Any = None, loop: EventLoop | No
         ports=Bus("I/O", 1 << 16),
         mmio=Bus("memory", 1 << 64, memory),
         power=AcpiPm(IrqLine(9, lambda _gsi, _level: None), end.request_power_off),
-        chardevs=opened.add(ChardevSet(loop, fds, end.quit)),
+        chardevs=opened.add(ChardevSet(loop, handover, end.quit)),
         drives={},
         netdevs=None,
         rngs={rng.id: rng for rng in config.rngs},

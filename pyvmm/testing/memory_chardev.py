@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyvmm.chardev.base import CLOSED, OPENED, Chardev
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 
 
 class MemoryChardev(Chardev):
@@ -17,7 +17,7 @@ class MemoryChardev(Chardev):
     def __init__(
         self, id: str = "memory0", *, room: int | None = None, loop: EventLoop | None = None
     ) -> None:
-        super().__init__(id, loop or EventLoop(), FdStore())
+        super().__init__(id, loop or EventLoop(), Handover())
         self._own_loop = None if loop else self.loop
         self.output = bytearray()
         self.unread = bytearray()

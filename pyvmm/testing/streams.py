@@ -7,7 +7,17 @@ from pyvmm.machine import builder, options, shape
 from pyvmm.machine.config import MACHINE_TYPE, MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import Array, Buffer, Description, Field, Record, Struct, StructArray
+from pyvmm.vmstate.fields import (
+    Array,
+    Buffer,
+    CStruct,
+    Description,
+    Field,
+    Record,
+    Struct,
+    StructArray,
+    Table,
+)
 from pyvmm.vmstate.section import Section
 
 TYPE_CHECKING = False
@@ -41,9 +51,9 @@ def record(description: Description, seed: int = 0) -> Record:
         found.size = len(runstate.RUNNING) + 1
         found.runstate = runstate.RUNNING.encode().ljust(32, b"\0")
     if hasattr(found, "msrs"):
-        for number, msr in enumerate(found.msrs):
-            msr.index = (0x10, 0x277, 0x12345)[number % 3] + number // 3
-            msr.data = seed + number
+        found.msrs = []
+        for number in range(found.nmsrs):
+            found.msrs += [(0x10, 0x277, 0x12345)[number % 3] + number // 3, seed + number]
     for part in description.subsections:
         # Kept apart, so that predicates find what they look at.
         found.__dict__.update(record(part, seed).__dict__)
@@ -89,8 +99,12 @@ def _value(field: Field, found: Record, seed: int) -> Any:
         return [0] * field.count
     if isinstance(field, Buffer):
         return bytes(_size(field, found))
+    if isinstance(field, CStruct):
+        return field.make()
     if isinstance(field, Struct):
         return record(field.inner, seed)
+    if isinstance(field, Table):
+        return [0] * (_size(field, found) * len(field.inner.fields))
     if isinstance(field, StructArray):
         return [record(field.inner, seed) for _ in range(_size(field, found))]
     return COUNTS.get(field.name, 0)

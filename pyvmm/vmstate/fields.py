@@ -4,6 +4,9 @@ A description is declared once, beside the device, as QEMU's VMStateDescription 
 version and a list of fields, each the name of an attribute. Values are big endian on the
 wire. Decoding never touches the device: it fills a :class:`Record`, which the device takes
 over after all of the stream has been read and found possible.
+
+A guest waits for this in every update: whatever has a fixed size is packed and unpacked at
+once, and looked at field by field only to describe it or to name the field that is cut off.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from pyvmm.errors import VmStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
 SUBSECTION = 0x05
@@ -77,6 +80,18 @@ class Cursor:
         """The next eight bytes."""
         return int.from_bytes(self.take(8), "big")
 
+    def unpack(self, pack: struct.Struct, fields: Iterable[Field]) -> tuple[Any, ...]:
+        """The values of the next ``fields``, which are of fixed size.
+
+        :param pack: all of them
+        :raises VmStateError: with the path of the first that is not there as a whole
+        """
+        at = self.at
+        if at + pack.size > len(self.data):
+            _skip(self, fields)
+        self.at = at + pack.size
+        return pack.unpack_from(self.data, at)
+
     def string(self) -> str:
         """A length byte and that many bytes of text."""
         raw = self.take(self.u8())
@@ -105,6 +120,12 @@ class Field:
         """Set the attribute from the stream."""
         raise NotImplementedError
 
+    def load_named(self, source: Cursor, into: Record) -> None:
+        """:meth:`load`, whose errors name the field."""
+        source.path.append(self.name)
+        self.load(source, into)
+        source.path.pop()
+
     def describe(self, state: Any) -> list[dict[str, Any]]:
         """The field's entries in the stream's JSON description; ``state`` was loaded."""
         raise NotImplementedError
@@ -114,38 +135,58 @@ class Field:
         """Whether these entries are always the same."""
         return True
 
+    @property
+    def codes(self) -> str:
+        """What ``struct`` calls the field's values; only a field of fixed size has that."""
+        raise NotImplementedError
+
 
 class Scalar(Field):
-    """An integer of fixed width, or a bool.
+    """An integer of fixed width, or a bool. A :class:`_Run` saves and loads it.
 
-    :param kind: QEMU's type name: ``uint8`` … ``uint64``, ``int8`` … ``int64``, ``bool``
+    :param kind: QEMU's type name: ``uint8`` … ``uint64``, ``int32``, ``int64``, ``bool``
     """
 
-    __slots__ = ("kind", "pack")
-    FORMATS = {
-        "uint8": ">B",
-        "uint16": ">H",
-        "uint32": ">I",
-        "uint64": ">Q",
-        "int32": ">i",
-        "int64": ">q",
-        "bool": ">?",
+    __slots__ = ("kind",)
+    #: kind -> code for ``struct`` and size in bytes
+    KINDS = {
+        "uint8": ("B", 1),
+        "uint16": ("H", 2),
+        "uint32": ("I", 4),
+        "uint64": ("Q", 8),
+        "int32": ("i", 4),
+        "int64": ("q", 8),
+        "bool": ("?", 1),
     }
 
     def __init__(self, name: str, kind: str) -> None:
         super().__init__(name)
         self.kind = kind
-        self.pack = struct.Struct(self.FORMATS[kind])
-
-    def save(self, out: bytearray, state: Any) -> None:
-        out += self.pack.pack(getattr(state, self.name))
-
-    def load(self, source: Cursor, into: Record) -> None:
-        (value,) = self.pack.unpack(source.take(self.pack.size))
-        setattr(into, self.name, value)
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
-        return [{"name": self.name, "type": self.kind, "size": self.pack.size}]
+        return [{"name": self.name, "type": self.kind, "size": self.KINDS[self.kind][1]}]
+
+    @property
+    def codes(self) -> str:
+        return self.KINDS[self.kind][0]
+
+
+class _Run:
+    """Scalars that follow each other, saved and loaded together."""
+
+    __slots__ = ("_fields", "_names", "_pack")
+
+    def __init__(self, fields: list[Field]) -> None:
+        self._fields = fields
+        self._names = [field.name for field in fields]
+        self._pack = struct.Struct(">" + _codes(fields))
+
+    def save(self, out: bytearray, state: Any) -> None:
+        out += self._pack.pack(*[getattr(state, name) for name in self._names])
+
+    def load_named(self, source: Cursor, into: Record) -> None:
+        values = source.unpack(self._pack, self._fields)
+        into.__dict__.update(zip(self._names, values, strict=True))
 
 
 class Array(Field):
@@ -157,7 +198,7 @@ class Array(Field):
         super().__init__(name)
         self.kind = kind
         self.count = count
-        self.pack = struct.Struct(f">{count}{Scalar.FORMATS[kind][1]}")
+        self.pack = struct.Struct(">" + self.codes)
 
     def save(self, out: bytearray, state: Any) -> None:
         out += self.pack.pack(*getattr(state, self.name))
@@ -168,6 +209,10 @@ class Array(Field):
     def describe(self, state: Any) -> list[dict[str, Any]]:
         size = self.pack.size // self.count
         return [{"name": self.name, "array_len": self.count, "type": self.kind, "size": size}]
+
+    @property
+    def codes(self) -> str:
+        return f"{self.count}{Scalar.KINDS[self.kind][0]}"
 
 
 class Buffer(Field):
@@ -223,6 +268,45 @@ class Struct(Field):
     def is_fixed(self) -> bool:
         return self.inner.is_fixed
 
+    @property
+    def codes(self) -> str:
+        return _codes(self.inner.fields)
+
+
+class CStruct(Struct):
+    """An attribute that is a structure of C's: its members, in their order, are the fields.
+
+    :param layout: how they lie in memory, for ``struct``: the codes of the fields, as the
+        processor aligns them, and ``x`` for what is not carried
+    :param make: gives a new structure, all zeros
+    :param view: gives the memory of one, writable
+    """
+
+    __slots__ = ("layout", "make", "pack", "view")
+
+    def __init__(
+        self,
+        name: str,
+        inner: Description,
+        layout: str,
+        make: Callable[[], Any],
+        view: Callable[[Any], Any],
+    ) -> None:
+        super().__init__(name, inner)
+        self.layout = struct.Struct("@" + layout)
+        self.pack = struct.Struct(">" + self.codes)
+        self.make = make
+        self.view = view
+
+    def save(self, out: bytearray, state: Any) -> None:
+        out += self.pack.pack(*self.layout.unpack(self.view(getattr(state, self.name))))
+
+    def load(self, source: Cursor, into: Record) -> None:
+        made = self.make()
+        values = source.unpack(self.pack, self.inner.fields)
+        self.layout.pack_into(self.view(made), 0, *values)
+        setattr(into, self.name, made)
+
 
 class StructArray(Field):
     """A number of records of one description.
@@ -268,6 +352,36 @@ class StructArray(Field):
         return isinstance(self.size, int) and self.inner.is_fixed
 
 
+class Table(StructArray):
+    """The same with the values of all records one after the other, in a tuple: hundreds of
+    records would be hundreds of objects. The records are of fixed size."""
+
+    __slots__ = ("row",)
+
+    def __init__(self, name: str, inner: Description, size: int | str, maximum: int = 0) -> None:
+        super().__init__(name, inner, size, maximum)
+        self.row = _codes(inner.fields)
+
+    def save(self, out: bytearray, state: Any) -> None:
+        count = _count(self.size, state)
+        out += struct.pack(">" + count * self.row, *getattr(state, self.name))
+
+    def load(self, source: Cursor, into: Record) -> None:
+        count = _checked(self, source, into)
+        row = struct.calcsize(">" + self.row)
+        if (whole := (len(source.data) - source.at) // row) < count:
+            source.at += whole * row
+            source.path.append(f"{self.name}[{whole}]")
+            _skip(source, self.inner.fields)
+        values = struct.unpack(">" + count * self.row, source.take(count * row))
+        setattr(into, self.name, values)
+
+    def describe(self, state: Any) -> list[dict[str, Any]]:
+        count = _count(self.size, state)
+        entry = _describe_struct(self.name, self.inner, None)
+        return [entry | {"array_len": count}] if count else []
+
+
 class Description:
     """The state of a device, or a part of it that may be left out (a subsection).
 
@@ -278,7 +392,10 @@ class Description:
     :param check: raises ValueError, with what is impossible, for a loaded record
     """
 
-    __slots__ = ("check", "fields", "minimum_version", "name", "needed", "subsections", "version")
+    __slots__ = (
+        *("_steps", "check", "fields", "minimum_version", "name", "needed", "subsections"),
+        "version",
+    )
 
     def __init__(
         self,
@@ -298,11 +415,12 @@ class Description:
         self.subsections = subsections
         self.needed = needed
         self.check = check
+        self._steps = _steps(fields)
 
     def save(self, out: bytearray, state: Any) -> None:
         """Append all fields, then the subsections that are needed."""
-        for field in self.fields:
-            field.save(out, state)
+        for step in self._steps:
+            step.save(out, state)
         for part in self._needed_parts(state):
             name = part.name.encode()
             out += struct.pack(">BB", SUBSECTION, len(name)) + name
@@ -324,7 +442,7 @@ class Description:
         self._load_parts(source, record)
         return record
 
-    def describe(self, state: Record) -> dict[str, Any]:
+    def describe(self, state: Any) -> dict[str, Any]:
         """The JSON description that QEMU's stream carries (``vmsd_name``, fields, ...).
 
         :param state: a record that was loaded: what it holds is what the stream held
@@ -335,11 +453,10 @@ class Description:
             "fields": [entry for field in self.fields for entry in field.describe(state)],
         }
         # An absent subsection has left its attributes out.
-        names = state.__dict__
         parts = [
             part.describe(state)
             for part in self.subsections
-            if all(field.name in names for field in part.fields)
+            if all(hasattr(state, field.name) for field in part.fields)
         ]
         if parts:
             result["subsections"] = parts
@@ -354,10 +471,8 @@ class Description:
         return [part for part in self.subsections if part.needed is None or part.needed(state)]
 
     def _load_fields(self, source: Cursor, record: Record) -> None:
-        for field in self.fields:
-            source.path.append(field.name)
-            field.load(source, record)
-            source.path.pop()
+        for step in self._steps:
+            step.load_named(source, record)
         if self.check is not None:
             try:
                 self.check(record)
@@ -385,6 +500,38 @@ class Description:
             source.path.pop()
 
 
+def _steps(fields: Sequence[Field]) -> list[Field | _Run]:
+    # The fields with runs of scalars in one.
+    steps: list[Field | _Run] = []
+    run: list[Field] = []
+    for field in fields:
+        if isinstance(field, Scalar):
+            run.append(field)
+            continue
+        if run:
+            steps.append(_Run(run))
+            run = []
+        steps.append(field)
+    if run:
+        steps.append(_Run(run))
+    return steps
+
+
+def _codes(fields: Iterable[Field]) -> str:
+    return "".join([field.codes for field in fields])
+
+
+def _skip(source: Cursor, fields: Iterable[Field]) -> None:
+    # Field by field, to where the stream ends: the error names the one that it ends in.
+    for field in fields:
+        source.path.append(field.name)
+        if isinstance(field, Struct):
+            _skip(source, field.inner.fields)
+        else:
+            source.take(struct.calcsize(">" + field.codes))
+        source.path.pop()
+
+
 def _count(size: int | str, state: Any) -> int:
     return size if isinstance(size, int) else int(getattr(state, size))
 
@@ -408,7 +555,7 @@ def _peek_subsection(source: Cursor) -> str:
     return name.decode("ascii") if name.isascii() else ""
 
 
-def _describe_struct(name: str, inner: Description, state: Record) -> dict[str, Any]:
+def _describe_struct(name: str, inner: Description, state: Any) -> dict[str, Any]:
     described = inner.describe(state)
     return {"name": name, "type": "struct", "struct": described, "size": _size(described)}
 

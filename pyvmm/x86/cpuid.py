@@ -12,7 +12,7 @@ from pyvmm.x86 import cpu_limits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import Any
 
     from pyvmm.kvm.system import System
@@ -113,18 +113,27 @@ def host_cpuid(
     return cpuid
 
 
-def set_identity(cpuid: Any, index: int, topology: Topology) -> None:
-    """Make ``cpuid`` that of vCPU ``index``, which is its APIC id too."""
-    for entry in _entries(cpuid):
-        if entry.function == FEATURES:
-            entry.ebx = entry.ebx & 0x00FF_FFFF | (index & 0xFF) << 24
-        elif entry.function in TOPOLOGY:
-            entry.edx = index
-        elif entry.function == AMD_TOPOLOGY:
-            core = (index & (1 << topology.socket_shift) - 1) >> topology.thread_bits
-            entry.eax = index
-            entry.ebx = topology.threads - 1 << 8 | core
-            entry.ecx = topology.sockets - 1 << 8 & 0x700 | index >> topology.socket_shift & 0xFF
+def identity(cpuid: Any, topology: Topology) -> Callable[[int], None]:
+    """What makes ``cpuid`` that of a vCPU: to be called with its number, which is its APIC id
+    too, for one vCPU after the other."""
+    leaves = (FEATURES, *TOPOLOGY, AMD_TOPOLOGY)
+    places = [at for at in range(cpuid.nent) if cpuid.entries[at].function in leaves]
+
+    def set_identity(index: int) -> None:
+        for at in places:
+            entry = cpuid.entries[at]
+            if entry.function == FEATURES:
+                entry.ebx = entry.ebx & 0x00FF_FFFF | (index & 0xFF) << 24
+            elif entry.function in TOPOLOGY:
+                entry.edx = index
+            else:
+                core = (index & (1 << topology.socket_shift) - 1) >> topology.thread_bits
+                socket = index >> topology.socket_shift
+                entry.eax = index
+                entry.ebx = topology.threads - 1 << 8 | core
+                entry.ecx = topology.sockets - 1 << 8 & 0x700 | socket & 0xFF
+
+    return set_identity
 
 
 def _set_topology(cpuid: Any, topology: Topology) -> None:

@@ -8,6 +8,8 @@ can write.
 
 from __future__ import annotations
 
+from pyvmm.kvm.vcpu import MsrBlock
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,6 +64,11 @@ def carried(listed: Iterable[int]) -> list[int]:
     """What to read of a vCPU: of the registers that KVM lists those that are written back, and
     the unlisted ones."""
     return list(dict.fromkeys((*filter(is_carried, listed), *UNLISTED)))
+
+
+def present(vcpu: Vcpu) -> MsrBlock:
+    """Of these the registers that a vCPU, whose CPUID is set, has."""
+    return MsrBlock(list(vcpu.get_msrs(carried(vcpu.listed_msrs))))
 
 
 def at_power_on(vcpu: Vcpu) -> dict[int, int]:

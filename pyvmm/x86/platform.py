@@ -51,7 +51,8 @@ class Platform:
             # Nobody owns it yet, and the memory's owner can only close what is not in use.
             self.close()
             raise
-        self._power_on = [(vcpu, vcpu_state.power_on(vcpu)) for vcpu in self.vcpus]
+        states = vcpu_state.power_on(self.vcpus)
+        self._power_on = list(zip(self.vcpus, states, strict=True))
         self._chips_on = [(section, section.save()) for section in self.chip_sections()]
 
     def _set_up(self, topology: cpuid.Topology, cpu_changes: Mapping[str, bool]) -> None:
@@ -69,10 +70,15 @@ class Platform:
             self.vcpus.append(self.vm.create_vcpu(index))
         tsc_khz = self.vcpus[0].get_tsc_khz()
         offered = cpuid.host_cpuid(self.system, topology, cpu_changes, tsc_khz)
+        set_identity = cpuid.identity(offered, topology)
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, topology)
+            set_identity(vcpu.index)
             vcpu.set_cpuid2(offered)
-            vcpu.set_msrs(msrs.at_power_on(vcpu))
+        # What follows from CPUID is the same for all of them: the first is asked.
+        values, present = msrs.at_power_on(self.vcpus[0]), msrs.present(self.vcpus[0])
+        for vcpu in self.vcpus:
+            vcpu.set_msrs(values)
+            vcpu.state_msrs = present
 
     def reset(self) -> None:
         """Put vCPUs, interrupt controllers and PIT back to power-on. The vCPUs are stopped.

@@ -2,10 +2,13 @@
 
 Reading needs all vCPUs out of KVM_RUN with their pending accesses complete. The description
 follows the kernel's own structures field by field, under a section name of its own: QEMU's
-``cpu`` layout has no place for all of it.
+``cpu`` layout has no place for all of it. In memory a state is these structures themselves,
+as the ioctls give and take them: the more vCPUs, the longer the pause of an update.
 """
 
 from __future__ import annotations
+
+import struct
 
 from pyvmm._native import ffi, lib
 from pyvmm.errors import KvmError, MigrationError
@@ -13,10 +16,12 @@ from pyvmm.kvm.vcpu import REG_GUEST_SSP
 from pyvmm.vmstate.fields import (
     Array,
     Buffer,
+    CStruct,
     Description,
     Record,
     Struct,
     StructArray,
+    Table,
     each,
     u8,
     u16,
@@ -40,6 +45,14 @@ CR0_PG, CR4_PAE, EFER_LMA = 1 << 31, 1 << 5, 1 << 10
 MAX_MSRS = 4096
 MAX_XSAVE = 1 << 20
 MAX_CPUID = 256
+
+#: The register of the LAPIC's page that has its number, in the uppermost byte of four.
+LAPIC_ID = 0x20
+
+# What a reset leaves as it is.
+_STAYING = (msrs.TSC, msrs.DE_CFG)
+# Of these a 0 is not written down.
+_SPARSE = msrs.SPARSE - {msrs.MTRR_DEF_TYPE}
 
 _REGS = Description(
     "kvm_regs",
@@ -87,11 +100,28 @@ _EVENTS = Description(
 _MSR = Description("kvm_msr_entry", [u32("index"), u64("data")])
 _CPUID = Description("kvm_cpuid_entry2", each(u32, "function index flags eax ebx ecx edx"))
 
+# How the kernel lays them out (asm/kvm.h); x is reserved.
+_LAYOUTS = {
+    "kvm_regs": "18Q",
+    "kvm_sregs": 8 * "QIH9Bx" + 2 * "QH6x" + "7Q4Q",
+    "kvm_debugregs": "4Q2Q80x",
+    "kvm_vcpu_events": "4BI4B3Bx2I4BB26xBQ",
+}
+# Of each entry of struct kvm_cpuid2, which begins with their number.
+_CPUID_ENTRY, _CPUID_HEAD = "7I12x", 8
+_CPUID_WORDS, _EBX, _ECX, _EDX = 7, 4, 5, 6
+
+
+def _kernel(name: str, description: Description) -> CStruct:
+    type_name = f"struct {description.name} *"
+    layout = _LAYOUTS[description.name]
+    return CStruct(name, description, layout, lambda: ffi.new(type_name), ffi.buffer)
+
 
 def _check(state: Record) -> None:
     if state.mp_state > lib.KVM_MP_STATE_SIPI_RECEIVED:
         raise ValueError(f"mp_state {state.mp_state} does not exist")
-    if len({msr.index for msr in state.msrs}) != len(state.msrs):
+    if len(_msrs(state)) != state.nmsrs:
         raise ValueError("an MSR is there twice")
 
 
@@ -99,21 +129,23 @@ VCPU = Description(
     "kvm-vcpu",
     [
         u32("mp_state"),
-        Struct("regs", _REGS),
-        Struct("sregs", _SREGS),
+        _kernel("regs", _REGS),
+        _kernel("sregs", _SREGS),
         u32("xsave_size"),
         Buffer("xsave", "xsave_size", MAX_XSAVE),
         Struct("xcrs", _XCRS),
-        Struct("debugregs", _DEBUGREGS),
+        _kernel("debugregs", _DEBUGREGS),
         Buffer("lapic", 1024),
         u32("nmsrs"),
-        StructArray("msrs", _MSR, "nmsrs", MAX_MSRS),
-        Struct("events", _EVENTS),
+        # Index, value, index, value, ...
+        Table("msrs", _MSR, "nmsrs", MAX_MSRS),
+        _kernel("events", _EVENTS),
         u32("tsc_khz"),
         u8("has_tsc_offset"),
         u64("tsc_offset"),
         u32("nent"),
-        StructArray("cpuid", _CPUID, "nent", MAX_CPUID),
+        # Of each leaf seven words.
+        Table("cpuid", _CPUID, "nent", MAX_CPUID),
     ],
     subsections=[
         # The four that PAE paging without long mode reads when CR3 is loaded, and not again.
@@ -147,13 +179,9 @@ def read(vcpu: Vcpu) -> Record:
     state.xcrs = vcpu.get_xcrs()
     state.debugregs = vcpu.get_debugregs()
     state.lapic = vcpu.get_lapic()
-    wanted = vcpu.state_msrs or msrs.carried(vcpu.listed_msrs)
-    state.msrs = [
-        Record(index=i, data=data)
-        for i, data in vcpu.get_msrs(wanted).items()
-        if data or i not in msrs.SPARSE or i == msrs.MTRR_DEF_TYPE
-    ]
-    state.nmsrs = len(state.msrs)
+    block = vcpu.state_msrs or msrs.present(vcpu)
+    values = vcpu.get_msr_block(block)
+    _set_msrs(state, [(i, data) for i, data in values if data or i not in _SPARSE])
     # Last of the registers: the calls above may move an event from one place to another.
     state.events = events = vcpu.get_vcpu_events()
     # What the flags say follows from the fields, and images that know less refuse them; these
@@ -164,29 +192,37 @@ def read(vcpu: Vcpu) -> Record:
     offset = vcpu.get_tsc_offset()
     state.has_tsc_offset = offset is not None
     state.tsc_offset = offset or 0
-    state.cpuid = _cpuid_entries(vcpu)
-    state.nent = len(state.cpuid)
-    if _has_shadow_stack(state.cpuid):
+    state.cpuid = cpuid = _cpuid(vcpu)
+    state.nent = len(cpuid) // _CPUID_WORDS
+    if _has_shadow_stack(cpuid):
         state.ssp = vcpu.get_one_reg(REG_GUEST_SSP)
     return state
 
 
-def power_on(vcpu: Vcpu) -> Record:
-    """What a reset gives back to ``vcpu``, which has not run yet: all but CPUID and a register
-    that is a part of it, which cannot change any more, and the TSC, which goes on."""
-    # The next time those that cannot be read are not tried again.
-    vcpu.state_msrs = list(vcpu.get_msrs(msrs.carried(vcpu.listed_msrs)))
-    state = read(vcpu)
-    state.cpuid = []
-    state.nent = 0
-    state.has_tsc_offset = False
-    state.msrs = [msr for msr in state.msrs if msr.index not in (msrs.TSC, msrs.DE_CFG)]
-    state.nmsrs = len(state.msrs)
-    return state
+def power_on(vcpus: list[Vcpu]) -> list[Record]:
+    """What a reset gives back to each of a machine's vCPUs, which have not run yet: all but CPUID
+    and a register that is a part of it, which cannot change any more, and the TSC, which goes on.
+
+    Only the first, which boots, and the second are read: the others are as the second but for
+    their numbers, which are in their LAPICs.
+    """
+    states = [read(vcpu) for vcpu in vcpus[:2]]
+    for state in states:
+        state.cpuid = ()
+        state.nent = 0
+        state.has_tsc_offset = False
+        kept = [(i, data) for i, data in _msrs(state).items() if i not in _STAYING]
+        _set_msrs(state, kept)
+    for vcpu in vcpus[2:]:
+        state = Record(**states[1].__dict__)
+        head, tail = state.lapic[:LAPIC_ID], state.lapic[LAPIC_ID + 4 :]
+        state.lapic = head + (vcpu.index << 24).to_bytes(4, "little") + tail
+        states.append(state)
+    return states
 
 
 def reset(vcpu: Vcpu, state: Any) -> None:
-    """Put a stopped vCPU back to what :func:`power_on` has read.
+    """Put a stopped vCPU back to what :func:`power_on` has given.
 
     :raises MigrationError: naming the vCPU and what KVM refuses
     """
@@ -209,21 +245,18 @@ def write(vcpu: Vcpu, state: Any) -> None:
 def _write(vcpu: Vcpu, state: Any) -> None:
     # It decides which bits MSRs and XSAVE may have, so it comes first; and only if it is
     # another one, since KVM takes half a millisecond for it.
-    if state.cpuid and _fixed(state.cpuid) != _fixed(_cpuid_entries(vcpu)):
-        vcpu.set_cpuid2(
-            ffi.new("struct kvm_cpuid2 *", {"nent": state.nent, "entries": _plain(state.cpuid)})
-        )
-    vcpu.set_regs(_struct("struct kvm_regs *", state.regs))
+    if state.cpuid and not _is_same(state.cpuid, _cpuid(vcpu)):
+        vcpu.set_cpuid2(_cpuid2(state.cpuid))
+    vcpu.set_regs(state.regs)
     # Before the LAPIC: APIC_BASE selects xAPIC or x2APIC.
-    sregs = _struct("struct kvm_sregs *", state.sregs)
     if hasattr(state, "pdptrs"):
-        vcpu.set_sregs_and_pdptrs(sregs, state.pdptrs)
+        vcpu.set_sregs_and_pdptrs(state.sregs, state.pdptrs)
     else:
-        vcpu.set_sregs(sregs)
-    vcpu.set_xcrs(_struct("struct kvm_xcrs *", state.xcrs))
+        vcpu.set_sregs(state.sregs)
+    vcpu.set_xcrs(_xcrs(state.xcrs))
     # After XCR0, which says what may be in it.
     vcpu.set_xsave(state.xsave)
-    vcpu.set_debugregs(_struct("struct kvm_debugregs *", state.debugregs))
+    vcpu.set_debugregs(state.debugregs)
     vcpu.set_lapic(state.lapic)
     _write_msrs(vcpu, state)
     if hasattr(state, "ssp"):
@@ -231,7 +264,7 @@ def _write(vcpu: Vcpu, state: Any) -> None:
     # After SREGS, which makes a CPU in its reset state runnable. After REGS, which drops
     # pending exceptions. Events are the last word on the interrupt being injected.
     vcpu.set_mp_state(state.mp_state)
-    events = _struct("struct kvm_vcpu_events *", state.events)
+    events = state.events
     events.flags |= lib.KVM_VCPUEVENT_VALID_NMI_PENDING | vcpu.event_flags
     if state.mp_state == lib.KVM_MP_STATE_SIPI_RECEIVED:
         events.flags |= lib.KVM_VCPUEVENT_VALID_SIPI_VECTOR
@@ -268,7 +301,7 @@ def move_tsc_offsets(vcpu: Vcpu, states: list[Record]) -> None:
     """
     now, offset = vcpu.get_msrs((msrs.TSC,)).get(msrs.TSC), vcpu.get_tsc_offset()
     first = states[0]
-    then = next((msr.data for msr in first.msrs if msr.index == msrs.TSC), None)
+    then = _msrs(first).get(msrs.TSC)
     if now is None or then is None or offset is None or not first.has_tsc_offset:
         return  # TSCs are given as values
     # By how much the host's TSC, scaled, is behind what it was.
@@ -279,7 +312,7 @@ def move_tsc_offsets(vcpu: Vcpu, states: list[Record]) -> None:
 
 def _write_msrs(vcpu: Vcpu, state: Any) -> None:
     # Older images saved more than that.
-    values = {msr.index: msr.data for msr in state.msrs if msrs.is_carried(msr.index)}
+    values = {index: data for index, data in _msrs(state).items() if msrs.is_carried(index)}
     # KVM drops a deadline in silence unless the LAPIC is in deadline mode already, and
     # compares it with the TSC: both come first.
     deadline = values.pop(msrs.TSC_DEADLINE, 0)
@@ -301,47 +334,62 @@ def _write_msrs(vcpu: Vcpu, state: Any) -> None:
                 )
 
 
-def _plain(value: Any) -> Any:
-    # What cffi takes as an initializer: dicts and lists all the way down.
-    if isinstance(value, Record):
-        return {name: _plain(part) for name, part in value.__dict__.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return value
+def _msrs(state: Any) -> dict[int, int]:
+    return dict(zip(state.msrs[::2], state.msrs[1::2], strict=True))
 
 
-def _struct(type_name: str, state: Any) -> Any:
-    # A state that was read on this host is a C structure already.
-    return ffi.new(type_name, _plain(state)) if isinstance(state, Record) else state
+def _set_msrs(state: Record, values: list[tuple[int, int]]) -> None:
+    state.msrs = tuple([word for pair in values for word in pair])
+    state.nmsrs = len(values)
 
 
-def _cpuid_entries(vcpu: Vcpu) -> list[Record]:
-    cpuid = vcpu.get_cpuid2()
-    return [
-        Record(**{field.name: getattr(entry, field.name) for field in _CPUID.fields})
-        for entry in (cpuid.entries[i] for i in range(cpuid.nent))
-    ]
+def _xcrs(state: Any) -> Any:
+    # Of the structure, which has room for 16, a state has those that there are.
+    made = ffi.new("struct kvm_xcrs *")
+    made.nr_xcrs, made.flags = state.nr_xcrs, state.flags
+    for number in range(state.nr_xcrs):
+        made.xcrs[number].xcr = state.xcrs[number].xcr
+        made.xcrs[number].value = state.xcrs[number].value
+    return made
 
 
-def _has_shadow_stack(entries: list[Record]) -> bool:
-    return any(entry.ecx & SHSTK for entry in entries if entry.function == 7 and entry.index == 0)
+def _cpuid(vcpu: Vcpu) -> tuple[int, ...]:
+    found = vcpu.get_cpuid2()
+    return struct.unpack_from(found.nent * _CPUID_ENTRY, ffi.buffer(found), _CPUID_HEAD)
 
 
-# Bits of (leaf, register) that KVM itself changes while the guest runs: they follow CR4 and
+def _cpuid2(words: tuple[int, ...]) -> Any:
+    count = len(words) // _CPUID_WORDS
+    made = ffi.new("struct kvm_cpuid2 *", {"nent": count, "entries": count})
+    struct.pack_into(count * _CPUID_ENTRY, ffi.buffer(made), _CPUID_HEAD, *words)
+    return made
+
+
+def _has_shadow_stack(words: tuple[int, ...]) -> bool:
+    for number, function in enumerate(words[::_CPUID_WORDS]):
+        at = number * _CPUID_WORDS
+        if function == 7 and words[at + 1] == 0:
+            return bool(words[at + _ECX] & SHSTK)
+    return False
+
+
+# Of a leaf the bits that KVM itself changes while the guest runs: they follow CR4 and
 # APIC_BASE. In leaf 0xd the size of the enabled XSAVE area follows XCR0.
 _RUNTIME_BITS = {
-    (0x1, "ecx"): 1 << 27 | 1 << 3,  # OSXSAVE, MONITOR
-    (0x1, "edx"): 1 << 9,  # APIC
-    (0x7, "ecx"): 1 << 4,  # OSPKE
-    (0xD, "ebx"): 0xFFFFFFFF,
+    0x1: ((_ECX, 1 << 27 | 1 << 3), (_EDX, 1 << 9)),  # OSXSAVE, MONITOR; APIC
+    0x7: ((_ECX, 1 << 4),),  # OSPKE
+    0xD: ((_EBX, 0xFFFFFFFF),),
 }
 
 
-def _fixed(entries: list[Record]) -> list[dict[str, int]]:
-    return [
-        {
-            name: value & ~_RUNTIME_BITS.get((entry.function, name), 0)
-            for name, value in entry.__dict__.items()
-        }
-        for entry in entries
-    ]
+def _is_same(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return one == other or _fixed(one) == _fixed(other)
+
+
+def _fixed(words: tuple[int, ...]) -> list[int]:
+    fixed = list(words)
+    for number, function in enumerate(words[::_CPUID_WORDS]):
+        if function in _RUNTIME_BITS:
+            for register, bits in _RUNTIME_BITS[function]:
+                fixed[number * _CPUID_WORDS + register] &= ~bits
+    return fixed

@@ -28,7 +28,7 @@ OLD = [
     "pyvmm.migration.preflight:compare",
     "pyvmm.machine.machine:Machine.pause_cpus",
     "pyvmm.migration.savevm:save",
-    "pyvmm.migration.target:MemoryTarget.write",
+    "pyvmm.migration.channel:MemoryChannel.write",
     "pyvmm._native:hold_memory",
     "pyvmm.migration.rollback:arm",
     "pyvmm.cpr.state:publish",

@@ -42,7 +42,7 @@ STEPS = [
     "pyvmm.cli:serve",
     "pyvmm.machine.options:parse",
     "pyvmm.core.eventloop:EventLoop.__init__",
-    "pyvmm.cpr.fdstore:FdStore.__init__",
+    "pyvmm.cpr.handover:Handover.__init__",
     "pyvmm.machine.builder:build",
     "pyvmm.machine.builder:open_system",
     "pyvmm.machine.builder:add_memory",
@@ -59,7 +59,7 @@ STEPS = [
     "pyvmm.machine.machine:Machine.start",
     "pyvmm.machine.cpu:Cpu.start",
     "pyvmm.migration.manager:Migration.begin",
-    "pyvmm.migration.target:MemoryTarget.read",
+    "pyvmm.migration.channel:MemoryChannel.read",
     "pyvmm.migration.savevm:read",
     "pyvmm.migration.savevm:apply",
     *LOADED,
@@ -362,10 +362,10 @@ def test_program_that_is_another_after_the_preflight(ticker, change, why):
         "pyvmm.migration.savevm:save",
         "pyvmm.x86.vcpu_state:read",
         "pyvmm.devices.serial:Serial.save",
-        "pyvmm.migration.target:MemoryTarget.write",
+        "pyvmm.migration.channel:MemoryChannel.write",
         "pyvmm.migration.rollback:arm",
         "pyvmm.cpr.state:publish",
-        "pyvmm.cpr.fdstore:FdStore.set_inheritable",
+        "pyvmm.cpr.handover:Handover.set_inheritable",
     ],
 )
 @pytest.mark.parametrize(
@@ -428,6 +428,7 @@ def test_package_replaced_under_a_running_vmm(vm, tmp_path):
     program = [sys.executable, "-c", "from pyvmm import cli; raise SystemExit(cli.main())", "run"]
     machine = vm(append="ticker period=20", program=program, PYTHONPATH=str(copy))
     machine.expect(r"tick 2\r\n")
+    assert machine.status == "running"  # the monitor is there, so is all that comes with it
     os.rename(copy / "pyvmm", copy / "away")
     (copy / "pyvmm").mkdir()
     (copy / "pyvmm" / "__init__.py").write_text("raise ImportError('half installed')")
@@ -451,12 +452,33 @@ def test_package_replaced_under_a_running_vmm(vm, tmp_path):
         "machine/options.py",
         "machine/builder.py",
         "migration/manager.py",
-        "migration/rollback.py",
+        "migration/incoming.py",
+        "migration/channel.py",
         "devices/rtc.py",
     ],
 )
 def test_package_broken_after_the_preflight(vm, tmp_path, module):
     """What the new image imports is broken between probe and exec; the old one has its own."""
+    machine, reply = update_to_broken(vm, tmp_path, module)
+    assert reply == f"Error: ZeroDivisionError: division by zero {BACK}\n"
+    check_alive(machine)
+
+
+@pytest.mark.parametrize("module", ["outgoing", "holder", "cpr_exec", "rollback", "uri"])
+def test_package_broken_where_only_the_next_update_needs_it(vm, tmp_path, module):
+    """It is not imported in the pause. The guest runs on, and the operator knows."""
+    machine, reply = update_to_broken(vm, tmp_path, f"migration/{module}.py")
+    assert reply == ""
+    check_ticking(machine)
+    told = "there can be no update: ZeroDivisionError"
+    wait_until(lambda: told in machine.stderr(), "the word to the operator")
+    assert "division by zero" in update(machine)
+    check_ticking(machine)
+
+
+def update_to_broken(vm, tmp_path, module):
+    """A machine that was updated to a copy of the package that breaks between probe and exec, and
+    what was said of that."""
     copy = copy_package(tmp_path)
     machine = vm(append="ticker period=20")
     machine.expect(r"tick 2\r\n")
@@ -469,9 +491,8 @@ def test_package_broken_after_the_preflight(vm, tmp_path, module):
     )
     launcher = machine.folder / "launcher.py"
     launcher.write_text(fault.replace("sys.argv[2:]", "sys.argv[1:]"))
-    reply = update(machine, [sys.executable, "-B", str(launcher), "run", *machine.argv[2:]])
-    assert reply == f"Error: ZeroDivisionError: division by zero {BACK}\n"
-    check_alive(machine)
+    command = [sys.executable, "-B", str(launcher), "run", *machine.argv[2:]]
+    return machine, update(machine, command)
 
 
 @pytest.mark.parametrize("end", ["quit", "signal"])
@@ -488,6 +509,26 @@ def test_end_of_an_image_that_waits_for_its_uri(ticker, end):
         machine.kill()
         assert machine.wait_exit() == 128 + signal.SIGTERM
     assert "way back" not in machine.stderr()
+
+
+def test_way_back_of_an_image_that_waits_for_its_uri(ticker):
+    # Whatever was inherited is open by then, also what it had no use for any more.
+    machine = ticker("-chardev", SIDE, *DEBUGCON)
+    command = replaced(machine, "pyvmm.migration.savevm:read", "raise SystemExit(3)")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
+        machine.set_update([*command, "-incoming", "defer"])
+        machine.hmp_send("migrate memfd:")
+        wait_until(lambda: machine.cmdline[-1] == "defer", "the new image")
+        machine.hmp_reply()
+    wait_until(lambda: "disconnected:unix:side" in machine.hmp("info chardev"), "the client's end")
+    machine.hmp_send("migrate_incoming memfd:")
+    assert f"SystemExit: 3 {BACK}" in machine.hmp_reply()
+    check_alive(machine)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
 
 
 def test_incoming_that_waits_for_its_uri(ticker):

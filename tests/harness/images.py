@@ -5,17 +5,17 @@ import time
 
 from harness.process import descriptors
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 
 DEADLINE_S = 20
 
 
 class BareImage:
-    """One image of a VMM: a loop, a store of descriptors, and what is made on them."""
+    """One image of a VMM: a loop, a hand-over, and what is made on them."""
 
-    def __init__(self, inherited=None):
+    def __init__(self, inherited=None, states=None):
         self.loop = EventLoop()
-        self.fds = FdStore(inherited)
+        self.handover = Handover(inherited, states)
         self._made = []
 
     def until(self, condition):
@@ -36,7 +36,7 @@ class BareImage:
         Only the descriptors that are kept go over, and only the duplicates are left open, so
         that peers see what they would see.
         """
-        kept = self.fds.kept()
+        kept = self.handover.kept()
         inherited = {key: os.dup(fd) for key, fd in kept.items()}
         self.abandon()
         for fd in kept.values():
@@ -44,7 +44,7 @@ class BareImage:
             os.close(fd)
         self.loop.close()
         self._made.clear()
-        self.fds = self.loop = None
+        self.handover = self.loop = None
         return inherited
 
     def abandon(self):
@@ -56,8 +56,8 @@ def making(kind):
     all are closed, and no descriptor is left."""
     made = []
 
-    def make(inherited=None):
-        made.append(kind(inherited))
+    def make(inherited=None, states=None):
+        made.append(kind(inherited, states))
         return made[-1]
 
     before = descriptors("self")

@@ -39,8 +39,9 @@ class Machine:
         self.vcpus = [self.vm.create_vcpu(index) for index in range(cpus)]
         topology = cpuid.Topology(1, cpus, 1)
         offered = cpuid.host_cpuid(self.system, topology, {})
+        set_identity = cpuid.identity(offered, topology)
         for vcpu in self.vcpus:
-            cpuid.set_identity(offered, vcpu.index, topology)
+            set_identity(vcpu.index)
             vcpu.set_cpuid2(offered)
 
     @property

@@ -7,7 +7,7 @@ import struct
 from pyvmm.backends.net.base import HEADER
 from pyvmm.backends.net.stream import StreamBackend
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio import mmio
 from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.testing.virtio_driver import VirtioDriver
@@ -41,7 +41,7 @@ class Network:
         self._received = b""
 
     def _device(self):
-        self.backend = StreamBackend("n0", self.loop, FdStore())
+        self.backend = StreamBackend("n0", self.loop, Handover())
         self.backend.open_stream(os.dup(self.fd))
         return VirtioNet(self.loop, self.backend, MAC, **self.options)
 

@@ -204,6 +204,7 @@ def take_a_hardware_error():
     lacking = Lacking()
     lacking.machine.load(b"\xfa\xf4")  # cli; hlt
     lacking.cpu.start()
+    lacking.cpu.wait_started()
     lacking.cpu.resume()
     thread = Path(f"/proc/self/task/{lacking.cpu.thread_id}/syscall")
     wait_until(lambda: thread.read_text().split()[2:3] == ["0xae80"], "the thread is in KVM_RUN")

@@ -169,7 +169,7 @@ def test_registers_that_kvm_does_not_list(machine):
         0x400: (1 << 64) - 1,
         0x404: (1 << 64) - 1,
     }
-    start = vcpu_state.power_on(machine.vcpu)
+    start = vcpu_state.power_on([machine.vcpu])[0]
     assert machine.vcpu.set_msrs(values) == []
     new = Machine()
     vcpu_state.write(new.vcpu, vcpu_state.read(machine.vcpu))

@@ -11,8 +11,8 @@ from pyvmm._native import ffi, lib
 from pyvmm.errors import KvmError, MigrationError
 from pyvmm.kvm import exits
 from pyvmm.kvm import vcpu as vcpu_module
-from pyvmm.kvm.vcpu import REG_GUEST_SSP
-from pyvmm.vmstate.fields import Cursor, Record
+from pyvmm.kvm.vcpu import REG_GUEST_SSP, MsrBlock
+from pyvmm.vmstate.fields import Cursor
 from pyvmm.x86 import msrs, vcpu_state
 from pyvmm.x86.cpu_limits import SHSTK
 
@@ -83,22 +83,45 @@ def test_memory_that_kvm_was_given_is_used_at_the_same_address(machine, other):
 
 def test_state_of_an_older_image_does_no_harm_either(machine, other):
     state = vcpu_state.read(machine.vcpu)
-    known = {msr.index for msr in state.msrs}
+    known = set(state.msrs[::2])
     assert not known & {0x11, 0x4B564D00, 0x40000000, 0x480}
     more = {0x11: 0x2000, 0x4B564D00: 0x2100, 0x4B564D07: 1, 0x40000000: 7, 0x480: 1 << 50}
-    state.msrs += [Record(index=index, data=data) for index, data in more.items()]
+    state.msrs += tuple(word for pair in more.items() for word in pair)
     other.ram[:] = PATTERN
     vcpu_state.write(other.vcpu, state)
     assert touched(other) == set()
 
 
 def test_reset_takes_all_of_them_back(machine):
-    start = vcpu_state.power_on(machine.vcpu)
+    start = vcpu_state.power_on([machine.vcpu])[0]
     machine.vcpu.set_msrs({index: at | 1 for index, at in PAGES.items()})
     machine.ram[:] = PATTERN
     vcpu_state.reset(machine.vcpu, start)
     assert machine.vcpu.get_msrs(PAGES) == dict.fromkeys(PAGES, 0)
     assert touched(machine) == set()
+
+
+def test_all_application_processors_are_reset_to_what_the_second_was():
+    """But for the number, so that not each of them has to be read."""
+    machine = Machine(cpus=5)
+    try:
+        states = vcpu_state.power_on(machine.vcpus)
+        apart = [vcpu_state.power_on([vcpu])[0] for vcpu in machine.vcpus]
+        assert [through_a_stream(state)[1] for state in states] == [
+            through_a_stream(state)[1] for state in apart
+        ]
+        assert len({state.lapic for state in states}) == 5
+    finally:
+        machine.close()
+
+
+def test_register_that_a_vcpu_lacks_does_not_cost_the_others(machine):
+    block = MsrBlock([0x277, 0xDEAD, 0x2FF])
+    assert dict(machine.vcpu.get_msr_block(block)) == machine.vcpu.get_msrs([0x277, 0x2FF])
+    many = MsrBlock([*range(0x400, 0x480)] * 3)
+    found = list(machine.vcpu.get_msr_block(many))
+    assert [index for index, _ in found] == many.indices
+    assert dict(found) == machine.vcpu.get_msrs(many.indices)
 
 
 def test_all_that_a_guest_can_write_comes_over(machine, other):
@@ -118,7 +141,7 @@ def test_all_that_a_guest_can_write_comes_over(machine, other):
     # Of AMD's not all are there on each host.
     values = {i: data for i, data in machine.vcpu.get_msrs(values).items() if data}
     assert {0x401, 0x402, 0x403, 0x47F} <= values.keys()
-    machine.vcpu.state_msrs = msrs.carried([])
+    machine.vcpu.state_msrs = MsrBlock(list(machine.vcpu.get_msrs(msrs.carried([]))))
     carry(machine, other)
     assert other.vcpu.get_msrs(values) == values
 
@@ -163,7 +186,7 @@ def test_triple_fault_that_waits_comes_over(machine, other):
 
 
 def test_reset_forgets_a_triple_fault(machine):
-    start = vcpu_state.power_on(machine.vcpu)
+    start = vcpu_state.power_on([machine.vcpu])[0]
     wait_with(machine, triple_fault=True)
     vcpu_state.reset(machine.vcpu, start)
     machine.load(b"\xe6\x80", CODE)
@@ -313,7 +336,7 @@ def test_shadow_stack_pointer_comes_over(machine, other, monkeypatch):
         monkeypatch.setattr(vcpu, "set_one_reg", given.__setitem__)
 
     offers(machine.vcpu, 0)
-    start = vcpu_state.power_on(machine.vcpu)
+    start = vcpu_state.power_on([machine.vcpu])[0]
     assert b"kvm-vcpu/ssp" not in through_a_stream(vcpu_state.read(machine.vcpu))[1]
     offers(machine.vcpu, 0x7FFF_FFFF_F000)
     offers(other.vcpu, 0)

@@ -8,7 +8,7 @@ import pytest
 from harness import DEADLINE_S
 
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import PyvmmError
 from pyvmm.machine import builder, options
 
@@ -24,7 +24,7 @@ def build(loop, serial, *words):
     """A machine whose guest ticks on a file; closed when it has come to its end."""
     argv = ["-m", "16M", "-nodefaults", "-serial", f"file:{serial}", *words]
     config = options.parse([*argv, "-append", "ticker period=5"])
-    machine = builder.build(config, loop, FdStore(), lambda: loop.call_soon(end), {}, {})
+    machine = builder.build(config, loop, Handover(), lambda: loop.call_soon(end))
 
     def end():
         machine.close()

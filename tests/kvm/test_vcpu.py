@@ -13,7 +13,7 @@ from harness.kvm_machine import (
 )
 
 from pyvmm.core.bus import Bus
-from pyvmm.errors import InternalError
+from pyvmm.errors import HostError, InternalError
 from pyvmm.kvm import exits
 from pyvmm.machine import cpu as cpu_module
 from pyvmm.machine.config import MachineConfig
@@ -106,7 +106,7 @@ def test_code_where_there_is_no_memory():
     machine = Machine(ram=0xA0000)
     machine.load(guests.TO_UNMAPPED)
     exit = machine.vcpu.run()
-    assert isinstance(exit, exits.InternalError)
+    assert isinstance(exit, exits.KvmInternalError)
     assert "emulation failure" in str(exit)
     machine.close()
 
@@ -343,6 +343,49 @@ def test_guest_runs_on_if_one_vcpu_cannot_be_stopped(monkeypatch):
     whole.pause_cpus()
     whole.close()
     machine.close()
+
+
+def test_all_vcpus_are_in_the_guest_when_they_are_let_go():
+    """Each needs the interpreter to get there, which whoever lets them go has."""
+    machine = Machine(cpus=3)
+    whole = WholeMachine(make_parts(MachineConfig(), machine), MachineConfig())
+    bus = Bus("I/O", 1 << 16)
+    whole.cpus = [Cpu(vcpu, bus, bus, Events()) for vcpu in machine.vcpus]
+    machine.spin_in_ring_3()
+    inside = [watched(vcpu) for vcpu in machine.vcpus]
+    for cpu in whole.cpus:
+        cpu.start()
+    for cpu in whole.cpus:
+        cpu.wait_started()
+    interval = sys.getswitchinterval()
+    for _ in range(3):
+        # Nobody gets the interpreter from a thread that does not wait.
+        sys.setswitchinterval(DEADLINE_S)
+        try:
+            whole.resume_cpus()
+            there = [flag.is_set() for flag in inside]
+        finally:
+            sys.setswitchinterval(interval)
+        assert there == [True] * 3
+        whole.pause_cpus()
+    whole.close()
+    machine.close()
+
+
+@pytest.mark.parametrize("fault", ["never runs", "dies"])
+def test_thread_that_does_not_begin_is_told(machine, monkeypatch, fault):
+    def spawn(target, on_crash):
+        if fault == "dies":
+            on_crash(MemoryError())
+
+    monkeypatch.setattr(cpu_module, "spawn", spawn)
+    monkeypatch.setattr(cpu_module, "START_TIMEOUT_S", 0.05)
+    events = Events()
+    cpu = Cpu(machine.vcpu, Bus("I/O", 1 << 16), Bus("memory", 1 << 64), events)
+    cpu.start()
+    with pytest.raises(HostError, match="thread vcpu-0 does not begin; free memory"):
+        cpu.wait_started()
+    assert len(events.errors) == (fault == "dies")
 
 
 def test_no_vcpu_goes_while_another_may_still_kick_it():

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm import wayback
+from pyvmm.cpr.handover import OWN, Handover
 from pyvmm.cpr.state import CprState
 from pyvmm.migration import rollback
+from pyvmm.migration.incoming import take_failure
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +97,7 @@ def test_nowhere_to_go():
 def test_way_back_to_an_image_that_wrote_no_record(memfds):
     exe, ram = memfds(), memfds()
     carried = CprState(
-        {(rollback.EXE_FD, 0): exe, ("pc.ram", 0): ram},
+        {rollback.EXE: exe, ("pc.ram", 0): ram},
         {rollback.COMMAND: b"pyvmm\0run", "progress": b"1"},
     )
     rollback.adopt(carried)
@@ -128,13 +130,14 @@ def test_only_who_reads_it_is_told_by_the_environment(memfds, monkeypatch, is_to
 
 def test_image_that_is_back_has_nowhere_else_to_go(memfds, monkeypatch):
     monkeypatch.setenv(wayback.FAILURE, "why\nwhere")
-    rollback.adopt(CprState({(rollback.EXE_FD, 0): memfds()}, {rollback.COMMAND: b"pyvmm"}))
+    rollback.adopt(CprState({rollback.EXE: memfds()}, {rollback.COMMAND: b"pyvmm"}))
     assert not wayback.is_open()
-    assert rollback.failure({}) == ("why", "where")
-    assert rollback.failure({}) == ("", "")
+    assert take_failure(Handover()) == ("why", "where")
+    assert take_failure(Handover()) == ("", "")
 
 
 def test_failure_as_images_before_the_record_told_it():
-    values = {rollback.ERROR: b"why", rollback.WHERE: b"where", "progress": b""}
-    assert rollback.failure(values) == ("why", "where")
-    assert values == {"progress": b""}
+    handover = Handover({}, {rollback.ERROR: b"why", "rollback/where": b"where", "progress": b"1"})
+    assert take_failure(handover) == ("why", "where")
+    assert take_failure(handover) == ("", "")
+    assert handover.parcel(OWN, "progress").take_state() == b"1"

@@ -10,6 +10,7 @@ calls.
 from __future__ import annotations
 
 from pyvmm._native import copy
+from pyvmm.cpr.handover import NETDEV, Passenger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 #: ``struct virtio_net_hdr`` with num_buffers.
 HEADER = 12
@@ -40,11 +41,11 @@ class NetFrontend:
         """The peer came or went."""
 
 
-class NetBackend:
+class NetBackend(Passenger):
     """One back end. It touches nothing before :meth:`start`.
 
     :param id: the name given on the command line
-    :param fds: preserves its descriptors over an exec, under the name ``netdev/ID``
+    :param handover: its parcel there is the network back end of that id
     """
 
     #: ``type`` in ``info network``.
@@ -54,10 +55,10 @@ class NetBackend:
     #: Whether somebody is at the other end.
     link_up = True
 
-    def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
+    def __init__(self, id: str, loop: EventLoop, handover: Handover) -> None:
         self.id = id
         self.loop = loop
-        self.fds = fds
+        self.parcel = handover.parcel(NETDEV, id)
         self.frontend: NetFrontend | None = None
 
     @property
@@ -113,7 +114,7 @@ class NetBackend:
         """What the guest accepts in the headers of frames that it receives. Any thread."""
 
     def save_state(self) -> bytes:
-        """What an exec must carry over beside the descriptors."""
+        """Return what goes over an exec beside the descriptors."""
         return b""
 
     def load_state(self, state: bytes) -> None:

@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from pyvmm.backends.net.base import NetBackend
     from pyvmm.backends.net.config import NetdevConfig
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 
 class NetdevSet:
     """The back ends, in the order in which they were made."""
 
-    def __init__(self, loop: EventLoop, fds: FdStore) -> None:
+    def __init__(self, loop: EventLoop, handover: Handover) -> None:
         self._loop = loop
-        self._fds = fds
+        self._handover = handover
         self._netdevs: dict[str, NetBackend] = {}
 
     def create(self, config: NetdevConfig) -> NetBackend:
@@ -27,7 +27,8 @@ class NetdevSet:
         :raises ConfigError: if what it names cannot be opened
         :raises VmStateError: if an inherited descriptor is of another kind
         """
-        netdev = self._netdevs[config.id] = _make(config, self._loop, self._fds)
+        netdev = self._netdevs[config.id] = _make(config, self._loop, self._handover)
+        netdev.parcel.board(netdev)
         return netdev
 
     def get(self, id: str) -> NetBackend:
@@ -38,19 +39,15 @@ class NetdevSet:
         """Names and back ends."""
         return list(self._netdevs.items())
 
-    def save_state(self) -> dict[str, bytes]:
-        """What is to be carried over an exec beside descriptors, by name."""
-        states = {id: netdev.save_state() for id, netdev in self.items()}
-        return {id: state for id, state in states.items() if state}
-
-    def load_state(self, states: dict[str, bytes]) -> None:
-        """Take over what the image before saved. State of one that is gone is dropped.
+    def load_state(self) -> None:
+        """Go on with what the image before saved. State of one that is gone is dropped.
 
         :raises VmStateError: if a state is not possible
         """
-        for id, state in states.items():
-            if id in self._netdevs:
-                self._netdevs[id].load_state(state)
+        for netdev in self._netdevs.values():
+            state = netdev.parcel.take_state()
+            if state:
+                netdev.load_state(state)
 
     def close(self) -> None:
         """Close all."""
@@ -59,7 +56,7 @@ class NetdevSet:
             netdev.close()
 
 
-def _make(config: NetdevConfig, loop: EventLoop, fds: FdStore) -> NetBackend:
+def _make(config: NetdevConfig, loop: EventLoop, handover: Handover) -> NetBackend:
     # Modules are imported as they are needed: a live update waits for each.
     if config.kind == "tap":
         from pyvmm.backends.net.tap import TapBackend
@@ -67,7 +64,7 @@ def _make(config: NetdevConfig, loop: EventLoop, fds: FdStore) -> NetBackend:
         return TapBackend(
             config.id,
             loop,
-            fds,
+            handover,
             ifname=config.text("ifname"),
             fd=config.number("fd", -1),
             vnet_hdr=config.flag("vnet_hdr", True),
@@ -79,7 +76,7 @@ def _make(config: NetdevConfig, loop: EventLoop, fds: FdStore) -> NetBackend:
         return PasstBackend(
             config.id,
             loop,
-            fds,
+            handover,
             program=config.text("path") or PROGRAM,
             arguments=config.passt_arguments(),
             option=config.option,
@@ -96,7 +93,7 @@ def _make(config: NetdevConfig, loop: EventLoop, fds: FdStore) -> NetBackend:
     return SocketBackend(
         config.id,
         loop,
-        fds,
+        handover,
         address=address,
         server=config.flag("server"),
         reconnect_s=config.reconnect_s,

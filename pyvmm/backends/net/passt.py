@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
 
@@ -46,25 +46,25 @@ class PasstBackend(StreamBackend):
         self,
         id: str,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         *,
         program: str = PROGRAM,
         arguments: list[str] | None = None,
         option: str = "-netdev passt",
     ) -> None:
-        super().__init__(id, loop, fds)
+        super().__init__(id, loop, handover)
         self._command = (program, arguments or [], option)
         # It had ended before the update: its start takes time, and may fail, so the guest must
         # not wait for it.
         self._ended = False
-        fd = fds.take(self._name)
+        fd = self.parcel.take()
         if fd is not None and _is_gone(fd):
             # Which nobody noticed if the guest has no driver that looks for frames.
-            fds.drop(fd)
+            self.parcel.close(fd)
             fd = None
         if fd is not None:
             self._adopt(fd)
-        elif fds.is_incoming:
+        elif self.parcel.is_incoming:
             self._ended = True
         else:
             self._adopt(launch(*self._command))
@@ -79,7 +79,7 @@ class PasstBackend(StreamBackend):
                 log.say(str(error))
 
     def _adopt(self, fd: int) -> None:
-        self.fds.keep(self._name, fd)
+        self.parcel.keep(fd)
         self.open_stream(fd)
 
     @property

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pyvmm.chardev.address import Address
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 LENGTH = 4
 _FLAGS = _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL
@@ -43,9 +43,8 @@ class StreamBackend(NetBackend):
     kind = "stream"
     link_up = False
 
-    def __init__(self, id: str, loop: EventLoop, fds: FdStore) -> None:
-        super().__init__(id, loop, fds)
-        self._name = f"netdev/{id}"
+    def __init__(self, id: str, loop: EventLoop, handover: Handover) -> None:
+        super().__init__(id, loop, handover)
         self._sock: _socket.socket | None = None
         self._buffer = memoryview(bytearray(_BUFFER))
         self._start = self._end = _ROOM  # of what was received and not consumed
@@ -145,8 +144,7 @@ class StreamBackend(NetBackend):
     def close(self) -> None:
         if self._sock is not None:
             self.loop.remove(self._sock.fileno())
-            self.fds.forget(self._name)
-            self._sock.close()
+            self.parcel.close(self._sock.detach())
             self._sock = None
         self._held = None
         self._start = self._end = _ROOM
@@ -266,7 +264,7 @@ class StreamBackend(NetBackend):
                 self.frontend.handle_writable()
 
     def _error(self, problem: str) -> VmStateError:
-        return VmStateError(self._name, problem)
+        return VmStateError(self.parcel.name, problem)
 
 
 class SocketBackend(StreamBackend):
@@ -282,18 +280,17 @@ class SocketBackend(StreamBackend):
         self,
         id: str,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         *,
         address: Address,
         server: bool = False,
         reconnect_s: float = 0,
     ) -> None:
-        super().__init__(id, loop, fds)
+        super().__init__(id, loop, handover)
         self.address = address
         self.connector = Connector(
-            self._name,
+            self.parcel,
             loop,
-            fds,
             address=address,
             adopt=self.open_stream,
             server=server,

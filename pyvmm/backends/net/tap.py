@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.core.eventloop import EventLoop
-    from pyvmm.cpr.fdstore import FdStore
+    from pyvmm.cpr.handover import Handover
 
 TUN_DEVICE = "/dev/net/tun"
 
@@ -64,31 +64,30 @@ class TapBackend(NetBackend):
         self,
         id: str,
         loop: EventLoop,
-        fds: FdStore,
+        handover: Handover,
         *,
         ifname: str = "",
         fd: int = -1,
         vnet_hdr: bool = True,
         option: str = "-netdev tap",
     ) -> None:
-        super().__init__(id, loop, fds)
+        super().__init__(id, loop, handover)
         self._option = option
         self._given = fd
-        self._name = f"netdev/{id}"
         self._buffer = memoryview(bytearray(HEADER + MAX_FRAME))
         self._held: memoryview | None = None  # a frame that was read and not consumed
         self._wanted = self._full = False
         self._header = 0  # bytes that the interface has before a frame
-        inherited = fds.take(self._name)
+        inherited = self.parcel.take()
         self.ifname = ifname
         self.fd = fd if inherited is None else inherited
         try:
-            if inherited is None and fd >= 0 and fds.is_incoming:
+            if inherited is None and fd >= 0 and self.parcel.is_incoming:
                 raise ConfigError(f"{option}: fd={fd}: the interface was deleted; open another")
             if self.fd < 0:
                 self.fd = self._open(ifname, vnet_hdr)
         except ConfigError as error:
-            if not fds.is_incoming:
+            if not self.parcel.is_incoming:
                 raise
             # It was deleted before the update, which the guest must survive. What the number
             # fd= stands for by now is another's; what the guest was offered stays.
@@ -102,11 +101,11 @@ class TapBackend(NetBackend):
             # tap%d lets the kernel choose the number.
             chosen = not ifname or "%" in ifname
             if inherited is not None and not chosen and ifname != self.ifname:
-                raise VmStateError(self._name, f"it is {self.ifname}, not ifname={ifname}")
+                raise VmStateError(self.parcel.name, f"it is {self.ifname}, not ifname={ifname}")
         except VmStateError as error:
             if inherited is None:
                 raise ConfigError(f"{option}: fd={fd}: {error.problem}; give a tap's") from None
-            fds.drop(inherited)  # for the way back
+            self.parcel.close(inherited)
             raise
         self.has_offloads = bool(flags & IFF_VNET_HDR) and vnet_hdr
         # Without IFF_VNET_HDR nothing stands before a frame; otherwise 10 bytes, unless told.
@@ -115,7 +114,7 @@ class TapBackend(NetBackend):
             fcntl.ioctl(self.fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER))
         os.set_blocking(self.fd, False)
         os.set_inheritable(self.fd, False)
-        fds.keep(self._name, self.fd)
+        self.parcel.keep(self.fd)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -191,15 +190,14 @@ class TapBackend(NetBackend):
         if not state:
             return
         if not HEADER <= len(state) <= len(self._buffer):
-            raise VmStateError(self._name, f"a frame of {len(state)} bytes is not possible")
+            raise VmStateError(self.parcel.name, f"a frame of {len(state)} bytes is not possible")
         self._held = self._buffer[: len(state)]
         self._held[:] = state
 
     def close(self) -> None:
         if self.fd >= 0:
             self.loop.remove(self.fd)
-            self.fds.forget(self._name)
-            os.close(self.fd)
+            self.parcel.close(self.fd)
             self.fd = -1
 
     def _open(self, ifname: str, vnet_hdr: bool) -> int:
@@ -226,12 +224,14 @@ class TapBackend(NetBackend):
         """Flags of the interface behind the descriptor; sets its name."""
         try:
             if not stat.S_ISCHR(os.fstat(self.fd).st_mode):
-                raise VmStateError(self._name, "the descriptor is of no tap")
+                raise VmStateError(self.parcel.name, "the descriptor is of no tap")
             name, flags = _IFREQ.unpack(fcntl.ioctl(self.fd, TUNGETIFF, bytes(_IFREQ.size)))
         except OSError:
-            raise VmStateError(self._name, "the descriptor is of no tap") from None
+            raise VmStateError(self.parcel.name, "the descriptor is of no tap") from None
         if not flags & IFF_TAP or not flags & IFF_NO_PI:
-            raise VmStateError(self._name, "the interface is no tap without packet information")
+            raise VmStateError(
+                self.parcel.name, "the interface is no tap without packet information"
+            )
         self.ifname = os.fsdecode(name.rstrip(b"\0"))
         return int(flags)
 

@@ -111,11 +111,11 @@ def serve(
 
 def _place(queue: Queue) -> tuple[Any, int, int]:
     """The ``struct pyvmm_ring *`` of a ready queue, and its two indices."""
-    if queue.native is None:
-        memory = queue.memory
+    regions = queue.memory.regions  # others after each change of the memory
+    if queue.native is None or queue.native[1] is not regions:
         ram = [
-            (each.gpa, each.end, ffi.cast("uint8_t *", memory.host(each.gpa, each.size)))
-            for each in memory.regions
+            (each.gpa, each.end, ffi.cast("uint8_t *", each.address))
+            for each in regions
             if not each.readonly
         ]
         spans = ffi.new("struct pyvmm_span[]", ram)
@@ -126,5 +126,5 @@ def _place(queue: Queue) -> tuple[Any, int, int]:
             ffi.cast("uint32_t *", used),
         )
         ring = (spans, len(ram), queue.size, queue.indirect, *rings)
-        queue.native = ffi.new("struct pyvmm_ring *", ring), spans
+        queue.native = ffi.new("struct pyvmm_ring *", ring), regions, spans
     return queue.native[0], queue.last_avail_idx, queue.used_idx

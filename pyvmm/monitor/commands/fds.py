@@ -1,24 +1,22 @@
 """Descriptors that clients pass over a Unix socket, kept by name or in numbered sets.
 
 They are preserved over live updates under their own numbers, so a path /proc/self/fd/N (N is
-what add-fd returned) means the same file before and after. The store of preserved descriptors
-is the only list of them: name and ``opaque`` are part of the key. Unlike QEMU's they belong to
+what add-fd returned) means the same file before and after. The hand-over is
+the only list of them: name and ``opaque`` are part of the id there. Unlike QEMU's they belong to
 the machine, not to the monitor they came through, and are kept until they are removed.
 """
 
 from __future__ import annotations
 
-import os
-
+from pyvmm.cpr.handover import CLIENT
 from pyvmm.errors import CommandError
-from pyvmm.migration.manager import CLIENT_FDS
 from pyvmm.monitor.registry import Argument, Command, Context
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_NAMED, _SET = CLIENT_FDS + "name/", CLIENT_FDS + "set/"
+_NAMED, _SET = "name/", "set/"  # begin the ids of the two kinds
 _MAX_TEXT = 100  # bytes; in hexadecimal it has to fit a name of the CPR state
 _MAX_FDS = 256
 _MAX_SET = (1 << 63) - 1
@@ -26,66 +24,62 @@ _MAX_SET = (1 << 63) - 1
 
 def getfd(context: Context, fdname: str) -> None:
     """Keep the descriptor that came along under a name; one of that name is closed."""
-    fd = _receive(context)
+    handover, fd = context.machine.handover, _receive(context)
     try:
         if fdname[:1].isdigit() or not fdname:
             raise CommandError("Parameter 'fdname' expects a name not starting with a digit")
-        name = _NAMED + _pack("fdname", fdname)
+        parcel = handover.parcel(CLIENT, _NAMED + _pack("fdname", fdname))
     except CommandError:
-        os.close(fd)
+        handover.close(fd)
         raise
-    fds = context.machine.fds
-    for (other, index), old in fds.kept().items():
-        if other == name:
-            fds.forget(other, index)
-            os.close(old)
-    fds.keep(name, fd)
+    old = parcel.kept()
+    if old is not None:
+        parcel.close(old)
+    parcel.keep(fd)
 
 
 def closefd(context: Context, fdname: str) -> None:
     """Close the descriptor of that name."""
-    fds = context.machine.fds
     # What cannot be a name is not found either.
-    name = _NAMED + fdname.encode("utf-8", "surrogatepass").hex()
-    fd = fds.kept().get((name, 0))
+    id = _NAMED + fdname.encode("utf-8", "surrogatepass").hex()
+    parcel = context.machine.handover.parcel(CLIENT, id)
+    fd = parcel.kept()
     if fd is None:
         raise CommandError(f"File descriptor named '{fdname}' not found")
-    fds.forget(name)
-    os.close(fd)
+    parcel.close(fd)
 
 
 def add_fd(
     context: Context, fdset_id: int | None = None, opaque: str | None = None
 ) -> dict[str, Any]:
     """Put the descriptor that came along into a set, by default a new one."""
-    fd = _receive(context)
+    handover, fd = context.machine.handover, _receive(context)
     try:
         if fdset_id is not None and not 0 <= fdset_id <= _MAX_SET:
             raise CommandError("Parameter 'fdset-id' expects a non-negative value")
         label = "" if opaque is None else "=" + _pack("opaque", opaque)
     except CommandError:
-        os.close(fd)
+        handover.close(fd)
         raise
     if fdset_id is None:
         used = {entry["fdset-id"] for entry in query_fdsets(context)}
         fdset_id = next(number for number in range(len(used) + 1) if number not in used)
-    context.machine.fds.keep(f"{_SET}{fdset_id}{label}", fd, fd)
+    handover.parcel(CLIENT, f"{_SET}{fdset_id}{label}").keep(fd, fd)
     return {"fdset-id": fdset_id, "fd": fd}
 
 
 def remove_fd(context: Context, fdset_id: int, fd: int | None = None) -> None:
     """Close one descriptor of a set, or all."""
     found = [
-        (name, number)
-        for id, _, name, number in _sets(context)
+        (key, number)
+        for id, _, key, number in _sets(context)
         if id == fdset_id and fd in (None, number)
     ]
     if not found:
         what = f"fdset-id:{fdset_id}" + (f", fd:{fd}" if fd is not None else "")
         raise CommandError(f"File descriptor named '{what}' not found")
-    for name, number in found:
-        context.machine.fds.forget(name, number)
-        os.close(number)
+    for key, number in found:
+        context.machine.handover.parcel(CLIENT, key).close(number, number)
 
 
 def query_fdsets(context: Context) -> list[dict[str, Any]]:
@@ -101,8 +95,8 @@ def _receive(context: Context) -> int:
     fd = context.rights.take() if context.rights is not None else None
     if fd is None:
         raise CommandError("No file descriptor supplied via SCM_RIGHTS")
-    if sum(name.startswith(CLIENT_FDS) for name, _ in context.machine.fds.kept()) >= _MAX_FDS:
-        os.close(fd)
+    if len(context.machine.handover.kept_of(CLIENT)) >= _MAX_FDS:
+        context.machine.handover.close(fd)
         raise CommandError(f"There are {_MAX_FDS} file descriptors already; remove some")
     return fd
 
@@ -115,16 +109,16 @@ def _pack(parameter: str, text: str) -> str:
 
 
 def _sets(context: Context) -> list[tuple[int, str | None, str, int]]:
-    """Set, opaque, key and number of every descriptor in a set."""
+    """Return set, opaque, id and number of every descriptor in a set."""
     found = []
-    for name, number in sorted(context.machine.fds.kept()):
-        if name.startswith(_SET):
-            id, equals, opaque = name.removeprefix(_SET).partition("=")
+    for key, number in sorted(context.machine.handover.kept_of(CLIENT)):
+        if key.startswith(_SET):
+            id, equals, opaque = key.removeprefix(_SET).partition("=")
             try:
                 text = bytes.fromhex(opaque).decode() if equals else None
-                found.append((int(id), text, name, number))
+                found.append((int(id), text, key, number))
             except ValueError:
-                pass  # no name of ours: the image before was another program
+                pass  # no id of ours: the image before was another program
     return found
 
 

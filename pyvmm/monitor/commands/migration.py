@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pyvmm.errors import CommandError
-from pyvmm.migration.params import capabilities, parameters
-from pyvmm.migration.progress import STATUSES, STEPS
+from pyvmm.migration.params import Capabilities, parameters
+from pyvmm.migration.status import STATUSES, STEPS
 from pyvmm.monitor.registry import Argument, Command, Context
 
 TYPE_CHECKING = False
@@ -132,7 +132,7 @@ def _shape(value: object) -> Shape:
     return ["str"] if isinstance(value, list) else "str"
 
 
-_CAPABILITY: Shape = {"capability": tuple(capabilities().names()), "state": "bool"}
+_CAPABILITY: Shape = {"capability": tuple(Capabilities(set()).names()), "state": "bool"}
 _DEFAULTS = parameters()
 _PARAMETERS: dict[str, Shape] = {
     name: _DEFAULTS.words(name)

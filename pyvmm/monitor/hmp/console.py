@@ -83,7 +83,7 @@ class Console(MonitorFrontend):
 
     def handle_event(self, event: str) -> None:
         if event == OPENED:
-            if not self.chardev.resumed:
+            if not self.chardev.is_inherited:
                 self._forget_user()
             self._open = True
             if self._focused:

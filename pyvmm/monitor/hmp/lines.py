@@ -129,7 +129,7 @@ class LineMonitor(MonitorFrontend):
         self._open = True
         if self._focused:
             self.chardev.take_keys(self._echo)
-        if not self.chardev.resumed:
+        if not self.chardev.is_inherited:
             self._forget_client()
         self._outbox.flush()
         # Whoever was there before the live update was greeted and has his prompt, unless the

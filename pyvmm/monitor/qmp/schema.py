@@ -6,7 +6,7 @@ built-in ones, by numbers and ``[ELEMENT]``, which mean nothing to a client.
 
 from __future__ import annotations
 
-from pyvmm.migration.progress import STATUSES
+from pyvmm.migration.status import STATUSES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

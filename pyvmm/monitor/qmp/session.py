@@ -23,6 +23,7 @@ import time
 from pyvmm.chardev.base import CLOSED, NOT_READ, OPENED, Outbox
 from pyvmm.chardev.rights import Rights
 from pyvmm.core.threads import report_crash
+from pyvmm.cpr.handover import MONITOR
 from pyvmm.errors import CommandError, PyvmmError, VmStateError
 from pyvmm.monitor.frontend import MonitorFrontend
 from pyvmm.monitor.qmp import protocol
@@ -65,7 +66,7 @@ class QmpSession(MonitorFrontend):
         self._negotiated = False
         self._oob = False
         self._open = False
-        self._rights = Rights(context.machine.fds, f"monitor/{chardev.id}/fds")
+        self._rights = Rights(context.machine.handover.parcel(MONITOR, f"{chardev.id}/fds"))
         self.rights = context.rights = self._rights
         context.machine.subscribe(self.handle_machine_event)
 
@@ -80,13 +81,13 @@ class QmpSession(MonitorFrontend):
 
     def handle_event(self, event: str) -> None:
         if event == OPENED:
-            if not self.chardev.resumed:
+            if not self.chardev.is_inherited:
                 self._forget_client()
                 self._send({"QMP": {"version": self._version(), "capabilities": ["oob"]}})
             self._open = True
             self._outbox.flush()
-            if self.chardev.resumed:
-                for name, data, time_ns in self.context.migration.missed:
+            if self.chardev.is_inherited:
+                for name, data, time_ns in self.context.migration.early_events:
                     self._tell(name, data, time_ns)
             self._process()
         elif event == CLOSED:

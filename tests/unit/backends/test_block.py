@@ -14,7 +14,7 @@ from harness.process import descriptors
 from pyvmm.backends import locking
 from pyvmm.backends.block import BlockFile
 from pyvmm.backends.block_config import BlockConfig
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import ConfigError, HostError, MigrationError
 
 SIZE = 1 << 20
@@ -32,14 +32,14 @@ def image(tmp_path):
         config = BlockConfig("disk", str(path))
         for key, value in attributes.items():
             setattr(config, key, value)
-        store = FdStore() if fds is None else fds
+        store = Handover() if fds is None else fds
         file = BlockFile(config, store)
         made.append(file)
         return file
 
     yield make
     for file in made:
-        if (f"block/{file.config.id}", 0) in file._fds.kept():
+        if file._parcel.kept() is not None:
             file.close()
 
 
@@ -203,7 +203,7 @@ def test_flush_that_failed_once_fails_for_good(image, monkeypatch):
 def test_missing_file(tmp_path):
     config = BlockConfig("disk", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"-blockdev disk: '.*none': No such file.*; name an"):
-        BlockFile(config, FdStore())
+        BlockFile(config, Handover())
 
 
 def test_fifo_and_folder(tmp_path):
@@ -211,7 +211,7 @@ def test_fifo_and_folder(tmp_path):
     for name, problem in (("fifo", "neither a regular file nor"), ("", "Is a directory")):
         config = BlockConfig("disk", str(tmp_path / name))
         with pytest.raises(ConfigError, match=problem):
-            BlockFile(config, FdStore())
+            BlockFile(config, Handover())
 
 
 def test_driver_for_another_kind_of_file(image):
@@ -224,10 +224,10 @@ def test_other_formats_are_found_unless_raw_is_stated(image, magic):
     contents = magic.ljust(SIZE, b"\0")
     with pytest.raises(ConfigError, match="only raw images are possible"):
         image(contents=contents, stated=False)
-    fds = image(contents=contents)._fds
+    file = image(contents=contents)
     # A guest may write what it likes on its disk: an update does not look.
-    inherited = {key: os.dup(fd) for key, fd in fds.kept().items()}
-    assert image(fds=FdStore(inherited), stated=False).size == SIZE
+    inherited = {(file._parcel.name, 0): os.dup(file.fd)}
+    assert image(fds=Handover(inherited), stated=False).size == SIZE
 
 
 def test_no_file_stays_open_after_a_refusal(image):
@@ -242,7 +242,7 @@ def test_block_device(loop):
     config = BlockConfig("disk", loop)
     config.unmap = config.direct = True
     config.driver = "host_device"
-    file = BlockFile(config, FdStore())
+    file = BlockFile(config, Handover())
     try:
         assert file.is_device
         assert (file.size, file.alignment) == (SIZE, 512)
@@ -329,7 +329,7 @@ def test_the_bytes_that_another_process_sees(image, attributes, held):
 
 def hand_over(file):
     """What an exec leaves: the store's descriptors, and nothing else of the old image."""
-    return FdStore({key: os.dup(fd) for key, fd in file._fds.kept().items()})
+    return Handover({(file._parcel.name, 0): os.dup(file.fd)})
 
 
 def test_an_update_keeps_the_file_and_its_lock(image, tmp_path):
@@ -367,7 +367,7 @@ def test_an_update_that_fails_leaves_the_lock(image):
     other.close()
     with pytest.raises(ConfigError, match="in use"):
         image()
-    fds.close_unclaimed()
+    fds.settle()
 
 
 def test_an_update_does_not_read_from_the_disk_in_the_pause(image, monkeypatch):
@@ -384,27 +384,27 @@ def test_an_update_does_not_read_from_the_disk_in_the_pause(image, monkeypatch):
     real = os.preadv
     monkeypatch.setattr(os, "preadv", preadv)
     for file in files:
-        inherited = {key: os.dup(fd) for key, fd in file._fds.kept().items()}
+        inherited = {(file._parcel.name, 0): os.dup(file.fd)}
         name = os.path.basename(file.config.filename)
-        new = image(name, fds=FdStore(inherited), direct=True)
+        new = image(name, fds=Handover(inherited), direct=True)
         assert bool(reads) == (name == "cached.img")
         assert new.alignment >= 512
 
 
 def test_an_update_without_the_file_opens_no_other(image):
     with pytest.raises(MigrationError, match="was not handed over"):
-        image(fds=FdStore({}))
+        image(fds=Handover({}))
 
 
 def test_inherited_descriptor_of_another_kind(image):
     reader, writer = os.pipe()
     with pytest.raises(HostError, match="another access mode"):
-        image(fds=FdStore({("block/disk", 0): reader}))
+        image(fds=Handover({("block/disk", 0): reader}))
     os.close(reader)
     os.close(writer)
     fd = os.eventfd(0)
     with pytest.raises(ConfigError, match="neither a regular file"):
-        image(fds=FdStore({("block/disk", 0): fd}))
+        image(fds=Handover({("block/disk", 0): fd}))
     os.close(fd)
 
 

@@ -9,7 +9,7 @@ from harness.process import descriptors
 from pyvmm.boot.config import KernelConfig
 from pyvmm.boot.files import BootFiles
 from pyvmm.boot.loader import load
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import ConfigError
 from pyvmm.testing.images import boot_sector, bzimage, elf, guest_memory, pack, pvh_note
 
@@ -29,20 +29,20 @@ def config(tmp_path):
 
 @pytest.fixture
 def make():
-    """Makes :class:`BootFiles`, as of an image that inherited descriptors; closes them in the end,
-    and none is left."""
+    """Makes :class:`BootFiles`, as of an image that inherited descriptors and states; closes them
+    in the end, and none is left."""
     before = descriptors("self")
     made = []
 
-    def start(inherited=None):
-        store = FdStore(inherited)
+    def start(inherited=None, states=None):
+        store = Handover(inherited, states)
         made.append((BootFiles(store), store))
         return made[-1]
 
     yield start
     for files, store in made:
         files.close()
-        store.close_unclaimed()
+        store.settle()
         assert store.kept() == {}
     assert descriptors("self") == before
 
@@ -63,12 +63,12 @@ def loaded():
 
 def next_image(store):
     """What the next image inherits."""
-    return {key: os.dup(fd) for key, fd in store.kept().items()}
+    return {key: os.dup(fd) for key, fd in store.kept().items()}, store.states()
 
 
 def contents(files, option):
-    with files.open("/nowhere", option) as image:
-        return image.read(0, image.size)
+    with files.open("/nowhere", option) as blob:
+        return blob.read(0, blob.size)
 
 
 def test_copies_are_sealed_and_whole(make, config):
@@ -94,22 +94,21 @@ def test_next_image_goes_on_with_them(make, config):
     os.unlink(config.kernel)
     os.unlink(config.initrd)
     for _ in range(2):
-        state = files.save_state()
-        assert state == {
+        assert store.states() == {
             "boot/kernel": config.kernel.encode(),
             "boot/initrd": config.initrd.encode(),
         }
-        files, store = make(next_image(store))
-        assert files.take_over(config, state) == []
+        files, store = make(*next_image(store))
+        assert files.take_over(config) == []
         boot(files, config)
         assert files.keep(config) == []
         assert contents(files, "-initrd") == INITRD
-        assert store.close_unclaimed() == []
+        assert store.settle() == []
 
 
 def test_image_before_that_kept_none(make, config):
     files, store = make({})
-    assert files.take_over(config, {}) == []
+    assert files.take_over(config) == []
     os.unlink(config.kernel)
     assert contents(files, "-kernel") == KERNEL
     assert len(store.kept()) == 2
@@ -118,7 +117,7 @@ def test_image_before_that_kept_none(make, config):
 def test_image_before_that_kept_none_and_no_file_is_there(make, config):
     os.rename(config.kernel, config.kernel + "-")
     files, store = make({})
-    (problem,) = files.take_over(config, {})
+    (problem,) = files.take_over(config)
     assert problem.startswith(f"-kernel {config.kernel}: No such file or directory")
     assert "(a reset loads what is there by then)" in problem
     with pytest.raises(ConfigError, match="No such file"):
@@ -165,10 +164,9 @@ def test_file_that_changes_before_it_is_kept(make, config, change, then):
     assert contents(files, "-initrd") == then
     assert len(store.kept()) == 2
     # It goes on to the next image as it is.
-    state = files.save_state()
     os.unlink(config.initrd)
-    after, _ = make(next_image(store))
-    assert after.take_over(config, state) == []
+    after, _ = make(*next_image(store))
+    assert after.take_over(config) == []
     assert contents(after, "-initrd") == then
 
 
@@ -186,7 +184,7 @@ def test_no_memory_for_a_copy(make, config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("image", "type", "size"),
+    ("blob", "type", "size"),
     [
         (KERNEL, "auto", len(KERNEL)),
         (KERNEL, "flat", len(KERNEL) + 5000),
@@ -195,15 +193,15 @@ def test_no_memory_for_a_copy(make, config, monkeypatch):
         (bzimage(pack(elf(load_at=16 * M), "zstd")), "auto", None),
     ],
 )
-def test_what_is_needed_of_a_kernel(make, tmp_path, monkeypatch, image, type, size):
+def test_what_is_needed_of_a_kernel(make, tmp_path, monkeypatch, blob, type, size):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "kernel").write_bytes(image + bytes(5000))
+    (tmp_path / "kernel").write_bytes(blob + bytes(5000))
     config = KernelConfig(str(tmp_path / "kernel"), type=type)
     files, _ = make()
     boot(files, config)
     before = loaded()
     assert files.keep(config) == []
-    assert len(contents(files, "-kernel")) == (size or len(image))
+    assert len(contents(files, "-kernel")) == (size or len(blob))
     os.unlink(config.kernel)
     boot(files, config)
     assert loaded() == before
@@ -213,17 +211,15 @@ def test_other_paths_of_the_new_command(make, config, tmp_path):
     files, store = make()
     boot(files, config)
     files.keep(config)
-    state = files.save_state()
     (tmp_path / "second").write_bytes(b"second")
     new = KernelConfig(config.kernel, str(tmp_path / "second"))
-    files, store = make(next_image(store))
-    assert files.take_over(new, state) == []
+    files, store = make(*next_image(store))
+    assert files.take_over(new) == []
     assert contents(files, "-initrd") == b"second"
-    assert files.save_state()["boot/initrd"] == new.initrd.encode()
+    assert store.states()["boot/initrd"] == new.initrd.encode()
     # What is not there leaves what there is; what is not asked for goes.
-    state = files.save_state()
-    files, store = make(next_image(store))
-    (problem,) = files.take_over(KernelConfig(str(tmp_path / "no"), ""), state)
+    files, store = make(*next_image(store))
+    (problem,) = files.take_over(KernelConfig(str(tmp_path / "no"), ""))
     assert problem.endswith(f"(a reset loads what {config.kernel} had)")
     assert contents(files, "-kernel") == KERNEL
     assert [name for name, _ in store.kept()] == ["boot/kernel"]
@@ -234,10 +230,9 @@ def test_new_path_of_no_kernel_leaves_what_is_kept(make, config, tmp_path, data)
     files, store = make()
     boot(files, config)
     files.keep(config)
-    state = files.save_state()
     (tmp_path / "second").write_bytes(data)
-    files, store = make(next_image(store))
-    (problem,) = files.take_over(KernelConfig(str(tmp_path / "second"), config.initrd), state)
+    files, store = make(*next_image(store))
+    (problem,) = files.take_over(KernelConfig(str(tmp_path / "second"), config.initrd))
     assert problem.startswith(f"-kernel {tmp_path}/second: ")
     assert problem.endswith(f"(a reset loads what {config.kernel} had)")
     assert contents(files, "-kernel") == KERNEL
@@ -252,10 +247,9 @@ def test_path_of_any_bytes(make, tmp_path):
     files, store = make()
     boot(files, config)
     files.keep(config)
-    state = files.save_state()
     os.unlink(path)
-    files, _ = make(next_image(store))
-    assert files.take_over(config, state) == []
+    files, _ = make(*next_image(store))
+    assert files.take_over(config) == []
 
 
 def test_libraries_of_a_packed_kernel_are_imported_before_they_are_needed(
@@ -272,9 +266,8 @@ def test_libraries_of_a_packed_kernel_are_imported_before_they_are_needed(
     files, store = make()
     boot(files, config)
     files.keep(config)
-    state = files.save_state()
-    files, _ = make(next_image(store))
-    files.take_over(config, state)
+    files, _ = make(*next_image(store))
+    files.take_over(config)
     assert len(prepared) == 2
     assert all(unpack.is_known(head) for head in prepared)
 

@@ -41,17 +41,17 @@ class Recorder(Frontend):
 class Image(BareImage):
     """With chardevs."""
 
-    def __init__(self, inherited=None):
-        super().__init__(inherited)
+    def __init__(self, inherited=None, states=None):
+        super().__init__(inherited, states)
         self.quits = 0
-        self.chardevs = ChardevSet(self.loop, self.fds, self._quit)
+        self.chardevs = ChardevSet(self.loop, self.handover, self._quit)
 
     def _quit(self):
         self.quits += 1
 
     def make(self, kind, id="c0", **options):
         """Build a chardev; it is closed with the image."""
-        chardev = kind(id, self.loop, self.fds, **options)
+        chardev = kind(id, self.loop, self.handover, **options)
         self._made.append(chardev)
         return chardev
 
@@ -69,8 +69,8 @@ class Image(BareImage):
             for chardev in self._made:
                 chardev.close()
             self.chardevs.close()
-            assert not self.fds.kept(), "kept after close"
-            self.fds.close_unclaimed()
+            assert not self.handover.kept(), "kept after close"
+            self.handover.settle()
             self.loop.close()
 
 

@@ -12,7 +12,7 @@ from pyvmm.chardev.config import parse_chardev, parse_chardev_short
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.chardev.stdio import restore_terminal
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 
 
 class Echo(Frontend):
@@ -35,7 +35,7 @@ class Echo(Frontend):
             self.outbox.send(b"<%b>" % data)
 
     def handle_event(self, event):
-        if event == OPENED and not self.chardev.resumed:
+        if event == OPENED and not self.chardev.is_inherited:
             self.outbox.send(b"hello ")
 
     def handle_writable(self):
@@ -48,11 +48,11 @@ class Machine:
     def __init__(self, inherited, states):
         self.next_image = ""
         self.loop = EventLoop()
-        self.fds = FdStore(inherited)
-        self.chardevs = ChardevSet(self.loop, self.fds, self.loop.stop)
+        self.handover = Handover(inherited, states)
+        self.chardevs = ChardevSet(self.loop, self.handover, self.loop.stop)
         terminal = self.chardevs.claim(parse_chardev_short("mon:stdio", "-serial", "serial0"))
         sock = self.chardevs.create(parse_chardev("socket,id=sock,path=s,server=on,wait=off"))
-        self.chardevs.load_state(states)
+        self.chardevs.load_state()
         self.echoes = [Echo(self, terminal), Echo(self, sock)]
 
     def run(self):
@@ -66,9 +66,9 @@ class Machine:
 
     def exec(self):
         """Become the next image, of which nothing comes back."""
-        fds = {"/".join(map(str, key)): fd for key, fd in self.fds.kept().items()}
-        states = {id: state.hex() for id, state in self.chardevs.save_state().items()}
-        self.fds.set_inheritable(True)
+        fds = {"/".join(map(str, key)): fd for key, fd in self.handover.kept().items()}
+        states = {name: state.hex() for name, state in self.handover.states().items()}
+        self.handover.set_inheritable(True)
         arguments = [sys.executable, __file__, self.next_image, repr(fds), repr(states)]
         os.execv(sys.executable, arguments)
 
@@ -76,9 +76,9 @@ class Machine:
 def main():
     """Take over from the image before, if there was one."""
     how, fds, states = sys.argv[1:] if sys.argv[1:] else ("", "{}", "{}")
-    states = {id: bytes.fromhex(state) for id, state in eval(states).items()}
+    states = {name: bytes.fromhex(state) for name, state in eval(states).items()}
     if how == "F":
-        restore_terminal(states["serial0-base"])
+        restore_terminal(states["chardev/serial0-base"])
         sys.exit(3)
     inherited = {}
     for key, fd in eval(fds).items():

@@ -163,15 +163,15 @@ def test_live_update_of_all(images, on_a_terminal, recorder):
     os.write(on_a_terminal, b"\x01")
     old.until(lambda: serial.mux._escaped)
     before = names(old)
-    states = old.chardevs.save_state()
-    new = images(old.exec())
+    states = old.handover.states()
+    new = images(old.exec(), {**states, "chardev/gone": b"dropped"})
     serial = make(new)
-    new.chardevs.load_state({**states, "gone": b"dropped"})
-    assert new.fds.close_unclaimed() == []
+    new.chardevs.load_state()
+    assert new.handover.settle() == []
     assert names(new) == before
     frontend = recorder()
     serial.attach(frontend)
-    assert serial.resumed
+    assert serial.is_inherited
     assert OPENED in frontend.events
     os.write(on_a_terminal, b"x")
     new.until(lambda: new.quits == 1)
@@ -185,7 +185,8 @@ def test_live_update_of_all(images, on_a_terminal, recorder):
     assert not os.path.lexists("link")
 
 
-def test_state_of_a_ringbuf_that_is_smaller_now(image):
+def test_state_of_a_ringbuf_that_is_smaller_now(images):
+    image = images({}, {"chardev/c": b"12345"})
     image.chardevs.create(parse_chardev("ringbuf,id=c,size=4"))
     with pytest.raises(VmStateError, match="5 bytes do not fit a ringbuf of 4"):
-        image.chardevs.load_state({"c": b"12345"})
+        image.chardevs.load_state()

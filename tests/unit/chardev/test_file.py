@@ -31,7 +31,7 @@ def test_lives_through_an_exec(images, tmp_path):
     old.make(FileChardev, path=str(path)).write(b"before, ")
     new = images(old.exec())
     chardev = new.make(FileChardev, path=str(path))
-    assert chardev.resumed
+    assert chardev.is_inherited
     chardev.write(b"after")
     assert path.read_bytes() == b"before, after"
 

@@ -176,7 +176,7 @@ def test_lives_through_an_exec(images, people, recorder, tmp_path, capfd):
         image = images(image.exec())
         chardev = image.make(PtyChardev, path=str(link))
         assert chardev.filename == name
-        assert chardev.resumed
+        assert chardev.is_inherited
     assert capfd.readouterr() == ("", "")
     frontend = recorder()
     chardev.attach(frontend)
@@ -185,7 +185,7 @@ def test_lives_through_an_exec(images, people, recorder, tmp_path, capfd):
     image.until(lambda: frontend.data == b" a line more")
     os.close(person)
     image.until(lambda: CLOSED in frontend.events)
-    assert not chardev.resumed
+    assert not chardev.is_inherited
     chardev.close()
     assert not link.is_symlink()
 
@@ -211,7 +211,7 @@ def test_nobody_there_at_an_exec(images, people, recorder):
     chardev = new.make(PtyChardev)
     frontend = recorder()
     chardev.attach(frontend)
-    assert not chardev.resumed
+    assert not chardev.is_inherited
     people(chardev)
     new.until(lambda: frontend.events == [OPENED])
 

@@ -30,14 +30,14 @@ def test_connection_lives_through_an_exec(images, clients, recorder):
     chardev.load_state(state)
     frontend = recorder()
     chardev.attach(frontend)
-    assert chardev.resumed
+    assert chardev.is_inherited
     assert frontend.events == [OPENED]
     new.until(lambda: frontend.data == b" a line, and the rest")
     chardev.write(b"answer")
     assert client.recv(10) == b"answer"
     client.close()
     new.until(lambda: CLOSED in frontend.events)
-    assert not chardev.resumed
+    assert not chardev.is_inherited
     chardev.close()
     assert not os.path.exists("s")
 
@@ -55,7 +55,7 @@ def test_connect_is_never_refused_over_an_exec(images, clients, recorder):
     frontend = recorder()
     chardev.attach(frontend)
     new.until(lambda: frontend.data == b"early")
-    assert not chardev.resumed
+    assert not chardev.is_inherited
 
 
 def test_two_execs_in_a_row(images, clients, recorder):
@@ -121,10 +121,10 @@ def test_client_connection_lives_through_an_exec_and_is_called_again(images, rec
         chardev = new.make(SocketChardev, address=UnixAddress("s", "-chardev"), reconnect_s=1)
         frontend = recorder()
         chardev.attach(frontend)
-        assert chardev.resumed
+        assert chardev.is_inherited
         peer.close()
         new.until(lambda: frontend.events == [OPENED, CLOSED, OPENED])
-        assert not chardev.resumed
+        assert not chardev.is_inherited
 
 
 def no_socket():

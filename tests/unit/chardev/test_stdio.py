@@ -376,7 +376,7 @@ def test_modes_travel_over_an_exec(images, terminal, recorder):
         image = images(image.exec())
         chardev = on_terminal(image, slave)
         chardev.load_state(state)
-        assert chardev.resumed
+        assert chardev.is_inherited
         assert not flag(slave, 3, termios.ICANON)
     frontend = recorder()
     chardev.attach(frontend)
@@ -392,10 +392,10 @@ def test_no_longer_resumed_once_it_is_gone(images, terminal, recorder):
     chardev = on_terminal(new, terminal[1])
     frontend = recorder()
     chardev.attach(frontend)
-    assert chardev.resumed
+    assert chardev.is_inherited
     os.close(terminal[0])
     new.until(lambda: CLOSED in frontend.events)
-    assert not chardev.resumed
+    assert not chardev.is_inherited
 
 
 def test_terminal_restored_without_a_chardev(images, terminal, monkeypatch):

@@ -194,6 +194,9 @@ class Cpu:
     def resume(self):
         self.runs = True
 
+    def wait_entered(self, timeout_s):
+        assert timeout_s <= 0.05
+
 
 @pytest.fixture
 def held(machine):

@@ -7,8 +7,8 @@ import pytest
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.devices.base import Device
 from pyvmm.migration import quiesce
-from pyvmm.migration.progress import STEPS, Progress
 from pyvmm.migration.quiesce import OVER, STANDING, WAITING, Quiesce
+from pyvmm.migration.status import STEPS, Status
 
 
 class Disk(Device):
@@ -186,22 +186,21 @@ def test_machine_that_ends_is_not_waited_for(trial):
 
 
 def marked(steps):
-    progress = Progress()
+    status = Status(lambda name, data: None)
     for number, step in enumerate(steps, 1):
-        progress.mark(step, number * 1_000_000)
-    return progress
+        status.mark(step, number * 1_000_000)
+    return status
 
 
 def test_marks_are_for_the_image_before_this_one_too():
     """It knows no quiesce, and takes nothing but the eight marks that it knows."""
     old = marked(STEPS[:5])
-    assert len(old.pack()) == 8 * 8
-    new = Progress()
-    new.quiesced_at = old.quiesced_at
-    new.unpack(old.pack())
+    packed = old.pack()
+    assert len(packed["progress"]) == 8 * 8
+    new = Status(lambda name, data: None)
+    new.unpack(packed)
     assert list(new.steps_ms()) == ["preflight", "quiesce", "stop", "save"]
     assert set(new.steps_ms().values()) == {1.0}
-    from_before = Progress()
-    from_before.quiesced_at = b""
-    from_before.unpack(old.pack())
+    from_before = Status(lambda name, data: None)
+    from_before.unpack(packed | {"quiesced": b"", "note": b"", "capabilities": b""})
     assert from_before.steps_ms() == {"preflight": 2.0, "stop": 1.0, "save": 1.0}

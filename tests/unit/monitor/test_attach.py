@@ -2,6 +2,7 @@
 
 import pytest
 
+from pyvmm.cpr.handover import Handover
 from pyvmm.monitor.attach import open_monitors
 from pyvmm.monitor.hmp.console import Console
 from pyvmm.monitor.hmp.lines import LineMonitor
@@ -19,7 +20,7 @@ class Config:
 def chardev(machine, id="mon0", terminal=False, resumed=False):
     found = MemoryChardev(id, loop=machine.loop)
     found.is_terminal = terminal
-    found.resumed = resumed
+    found.is_inherited = resumed
     return found
 
 
@@ -46,27 +47,29 @@ def test_a_simple_terminal_gets_an_echo(machine, monkeypatch):
 
 
 def test_each_takes_over_its_own_state(machine):
-    migration = FakeMigration()
-    migration.carried = {
-        "monitor/mon0": MonitorState(line=b"info n", flags=8).pack(),
-        "monitor/mon0.2": MonitorState(line=b"info k", flags=8).pack(),
-        "chardev/mon0": b"",
-    }
+    handover = machine.handover = Handover(
+        {},
+        {
+            "monitor/mon0": MonitorState(line=b"info n", flags=8).pack(),
+            "monitor/mon0.2": MonitorState(line=b"info k", flags=8).pack(),
+            "chardev/mon0": b"x",
+        },
+    )
     ports = [chardev(machine, resumed=True) for _ in range(2)]
-    monitors = open_monitors(machine, migration, [(Config(), port) for port in ports])
+    monitors = open_monitors(machine, FakeMigration(), [(Config(), port) for port in ports])
     for port, rest in zip(ports, (b"ame\n", b"vm\n"), strict=True):
         port.feed(rest)
     assert ports[0].take_output() == b"\r\n(pyvmm) "
     assert ports[1].take_output() == b"kvm support: enabled\r\n(pyvmm) "
-    assert migration.passengers == {"mon0": monitors[0], "mon0.2": monitors[1]}
-    assert migration.carried == {"chardev/mon0": b""}
+    assert handover.passengers == {"monitor/mon0": monitors[0], "monitor/mon0.2": monitors[1]}
+    assert handover.inherited_states("monitor") == {}
+    assert handover.inherited_states("chardev") == {"mon0": b"x"}
 
 
 def test_state_that_is_refused_costs_the_line_only(machine, capfd):
-    migration = FakeMigration()
-    migration.carried = {"monitor/mon0": b"nonsense"}
+    machine.handover = Handover({}, {"monitor/mon0": b"nonsense"})
     one = chardev(machine, resumed=True)
-    open_monitors(machine, migration, [(Config(), one)])
+    open_monitors(machine, FakeMigration(), [(Config(), one)])
     one.feed(b"info kvm\n")
     assert b"kvm support: enabled" in one.take_output()
     assert "pyvmm: monitor mon0: monitor: 8 bytes are too few" in capfd.readouterr().err

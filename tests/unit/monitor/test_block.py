@@ -22,7 +22,7 @@ def disks(machine, tmp_path):
     options.add_blockdev(f"driver=file,node-name=data,filename={paths[2]}")
     options.add_blockdev(f"driver=file,node-name=unused,filename={paths[3]}")
     for config in options.complete():
-        machine.drives[config.id] = BlockFile(config, machine.fds)
+        machine.drives[config.id] = BlockFile(config, machine.handover)
     for drive, cache, id, status in (("data", False, "vdb", "nospace"), ("sys", True, "", "ok")):
         properties = {"drive": drive, "write-cache": cache, "io-status": status}
         machine.devices.append(

@@ -11,7 +11,7 @@ from pyvmm.chardev.base import OPENED, RESIZED, Frontend
 from pyvmm.chardev.mux import MuxChardev
 from pyvmm.chardev.stdio import StdioChardev
 from pyvmm.core.eventloop import READABLE
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.monitor.hmp import console as console_module
 from pyvmm.monitor.hmp.console import Console
 from pyvmm.monitor.hmp.lines import BANNER, PROMPT
@@ -35,7 +35,7 @@ class Terminal:
         self.raw = b""
         self.loop.add(self.master, READABLE, self._handle_output)
         self.chardev = StdioChardev(
-            "mon0", self.loop, FdStore(), stdin=self.slave, stdout=self.slave
+            "mon0", self.loop, Handover(), stdin=self.slave, stdout=self.slave
         )
         self.console = None
 
@@ -45,7 +45,7 @@ class Terminal:
         old = self.context
         self.console = Console(chardev, Context(old.machine, old.migration, old.registry))
         if state:
-            self.chardev.resumed = chardev.resumed = True
+            self.chardev.is_inherited = chardev.is_inherited = True
             self.console.load_state(state)
         chardev.attach(self.console)
 
@@ -233,10 +233,10 @@ def test_who_waited_for_an_update_that_failed_after_the_exec_is_told_once(opened
     opened.type("migrate file:a\r")
     opened.wait(lambda: opened.context.migration.started)
     first = opened.console
-    opened.context.migration.untold = "it broke (the guest is back in the image before)"
+    opened.context.migration.error = "it broke (the guest is back in the image before)"
     opened.update()
     opened.wait(lambda: any("it broke" in line for line in opened.lines()))
-    assert opened.context.migration.untold is None
+    assert opened.context.migration.error is None
     opened.update()
     opened.type("info kvm\r")
     opened.wait(lambda: "kvm support: enabled" in opened.lines())

@@ -22,7 +22,7 @@ class Link:
 
     def __init__(self, context, state=None, resumed=False):
         self.chardev = MemoryChardev(loop=context.machine.loop)
-        self.chardev.resumed = resumed
+        self.chardev.is_inherited = resumed
         self.monitor = LineMonitor(self.chardev, context)
         if state is not None:
             self.monitor.load_state(state)
@@ -173,7 +173,7 @@ def test_the_current_cpu_lives_through_an_update(link):
 def test_only_the_client_from_before_is_not_greeted(link):
     new = link.after_exec()
     new.chardev.disconnect()
-    new.chardev.resumed = False
+    new.chardev.is_inherited = False
     new.chardev.connect()
     assert new.heard() == HELLO
 
@@ -234,7 +234,7 @@ def test_behind_a_mux_it_greets_when_it_first_has_the_input(context):
     assert base.take_output().decode() == PROMPT
 
     # The new image, where the monitor has the focus from the start.
-    base.resumed = True
+    base.is_inherited = True
     mux_state, state = mux.save_state(), monitor.save_state()
     mux = MuxChardev("mux0", base, lambda: None)
     mux.load_state(mux_state)
@@ -267,7 +267,7 @@ def test_who_waited_for_an_update_that_failed_after_the_exec_is_told_once(link):
     def after_exec(link):
         return Link(link.monitor.context, link.monitor.save_state(), resumed=True)
 
-    link.monitor.context.migration.untold = "it broke"
+    link.monitor.context.migration.error = "it broke"
     assert after_exec(link).heard() == ""  # this one waited for nothing
     assert link.say("migrate file:a\n") == ""
     assert after_exec(link).heard() == f"Error: it broke\r\n{PROMPT}"

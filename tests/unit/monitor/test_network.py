@@ -12,7 +12,7 @@ from pyvmm.testing.virtio_driver import VirtioDriver
 @pytest.fixture
 def networks(machine, tmp_path):
     """Two back ends, a device with an id on the second."""
-    machine.netdevs = NetdevSet(machine.loop, machine.fds)
+    machine.netdevs = NetdevSet(machine.loop, machine.handover)
     for id in ("n0", "n1"):
         option = f"stream,id={id},server=on,addr.type=unix,addr.path={tmp_path}/{id}"
         machine.netdevs.create(parse_netdev(option))

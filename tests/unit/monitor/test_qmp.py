@@ -23,7 +23,7 @@ class Client:
     def __init__(self, context, *, state=b"", negotiate=True, pretty=False):
         self.context = context
         self.chardev = MemoryChardev("qmp0", loop=context.machine.loop)
-        self.chardev.resumed = bool(state)
+        self.chardev.is_inherited = bool(state)
         self.session = QmpSession(self.chardev, context, pretty=pretty)
         if state:
             self.session.load_state(state)
@@ -345,7 +345,7 @@ def test_a_reply_that_was_not_read_lives_through_an_update(client):
 
 
 def test_a_client_is_told_what_happened_before_the_new_image_had_monitors(client):
-    client.context.migration.missed = [
+    client.context.migration.early_events = [
         ("RESUME", None, 1_500_000_000_123_456_789),
         ("MIGRATION", {"status": "completed"}, 1_500_000_000_200_000_000),
     ]
@@ -362,7 +362,7 @@ def test_a_client_is_told_what_happened_before_the_new_image_had_monitors(client
 
 def test_a_client_that_had_not_negotiated_is_told_nothing(context):
     client = Client(context, negotiate=False)
-    context.migration.missed = [("RESUME", None, 1)]
+    context.migration.early_events = [("RESUME", None, 1)]
     assert client.after_exec().heard() == []
 
 

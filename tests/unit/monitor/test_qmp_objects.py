@@ -14,9 +14,8 @@ from pyvmm.chardev.factory import ChardevSet
 from pyvmm.chardev.rights import MAX_FDS
 from pyvmm.chardev.socket import SocketChardev
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import ADDED, CLIENT, Handover
 from pyvmm.errors import CommandError
-from pyvmm.migration.manager import CLIENT_FDS
 from pyvmm.monitor.qmp.session import QmpSession
 from pyvmm.monitor.registry import DeviceNotFound
 
@@ -117,26 +116,26 @@ def test_a_mux_is_open_once_one_of_its_users_is(context, machine):
 
 
 def test_added_chardevs_live_through_an_update(tmp_path):
-    loop, fds = EventLoop(), FdStore()
-    old = ChardevSet(loop, fds, lambda: None)
+    loop, handover = EventLoop(), Handover()
+    old = ChardevSet(loop, handover, lambda: None)
     old.create(parse_chardev("null,id=serial0"))
     old.add(parse_chardev(f"file,id=f,path={tmp_path}/a,,b"))
     old.add(parse_chardev("ringbuf,id=r"))
     old.get("r").write(b"kept")
     assert old.get("f").write(b"one ") == 4
-    states, kept = old.save_added(), fds.kept()
-    assert set(states) == {"f", "r"}
-    assert "r" not in old.save_state()
-    new = ChardevSet(loop, FdStore(kept), lambda: None)
+    states, kept = handover.states(), handover.kept()
+    assert set(states) == {"chardev-added/f", "chardev-added/r"}
+    new = ChardevSet(loop, Handover(kept, states), lambda: None)
     new.create(parse_chardev("null,id=r"))  # the new command line took a name
-    (problem,) = new.load_added(states)
+    (problem,) = new.load_added()
     assert "the name r is in use" in problem
     new.get("f").write(b"two")
     assert (tmp_path / "a,b").read_text() == "one two"
     new.close()
     for state in ({"x": b""}, {"x": b"null,id=\0"}, {"x": b"\xff,id=x\0y"}):
-        other = ChardevSet(loop, FdStore(), lambda: None)
-        assert len(other.load_added(state)) == 1
+        states = {f"{ADDED}/{id}": value for id, value in state.items()}
+        other = ChardevSet(loop, Handover({}, states), lambda: None)
+        assert len(other.load_added()) == 1
     loop.close()
 
 
@@ -188,7 +187,7 @@ class SocketClient:
         self.loop = machine.loop
         address = UnixAddress(str(folder / "qmp"), "-qmp")
         self.chardev = SocketChardev(
-            "qmp0", self.loop, machine.fds, address=address, server=True, wait=False
+            "qmp0", self.loop, machine.handover, address=address, server=True, wait=False
         )
         self.session = QmpSession(self.chardev, context)
         self.chardev.attach(self.session)
@@ -225,9 +224,10 @@ def client(context, tmp_path):
     client.sock.close()
     client.chardev.close()
     client.session.close()
-    for (name, index), fd in context.machine.fds.kept().items():
-        context.machine.fds.forget(name, index)
-        os.close(fd)
+    handover = context.machine.handover
+    for (id, index), fd in handover.kept_of(CLIENT).items():
+        handover.parcel(CLIENT, id).close(fd, index)
+    handover.settle()
 
 
 @pytest.fixture
@@ -249,10 +249,8 @@ def text(reply):
 def test_named_descriptors(client, pipe):
     before = open_fds()
     assert client.execute("getfd", [pipe[1]], fdname="out") == {"return": {}}
-    ((name, _), kept) = next(
-        item for item in client.session.context.machine.fds.kept().items() if "name/" in item[0][0]
-    )
-    assert name.startswith(CLIENT_FDS)
+    ((id, _), kept) = client.session.context.machine.handover.kept_of(CLIENT).popitem()
+    assert id.startswith("name/")
     assert not os.get_inheritable(kept)
     os.write(kept, b"x")
     assert os.read(pipe[0], 1) == b"x"
@@ -312,10 +310,10 @@ def test_descriptors_live_through_an_update(client, pipe, context):
     client.execute("getfd", [pipe[0]], fdname="in")
     number = client.execute("add-fd", [pipe[1]], opaque="a=b")["return"]["fd"]
     client.execute("query-name", [pipe[1]])
-    store = FdStore(context.machine.fds.kept())
+    store = Handover(context.machine.handover.kept())
     client.session._rights._waiting.clear()  # as if by the exec: they are the new image's
-    store.keep_all(CLIENT_FDS)
-    context.machine.fds = store
+    store.keep_all(CLIENT)
+    context.machine.handover = store
     assert context.execute("query-fdsets") == [
         {"fdset-id": 0, "fds": [{"fd": number, "opaque": "a=b"}]}
     ]
@@ -327,7 +325,9 @@ def test_descriptors_live_through_an_update(client, pipe, context):
 
 
 def test_names_that_are_not_ours_do_no_harm(context):
-    context.machine.fds = FdStore({(f"{CLIENT_FDS}set/x=zz", 0): os.open("/dev/null", os.O_RDONLY)})
-    context.machine.fds.keep_all(CLIENT_FDS)
+    fd = os.open("/dev/null", os.O_RDONLY)
+    context.machine.handover = Handover({("client-fd/set/x=zz", 0): fd})
+    context.machine.handover.keep_all(CLIENT)
     assert context.execute("query-fdsets") == []
-    os.close(context.machine.fds.kept()[(f"{CLIENT_FDS}set/x=zz", 0)])
+    assert context.machine.handover.kept_of(CLIENT) == {("set/x=zz", 0): fd}
+    os.close(fd)

@@ -13,7 +13,7 @@ class Client:
     def __init__(self, context, enable=("oob",), state=b""):
         self.context = context
         self.chardev = MemoryChardev("qmp0", loop=context.machine.loop)
-        self.chardev.resumed = bool(state)
+        self.chardev.is_inherited = bool(state)
         self.session = QmpSession(self.chardev, context)
         if state:
             self.session.load_state(state)

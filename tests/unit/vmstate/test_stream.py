@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm._native import ffi
 from pyvmm.errors import VmStateError
 from pyvmm.migration import savevm
 from pyvmm.testing import streams
@@ -35,16 +36,18 @@ def plain(value):
         return value.machine, value.blocks, {k: plain(v) for k, v in value.records.items()}
     if isinstance(value, Record):
         return {name: plain(part) for name, part in value.__dict__.items()}
-    return [plain(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, ffi.CData):
+        return bytes(ffi.buffer(value))
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def within(loaded, made):
     """Whether all that was loaded is as it was made."""
     if isinstance(loaded, Record):
         return all(within(value, getattr(made, name)) for name, value in loaded.__dict__.items())
-    if isinstance(loaded, list):
+    if isinstance(loaded, (list, tuple)):
         return len(loaded) == len(made) and all(map(within, loaded, made))
-    return loaded == made
+    return plain(loaded) == plain(made)
 
 
 def section(name, instance, description, values=None):

@@ -155,9 +155,13 @@ def same(value, read):
         flat = {name: read[name] for name in names} | inner
         # Empty arrays are not described.
         rest = {name for name in value.__dict__ if name not in flat}
-        assert all(getattr(value, name) == [] for name in rest)
+        assert not any(len(getattr(value, name)) for name in rest)
         return all(same(getattr(value, name), flat[name]) for name in flat if "/" not in name)
-    if isinstance(value, list):
+    if isinstance(read, dict):  # of a C structure
+        return all(same(getattr(value, name), part) for name, part in read.items())
+    if isinstance(value, tuple):  # the values of all records of a table
+        return list(value) == [part for record in read for part in record.values()]
+    if isinstance(read, list):
         return len(value) == len(read) and all(map(same, value, read))
     return value == read
 

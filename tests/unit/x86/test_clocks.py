@@ -96,7 +96,7 @@ class Vcpu:
 
 
 def tsc_state(tsc, offset):
-    msrs = [] if tsc is None else [Record(index=0x10, data=tsc)]
+    msrs = [] if tsc is None else [0x10, tsc]
     return Record(
         msrs=msrs, has_tsc_offset=offset is not None, tsc_offset=offset or 0, tsc_khz=2_000_000
     )
@@ -107,7 +107,7 @@ def test_tscs_go_on_from_what_they_showed(host_then, host_now, first, second, fr
     """By the same step, so that they stay as far from each other as they were."""
     limit = 1 << 64
     states = [tsc_state((host_then + each) % limit, each) for each in (first, second)]
-    states[1].msrs[0].data += 12345  # it was read later
+    states[1].msrs[1] += 12345  # it was read later
     vcpu_state.move_tsc_offsets(Vcpu((host_now + fresh) % limit, fresh), states)
     shown = [(host_now + state.tsc_offset) % limit for state in states]
     assert shown == [(host_then + first) % limit, (host_then + second) % limit]

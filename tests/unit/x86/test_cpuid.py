@@ -68,7 +68,7 @@ def shown(host, topology=None, index=0, changes=(), tsc_khz=0):
     """What vCPU ``index`` is shown: (leaf, subleaf) -> registers."""
     topology = topology or Topology(1, 1, 1)
     found = cpuid.host_cpuid(host, topology, dict(changes), tsc_khz)
-    cpuid.set_identity(found, index, topology)
+    cpuid.identity(found, topology)(index)
     entries = [found.entries[i] for i in range(found.nent)]
     leaves = {
         (each.function, each.index): (each.eax, each.ebx, each.ecx, each.edx) for each in entries
@@ -131,7 +131,7 @@ def test_one_socket_of_cores_gives_every_cpu_its_place(count):
     topology = Topology(1, count, 1)
     found = cpuid.host_cpuid(Host(AMD), topology, {})
     for index in {0, count // 2, count - 1}:
-        cpuid.set_identity(found, index, topology)
+        cpuid.identity(found, topology)(index)
         entry = next(each for each in (found.entries[i] for i in range(found.nent))
                      if each.function == 0x8000001E)  # fmt: skip
         assert (entry.eax, entry.ebx & 0xFF, entry.ecx) == (index, index, 0)

@@ -46,7 +46,7 @@ class Image(BareImage):
 
     def make(self, kind, id="n0", **options):
         """Build a back end; it is closed with the image."""
-        backend = kind(id, self.loop, self.fds, **options)
+        backend = kind(id, self.loop, self.handover, **options)
         self._made.append(backend)
         return backend
 
@@ -67,8 +67,8 @@ class Image(BareImage):
             for backend in self._made:
                 backend.close()
                 backend.close()
-            assert not self.fds.kept(), "kept after close"
-            self.fds.close_unclaimed()
+            assert not self.handover.kept(), "kept after close"
+            self.handover.settle()
             self.loop.close()
 
 

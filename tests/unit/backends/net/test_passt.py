@@ -67,6 +67,7 @@ def test_lives_through_an_exec_and_ends_with_the_vm(images, recorder, routed):
     front.start()
     ask(new, front)
     assert find(marker.encode()) == pid
+    new.handover.settle()  # the guest runs
     watch = os.pidfd_open(pid)
     try:
         front.backend.close()

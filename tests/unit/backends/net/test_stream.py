@@ -14,7 +14,7 @@ from pyvmm.backends.net.base import HEADER, MAX_FRAME, skip
 from pyvmm.backends.net.stream import SocketBackend, StreamBackend
 from pyvmm.chardev.address import TcpAddress, UnixAddress
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import ConfigError, VmStateError
 
 NO_HEADER = bytes(HEADER)
@@ -118,7 +118,7 @@ def test_cuts_make_no_difference(frames, cuts):
     stream = framed(*frames)
     edges = sorted({0, *(min(cut, len(stream)) for cut in cuts), len(stream)})
     loop = EventLoop()
-    backend = StreamBackend("n", loop, FdStore())
+    backend = StreamBackend("n", loop, Handover())
     ours, peer = socket.socketpair()
     backend.open_stream(ours.detach())
     backend.start()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyvmm.backends.block import BlockFile
 from pyvmm.core.threads import Event, spawn
 from pyvmm.core.workers import Workers
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio import blk, mmio, transport
 from pyvmm.errors import HostError, VmStateError
 
@@ -281,7 +281,7 @@ def test_states_that_cannot_be(disk, field, value, problem):
 def test_a_larger_image_is_no_larger_disk_before_the_next_start(disk):
     one = disk()
     os.truncate(one.config.filename, 2 * SIZE)
-    file, one.file = one.file, BlockFile(one.config, FdStore(one.file._fds.kept()))
+    file, one.file = one.file, BlockFile(one.config, Handover({("block/disk", 0): one.file.fd}))
     assert one.file.size == 2 * SIZE
     one.driver.update(one.device())
     assert one.driver.config(0, 8) == struct.pack("<Q", SECTORS)

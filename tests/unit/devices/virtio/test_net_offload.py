@@ -11,7 +11,7 @@ from harness import network
 from pyvmm.backends.net.base import HEADER
 from pyvmm.backends.net.tap import TapBackend
 from pyvmm.core.eventloop import EventLoop
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio.net import VirtioNet
 from pyvmm.testing.virtio_driver import VirtioDriver
 
@@ -31,7 +31,7 @@ def namespace():
 def test_large_segments_over_a_real_tap(namespace):
     """The kernel's TCP leaves segmentation and checksums to the guest, and takes them from it."""
     loop = EventLoop()
-    backend = TapBackend("n0", loop, FdStore(), ifname="t0")
+    backend = TapBackend("n0", loop, Handover(), ifname="t0")
     for command in (
         "link set t0 up",
         "addr add 10.9.0.1/24 dev t0",

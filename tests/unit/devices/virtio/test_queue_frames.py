@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from pyvmm.devices.virtio import fastpath
 from pyvmm.devices.virtio.queue import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, QueueError
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
+from pyvmm.memory.guest import MemoryRegion
 
 HEADER = 12
 TABLE = 0x8000  # an indirect one
@@ -53,6 +56,26 @@ def test_frame_lies_in_the_next_chains(it):
     assert it.memory.read(BUFFER + 0x1000 + 60, 4) == bytes(4)
     assert it.used() == (3, 1, 60)
     assert (it.queue.last_avail_idx, it.queue.in_flight) == (3, 0)
+
+
+def test_memory_that_comes_and_goes_under_an_enabled_queue(it):
+    more = RamBackend(RamConfig("memory-backend-memfd", "more", 0x1000))
+    region = MemoryRegion("more", ROM * 2, 0x1000, more)
+    for slot in range(3):
+        it.desc(slot, BUFFER if slot == 0 else region.gpa, 100, DESC_F_WRITE)
+    it.offer(0, 1, 2)
+    data = frame(50)
+    assert spread(it, data) == 1
+    it.memory.add(region)
+    assert spread(it, data) == 1
+    assert it.memory.read(region.gpa, 10) == data[:10]
+    more.write(0, bytes(100))
+    it.memory.remove(region)
+    assert spread(it, data) == 0  # for pop, which says why
+    with pytest.raises(QueueError, match="no memory"):
+        it.queue.pop()
+    assert bytes(more.view[:100]) == bytes(100)
+    more.close()
 
 
 def test_too_few_chains_are_left_where_they_are(it):

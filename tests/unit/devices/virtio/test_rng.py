@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pyvmm.backends.rng import RngConfig, RngFile
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio import mmio, transport
 from pyvmm.devices.virtio.rng import MOST, VirtioRng
 from pyvmm.errors import ConfigError
@@ -129,7 +129,7 @@ def fifo(tmp_path):
 
 def test_source_that_has_nothing_is_waited_for(loop, plug, fifo):
     writer, config = fifo
-    driver = plug(VirtioRng(loop, RngFile(config, loop, FdStore())))
+    driver = plug(VirtioRng(loop, RngFile(config, loop, Handover())))
     driver.start()
     queue = driver.queues[0]
     first, second = (queue.add([], [4]) for _ in range(2))
@@ -147,7 +147,7 @@ def test_source_that_has_nothing_is_waited_for(loop, plug, fifo):
 
 def test_source_goes_on_after_an_update(loop, plug, fifo):
     writer, config = fifo
-    fds = FdStore()
+    fds = Handover()
     driver = plug(VirtioRng(loop, RngFile(config, loop, fds)))
     driver.start()
     request = driver.queues[0].add([], [4])
@@ -156,7 +156,7 @@ def test_source_goes_on_after_an_update(loop, plug, fifo):
     inherited = {key: os.dup(fd) for key, fd in fds.kept().items()}
     assert list(inherited) == [("rng/rng0", 0)]
     os.unlink(config.filename)
-    driver.update(VirtioRng(loop, RngFile(config, loop, FdStore(inherited))))
+    driver.update(VirtioRng(loop, RngFile(config, loop, Handover(inherited))))
     os.write(writer, b"more")
     driver.run(1)
     assert driver.queues[0].reap() == [(request, 4)]
@@ -167,7 +167,7 @@ def test_source_that_ends(loop, plug, tmp_path, capfd):
     path = tmp_path / "source"
     path.write_bytes(b"only this")
     config = RngConfig("rng-random", {"id": "rng0", "filename": str(path)})
-    driver = plug(VirtioRng(loop, RngFile(config, loop, FdStore())))
+    driver = plug(VirtioRng(loop, RngFile(config, loop, Handover())))
     driver.start()
     queue = driver.queues[0]
     requests = [queue.add([], [9]) for _ in range(2)]
@@ -186,4 +186,4 @@ def test_source_that_cannot_be(loop, tmp_path, path, problem):
     (tmp_path / "folder").mkdir()
     config = RngConfig("rng-random", {"id": "a", "filename": str(tmp_path / path)})
     with pytest.raises(ConfigError, match=f"-object rng-random: filename=.*{problem}"):
-        RngFile(config, loop, FdStore())
+        RngFile(config, loop, Handover())

@@ -5,11 +5,10 @@ import os
 import pytest
 
 from pyvmm.core.threads import Event
-from pyvmm.cpr.fdstore import FdStore
+from pyvmm.cpr.handover import Handover
 from pyvmm.errors import HostError, MigrationError
-from pyvmm.migration import target as target_module
-from pyvmm.migration import uri
-from pyvmm.migration.target import STATE_FD, MemoryTarget, parse
+from pyvmm.migration import file_channel, open_channel, uri
+from pyvmm.migration.channel import MemoryChannel, memory
 
 STATE = bytes(range(256)) * 3
 
@@ -19,47 +18,47 @@ def saved(tmp_path):
     """A state in a file and, as an update leaves it, in memory; what the next image inherits."""
     path = tmp_path / "vm.state"
     path.write_bytes(STATE)
-    fds = FdStore()
-    MemoryTarget().write(STATE, fds)
-    yield path, FdStore({(STATE_FD, 0): fds.kept()[(STATE_FD, 0)]})
-    os.close(fds.kept()[(STATE_FD, 0)])
+    old = Handover()
+    MemoryChannel().write(STATE, old)
+    yield path, Handover(old.kept())
+    MemoryChannel().discard(old)
 
 
 def test_untouched_file_is_read(saved):
-    path, fds = saved
-    assert parse(f"file:{path}").read(fds) == STATE
+    path, handover = saved
+    assert open_channel(f"file:{path}").read(handover) == STATE
 
 
 def test_bit_flipped_at_any_byte_is_refused(saved):
-    path, fds = saved
+    path, handover = saved
     for at in range(len(STATE)):
         path.write_bytes(STATE[:at] + bytes([STATE[at] ^ 1 << at % 8]) + STATE[at + 1 :])
         with pytest.raises(MigrationError, match="is not the state that was saved"):
-            parse(f"file:{path}").read(fds)
+            open_channel(f"file:{path}").read(handover)
 
 
 def test_truncation_at_any_byte_is_refused(saved):
-    path, fds = saved
+    path, handover = saved
     for size in reversed(range(len(STATE))):
         os.truncate(path, size)
         with pytest.raises(MigrationError, match="is not the state that was saved"):
-            parse(f"file:{path}").read(fds)
+            open_channel(f"file:{path}").read(handover)
 
 
 def test_copy_outlives_a_refusal(saved):
     """The image before needs it, and so does a second try of migrate_incoming."""
-    path, fds = saved
+    path, handover = saved
     path.write_bytes(b"")
     with pytest.raises(MigrationError):
-        parse(f"file:{path}").read(fds)
-    assert os.pread(fds.peek(STATE_FD), 4096, 0) == STATE
+        open_channel(f"file:{path}").read(handover)
+    assert os.pread(memory(handover).peek(), 4096, 0) == STATE
 
 
 def test_state_without_a_copy_is_read(tmp_path):
     """A process that was started afresh has nothing to compare with."""
     path = tmp_path / "vm.state"
     path.write_bytes(STATE)
-    assert parse(f"file:{path}").read(FdStore()) == STATE
+    assert open_channel(f"file:{path}").read(Handover()) == STATE
 
 
 def test_disk_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
@@ -79,13 +78,13 @@ def test_disk_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
 
     os_unlink = os.unlink
     monkeypatch.setattr(uri, "_pwrite", hang)
-    monkeypatch.setattr(target_module, "PATIENCE_S", 0.01)
-    target = parse(f"file:{path}")
-    target.prepare()
+    monkeypatch.setattr(file_channel, "PATIENCE_S", 0.01)
+    channel = open_channel(f"file:{path}")
+    channel.prepare()
     monkeypatch.setattr(os, "unlink", unlink)
     with pytest.raises(MigrationError, match=r"vm.state': its disk did not take the state within"):
-        target.write(STATE, FdStore())
-    target.discard(FdStore())
+        channel.write(STATE, Handover())
+    channel.discard(Handover())
     assert entered.wait(20)
     go.set()
     assert unlinked.wait(20)
@@ -97,8 +96,8 @@ def test_state_is_written_without_threads_to_be_had(tmp_path, monkeypatch):
     def none(*_arguments):
         raise HostError("no thread")
 
-    monkeypatch.setattr(target_module, "spawn", none)
-    target = parse(f"file:{tmp_path / 'vm.state'}")
-    target.prepare()
-    target.write(STATE, FdStore())
+    monkeypatch.setattr(file_channel, "spawn", none)
+    channel = open_channel(f"file:{tmp_path / 'vm.state'}")
+    channel.prepare()
+    channel.write(STATE, Handover())
     assert (tmp_path / "vm.state").read_bytes() == STATE

@@ -1,0 +1,181 @@
+"""The old image of an update: from the running guest to execve.
+
+Before the stop the new command is tried out (``preflight``), and the disks come to rest
+(``quiesce``); until execve has succeeded every failure is undone; after it an image that cannot
+take over executes the old one (``rollback``).
+
+Everything here runs on the main loop thread. All that the steps between stop and exec, and
+their undoing, call is imported with this module, once the guest runs: the package on disk may be
+another version when the update comes.
+"""
+
+from __future__ import annotations
+
+from pyvmm.cpr.handover import OWN
+from pyvmm.errors import MigrationError, PyvmmError
+
+# The channel to a file is of use to ``open_channel``.
+from pyvmm.migration import file_channel, preflight, program, rollback, savevm  # noqa: F401
+from pyvmm.migration.channel import MemoryChannel
+from pyvmm.migration.cpr_exec import CprExec
+from pyvmm.migration.quiesce import Quiesce
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pyvmm.machine.machine import Machine
+    from pyvmm.migration.channel import Channel
+    from pyvmm.migration.holder import Holder
+    from pyvmm.migration.status import Status
+
+    Done = Callable[[str | None], None]
+
+
+class Outgoing:
+    """The updates of one machine to a next image, one at a time."""
+
+    def __init__(self, machine: Machine, status: Status, holder: Holder) -> None:
+        self._machine = machine
+        self._status = status
+        self._holder = holder
+        self._done: Done | None = None
+        self._probe: preflight.Probe | None = None
+        self._quiesce: Quiesce | None = None
+
+    def begin(self, argv: list[str] | None, channel: Channel, done: Done) -> None:
+        """Begin an update.
+
+        :param argv: the next image's command; None for that of this one
+        :param channel: where the state goes
+        :param done: called with an error text if the update fails after this returned, None
+            if it was cancelled; after a success there is nobody left to call
+        :raises MigrationError: refused
+        """
+        machine, status = self._machine, self._status
+        argv = argv or rollback.own_command(channel.text)
+        preflight.check_descriptors(machine.handover)
+        if any("\0" in word for word in argv):
+            raise MigrationError("A word of a command cannot contain NUL")
+        path = program.find(argv[0])
+        channel.prepare()
+        status.begin()
+        own = preflight.describe(machine.config)
+
+        def probed(result: dict[str, Any] | MigrationError) -> None:
+            self._probe = None
+            try:
+                if isinstance(result, MigrationError):
+                    raise result
+                preflight.compare(own, result, channel)
+                preflight.check_descriptors(machine.handover)
+            except Exception as error:
+                # Another program's answer may be of any form, and the guest runs.
+                end(error)
+                return
+            if status.state == "cancelling":
+                end(None)
+                return
+            status.mark("quiesce")
+            self._quiesce = Quiesce(machine, quiesced)
+
+        def quiesced(error: MigrationError | None) -> None:
+            if error is None:
+                self._update(argv, path, channel)
+            else:
+                self._quiesce = None
+                end(error)
+
+        def end(error: Exception | None) -> None:
+            channel.discard(machine.handover)
+            if error is None or status.state == "cancelling":
+                status.enter("cancelled")
+                self._tell(None)
+            else:
+                status.fail(_explain(error))
+                self._tell(status.error)
+
+        try:
+            kept = machine.handover.kept().values()
+            self._probe = preflight.Probe(machine.loop, path, argv, kept, probed)
+        except MigrationError:
+            channel.discard(machine.handover)
+            raise
+        self._done = done
+        status.enter("setup")
+
+    def cancel(self) -> None:
+        """Give up an update that has not stopped the guest yet."""
+        if self._status.state == "setup":
+            self._status.enter("cancelling")
+            if self._probe is not None:
+                self._probe.cancel()
+            elif self._quiesce is not None:
+                self._quiesce.cancel()
+
+    def close(self) -> None:
+        """The VM ends: a probe that still runs has nobody to answer."""
+        if self._probe is not None:
+            self._probe.cancel()
+        if self._quiesce is not None:
+            self._quiesce.close()
+
+    def _update(self, argv: list[str], path: str, channel: Channel) -> None:
+        """The recipe, from the running guest to the exec."""
+        machine, status, handover = self._machine, self._status, self._machine.handover
+        before = machine.runstate.state
+        undo: list[Callable[[], None]] = []
+        way = CprExec(machine, status, self._holder, before, undo)
+        if self._quiesce is not None:
+            undo.append(self._quiesce.undo)
+        try:
+            # Terminals are made ready while the guest still runs.
+            for passenger in handover.passengers.values():
+                undo.append(passenger.restart)
+                passenger.quiesce()
+            # A file may be loaded when the host has been started again.
+            boot_id = (savevm.read_boot_id(),) if channel.is_lasting else ()
+            status.mark("stop")
+            way.stop_guest()
+            status.enter("active")
+            # QEMU's number for the pass over memory after the guest has stopped.
+            status.emit("MIGRATION_PASS", {"pass": 2})
+            status.enter("device")
+            status.mark("save")
+            undo.append(lambda: channel.discard(handover))
+            state = savevm.save(machine, before, *boot_id)
+            channel.write(state, handover)
+            if channel.is_lasting:
+                # The way back does not depend on a file that others can reach.
+                copy = MemoryChannel()
+                undo.append(lambda: copy.discard(handover))
+                copy.write(state, handover)
+            way.hold_memory()
+            # In QEMU's order: the outgoing side is done. If the exec fails, "failed" follows.
+            status.enter("completed")
+            status.mark("exec")
+            self._give_status()
+            way.execute(path, argv)
+        except Exception as error:
+            text = _explain(error)
+            status.fail(text)
+            while undo:
+                # Whatever goes wrong with one step, the guest must run on.
+                machine.attempt(undo.pop(), "update")
+            self._tell(text)
+
+    def _give_status(self) -> None:
+        for name, state in self._status.pack().items():
+            self._machine.handover.parcel(OWN, name).give(state)
+
+    def _tell(self, error: str | None) -> None:
+        done, self._done = self._done, None
+        if done is not None:
+            done(error)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, PyvmmError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
