@@ -5,9 +5,9 @@ Start-up, in the order in which it happens:
 0. ``wayback.arm`` opens the way back to the image before, if there was one.
 1. ``cli.run`` reads the CPR state that it left (``cpr.state.inherit``).
 2. ``machine.options.parse`` turns the command line into a ``MachineConfig``.
-3. ``machine.builder.build`` puts the machine together: /dev/kvm, memory, VM and vCPUs,
-   chardevs, devices, kernel. What was inherited is taken from ``cpr.handover`` instead of
-   being opened.
+3. ``machine.builder.build`` makes the parts: /dev/kvm, memory, VM and vCPUs, chardevs, back
+   ends, devices (``machine.drivers``); then the machine, which takes them over, and its kernel.
+   What was inherited is taken from ``cpr.handover`` instead of being opened.
 4. ``machine.machine.Machine.start`` starts a thread per vCPU; ``machine.cpu.Cpu`` has the
    exit loop.
 5. ``migration.incoming.Incoming.begin`` loads a state, if ``-incoming`` says so.
@@ -45,8 +45,7 @@ imports enum, re, typing, dataclasses, threading and the like: their import time
 of every update's pause.
 
 To read on: ``machine/builder.py``, ``machine/cpu.py``, ``devices/serial.py``,
-``migration/outgoing.py``. To write a device, copy ``devices/pvpanic.py``; a virtio device,
-``devices/virtio/rng.py`` and its line in ``machine/virtio.py``.
+``migration/outgoing.py``. To write a device: ``docs/devices.md``.
 """
 
 import os

@@ -238,17 +238,19 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         wayback.close()
         return machine.end.exit_code
     finally:
-        migration.close()
-        for monitor in monitors:
-            monitor.close()
-        if publication is not None:
-            publication.close()
-        machine.close()
-        log.err.on_drop = None
-        log.err.catch_up()
-        # Last: from here on another VM may have the name.
-        if entry is not None:
-            entry.remove()
+        # While there is a way back, what is open is the other image's, which goes on with it.
+        if not wayback.is_open():
+            migration.close()
+            for monitor in monitors:
+                monitor.close()
+            if publication is not None:
+                publication.close()
+            machine.close()
+            log.err.on_drop = None
+            log.err.catch_up()
+            # Last: from here on another VM may have the name.
+            if entry is not None:
+                entry.remove()
 
 
 def end_early(number: int, _frame: object) -> None:

@@ -1,1 +1,1 @@
-"""The host side of devices: image files, taps, sockets. It knows nothing of guests."""
+"""The host side of devices: disk images, taps, sockets. It knows nothing of guests."""

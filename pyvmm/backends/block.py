@@ -2,7 +2,7 @@
 
 Main loop thread: opening, closing. Any thread: reads, writes and the like, which block for as
 long as the host takes, and raise OSError. The buffers are views of guest memory: the kernel
-copies (or, with O_DIRECT, transfers) straight between them and the image. Left out: resizing,
+copies (or, with O_DIRECT, transfers) straight between them and the disk image. Left out: resizing,
 and formats that are more than the disk's own bytes.
 """
 
@@ -40,7 +40,7 @@ _TMPFS = 0x01021994  # linux/magic.h
 _BLKDISCARD = 0x1277
 _BLKSSZGET = 0x1268
 
-#: First bytes of images that are not raw.
+#: First bytes of disk images that are not raw.
 _MAGICS = {
     b"QFI\xfb": "qcow2",
     b"KDMV": "vmdk",
@@ -52,7 +52,7 @@ _MAGICS = {
 
 
 class BlockFile:
-    """One open image.
+    """One open disk image.
 
     :ivar size: bytes, a multiple of 512: the last sector of a file may lie beyond its end
     :ivar alignment: bytes; offsets and lengths of requests must be multiples
@@ -74,7 +74,7 @@ class BlockFile:
         self.read_only = config.read_only
         self._parcel = handover.parcel(BLOCK, config.id)
         self.lost = 0
-        inherited = self._parcel.require(f"image of {config.id}")
+        inherited = self._parcel.require(f"disk image of {config.id}")
         self.fd = _open(config) if inherited is None else inherited
         try:
             was_direct = inherited is not None and self._check_adopted()
@@ -227,7 +227,7 @@ class BlockFile:
         mode = os.O_RDONLY if self.read_only else os.O_RDWR
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
         if flags & os.O_ACCMODE != mode:
-            raise HostError(f"inherited image {self.config.id} has another access mode")
+            raise HostError(f"inherited disk image {self.config.id} has another access mode")
         wanted = flags | os.O_DIRECT if self.config.direct else flags & ~os.O_DIRECT
         try:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, wanted)

@@ -1,4 +1,4 @@
-"""What the operator says about disks: ``-drive``, ``-blockdev``, ``-device virtio-blk-device``.
+"""What the operator says about disk images: ``-drive`` and ``-blockdev``.
 
 Pure: nothing is opened or looked up. QEMU's tree of block nodes is taken as far as raw images
 need it: a ``raw`` node over a ``file`` or ``host_device`` node, or one of the latter alone.
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import os
 
-from pyvmm._util.keyval import check_id, check_keys, parse_bool, parse_int, parse_keyval, shorten
+from pyvmm._util.keyval import check_id, check_keys, parse_bool, parse_keyval, shorten
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 SECTOR = 512  # virtio's unit, whatever the disk's
-MAX_SERIAL = 20
 
 #: ``cache=``: whether writes may wait for a flush, O_DIRECT, whether flushes are ignored.
 CACHE_MODES = {
@@ -43,25 +42,21 @@ DRIVE_KEYS = (
     *("file", "format", "if", "id", "media", "readonly", "read-only", "cache", "cache.writeback"),
     *(*_CACHE, "discard", "detect-zeroes", "aio", "werror", "rerror", "file.locking"),
 )
-BLK_PROPERTIES = (
-    *("drive", "serial", "write-cache", "config-wce", "discard", "write-zeroes"),
-    *("logical_block_size", "physical_block_size", "queue-size", "share-rw", "werror", "rerror"),
-)
 
 
 class BlockConfig:
-    """One image.
+    """One disk image.
 
     :ivar id: name of the ``-drive``, or node name of the ``-blockdev``
     :ivar is_drive: whether it is a ``-drive``
     :ivar driver: ``file``, ``host_device``, or empty for whichever the path is
-    :ivar stated: whether the operator said that the image is raw
+    :ivar stated: whether the operator said that it is raw
     :ivar writeback: whether a write is done when the host's page cache has it
     :ivar direct: bypass the page cache (O_DIRECT)
     :ivar no_flush: ignore flushes
-    :ivar unmap: whether discards reach the image
+    :ivar unmap: whether discards reach the disk image
     :ivar locking: ``on``, ``off`` or ``auto`` (where the file system can)
-    :ivar share_rw: whether others may write the image meanwhile
+    :ivar share_rw: whether others may write the disk image meanwhile
     :ivar werror: one of :data:`WERROR`: ``stop`` pauses the guest, whose request is repeated when
         it goes on, and ``enospc`` does so if there is no space, and tells the guest otherwise
     :ivar rerror: one of :data:`RERROR`
@@ -93,68 +88,9 @@ class BlockConfig:
         access = ",read-only" if self.read_only else ""
         try:
             path = os.path.abspath(self.filename)
-        except OSError:  # the working directory was deleted; for both images
+        except OSError:  # the working directory was deleted; for both disk images
             path = self.filename
         return f"{self.id}={path}{access}"
-
-
-class BlkConfig:
-    """The properties of one ``-device virtio-blk-device``, by QEMU's names.
-
-    :ivar write_cache: whether the device begins as a write-back cache; None: as the drive says
-    :ivar block_size: logical block size in bytes; 0: what the image needs
-    :ivar physical_block_size: in bytes; 0: the logical one
-    :ivar werror: as the drive's; empty: as the drive says
-    :ivar rerror: the same
-    """
-
-    __slots__ = (
-        "block_size", "config_wce", "discard", "drive", "physical_block_size", "queue_size",
-        "rerror", "serial", "share_rw", "werror", "write_cache", "write_zeroes",
-    )  # fmt: skip
-
-    def __init__(self, properties: Mapping[str, str]) -> None:
-        where = "-device virtio-blk-device"
-
-        def flag(key: str, default: bool) -> bool:
-            return parse_bool(properties[key], where, key) if key in properties else default
-
-        def power(key: str, default: int, least: int, most: int) -> int:
-            if key not in properties:
-                return default
-            value = parse_int(properties[key], where, key, least, most)
-            if value & (value - 1):
-                raise ConfigError(
-                    f"{where}: {key}={value} is no power of two; give one from {least} to {most}"
-                )
-            return value
-
-        check_keys([key for key in properties if key != "id"], BLK_PROPERTIES, where)
-        self.drive = properties.get("drive", "")
-        if not self.drive:
-            raise ConfigError(f"{where}: drive= is missing; give the id of a -drive or -blockdev")
-        self.serial = properties.get("serial", "")
-        if not self.serial.isascii() or len(self.serial) > MAX_SERIAL:
-            raise ConfigError(
-                f"{where}: serial={shorten(self.serial)} is not possible; give at most"
-                f" {MAX_SERIAL} ASCII characters"
-            )
-        auto = properties.get("write-cache", "auto") == "auto"
-        self.write_cache = None if auto else flag("write-cache", True)
-        self.config_wce = flag("config-wce", True)
-        self.discard = flag("discard", True)
-        self.write_zeroes = flag("write-zeroes", True)
-        self.share_rw = flag("share-rw", False)
-        self.werror = _policy(properties, "werror", ("auto", *WERROR), where).replace("auto", "")
-        self.rerror = _policy(properties, "rerror", ("auto", *RERROR), where).replace("auto", "")
-        self.queue_size = power("queue-size", 256, 4, 1024)
-        self.block_size = power("logical_block_size", 0, SECTOR, 4096)
-        self.physical_block_size = power("physical_block_size", 0, SECTOR, 32768)
-        if self.physical_block_size and self.physical_block_size < self.block_size:
-            raise ConfigError(
-                f"{where}: physical_block_size={self.physical_block_size} is below"
-                f" logical_block_size={self.block_size}; give a multiple"
-            )
 
 
 class BlockOptions:
@@ -251,7 +187,7 @@ class BlockOptions:
         self._nodes[name] = keys
 
     def complete(self) -> list[BlockConfig]:
-        """The images, each once.
+        """The disk images, each once.
 
         :raises ConfigError: a ``file=`` that is no node, or is used twice
         """
@@ -314,24 +250,25 @@ class BlockOptions:
             raise ConfigError(f"{option}: the name {id} is in use; give another")
 
 
-def check_block(drives: list[BlockConfig], devices: list[BlkConfig]) -> None:
+def check_block(drives: list[BlockConfig], users: Iterable[tuple[str, bool]]) -> None:
     """See that each device has a drive of its own, and tell the drive what the device allows.
 
+    :param users: of each device, the drive that it names, and whether others may write that
     :raises ConfigError: a drive that is not there, or two devices on one
     """
     known = {drive.id: drive for drive in drives}
     used = set()
-    for device in devices:
-        where = f"-device virtio-blk-device: drive={shorten(device.drive)}"
-        if device.drive not in known:
+    for id, share_rw in users:
+        where = f"-device virtio-blk-device: drive={shorten(id)}"
+        if id not in known:
             raise ConfigError(
                 f"{where}: there is no such drive; add -drive file=PATH,format=raw,if=none,"
-                f"id={shorten(device.drive)[1:-1]}"
+                f"id={shorten(id)[1:-1]}"
             )
-        if device.drive in used:
+        if id in used:
             raise ConfigError(f"{where}: it has a device already; if=none keeps it for this one")
-        used.add(device.drive)
-        known[device.drive].share_rw = device.share_rw
+        used.add(id)
+        known[id].share_rw = share_rw
 
 
 def _flatten(text: str, option: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""Image locking: who uses an image for what, told by locks on single bytes of it.
+"""Locks on disk images: who uses one for what, told by locks on single bytes of it.
 
-The bytes are QEMU's, so that a QEMU and a pyvmm keep each other from an image: byte 100 + n is
+The bytes are QEMU's, so that a QEMU and a pyvmm keep each other from a disk image: byte 100 + n is
 locked by whoever uses permission n, byte 200 + n by whoever wants nobody else to have it. All
 locks are read locks: they do not exclude each other, but show when another looks for them.
 Locks of open file descriptions (fcntl(2), F_OFD_SETLK) live as long as the descriptor, through
@@ -26,7 +26,7 @@ _FLOCK = struct.Struct("@hhqqi4x")  # struct flock of x86-64
 
 
 class InUseError(OSError):
-    """Another process uses the image in a way that does not go together with ours.
+    """Another process uses the disk image in a way that does not go together with ours.
 
     :ivar writing: whether the other writes
     """
@@ -37,7 +37,7 @@ class InUseError(OSError):
 
 
 def lock(fd: int, *, writing: bool, share_rw: bool = False, inherited: bool = False) -> None:
-    """Lock the image; once more on the same descriptor changes nothing.
+    """Lock the disk image; once more on the same descriptor changes nothing.
 
     :param share_rw: allow others to write, as cluster file systems need it
     :param inherited: the image before has locked it, and may come back: its locks stay as

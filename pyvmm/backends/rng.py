@@ -10,14 +10,14 @@ import os
 import stat
 
 from pyvmm._util import log
-from pyvmm._util.keyval import check_id, check_keys
+from pyvmm._util.keyval import check_id, check_keys, shorten
 from pyvmm.core.eventloop import READABLE
 from pyvmm.cpr.handover import RNG
 from pyvmm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterable
 
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.handover import Handover
@@ -43,6 +43,27 @@ class RngConfig:
         check_id(options["id"], where)
         self.id = options["id"]
         self.filename = options.get("filename", DEFAULT_FILE) if kind == RANDOM else ""
+
+
+def check_rngs(rngs: list[RngConfig], taken: Collection[str], users: Iterable[str]) -> None:
+    """See that each device has the source that it names, for itself.
+
+    :param taken: ids of other objects
+    :param users: ``rng=`` of each device
+    :raises ConfigError: two objects of one name, a name that nothing has, two devices on one
+    """
+    ids = [rng.id for rng in rngs]
+    for id in ids:
+        if ids.count(id) > 1 or id in taken:
+            raise ConfigError(f"-object: the id {id} is given twice; rename one")
+    used = set()
+    for name in users:
+        where = f"-device virtio-rng-device: rng={shorten(name)}"
+        if name not in ids:
+            raise ConfigError(f"{where}: there is no such source; add -object rng-random,id=ID")
+        if name in used:
+            raise ConfigError(f"{where}: it is in use by another device; add an -object")
+        used.add(name)
 
 
 class Rng:

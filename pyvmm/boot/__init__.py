@@ -1,1 +1,1 @@
-"""Kernel images: loaders for each boot protocol, and the ROM."""
+"""Kernels: loaders for each boot protocol, and the ROM."""

@@ -1,4 +1,4 @@
-"""The images that come with pyvmm: the built-in guest and the ROM."""
+"""The kernel and ROM that come with pyvmm: the built-in guest and the ROM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def path(name: str, *, required: bool = True) -> str:
-    """Return the path of image *name*: in an installed package, or built beside a checkout.
+    """Return the path of the file *name*: in an installed package, or built beside a checkout.
 
     :param required: False if it is of use and not necessary: any place will do then
     :raises ConfigError: it has not been built

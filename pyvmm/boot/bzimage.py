@@ -14,7 +14,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import Image
+    from pyvmm.boot.blob import Blob
 
 ENTRY_64 = 0x200
 """Where the code behind the setup sectors is entered in long mode."""
@@ -50,44 +50,44 @@ class BzImage:
         "payload",
     )
 
-    def __init__(self, image: Image) -> None:
-        head = image.head(2 * _SECTOR)
+    def __init__(self, blob: Blob) -> None:
+        head = blob.head(2 * _SECTOR)
         if len(head) < _HEADER_MIN:
-            raise image.error("a bzImage that ends within its setup header; it is truncated")
+            raise blob.error("a bzImage that ends within its setup header; it is truncated")
 
         def field(kind: str, offset: int) -> int:
             value: int = struct.unpack_from(f"<{kind}", head, offset)[0]
             return value
 
         if field("H", 0x1FE) != bootparams.BOOT_FLAG:
-            raise image.error("a bzImage without the boot flag 0xaa55; it is damaged")
+            raise blob.error("a bzImage without the boot flag 0xaa55; it is damaged")
         high, wide = head[0x211] & _LOADED_HIGH, field("H", 0x236) & _XLF_KERNEL_64
         if field("H", 0x206) < _VERSION_MIN or not high or not wide:
-            raise image.error("a bzImage without a 64-bit entry; give a 64-bit Linux 3.8 or newer")
+            raise blob.error("a bzImage without a 64-bit entry; give a 64-bit Linux 3.8 or newer")
         # The jump over the header tells where it ends.
         end = 0x202 + head[0x201]
         if end < _HEADER_MIN:
-            raise image.error(f"the setup header of the bzImage ends at {end:#x}; it is damaged")
+            raise blob.error(f"the setup header of the bzImage ends at {end:#x}; it is damaged")
         self.header = head[bootparams.HEADER : min(end, bootparams.HEADER_END)]
         start = ((head[0x1F1] or 4) + 1) * _SECTOR
         size = field("I", 0x1F4) * _PARAGRAPH
         # syssize counts paragraphs of 16 bytes, the last of which the file need not fill. What is
         # beyond is none of the kernel: signatures are appended there.
-        if 0 < start + size - image.size < _PARAGRAPH:
-            size = image.size - start
-        if size <= ENTRY_64 or start + size > image.size:
-            raise image.error(
-                f"the bzImage should have {start} + {size} bytes, but it has {image.size}; it is"
+        if 0 < start + size - blob.size < _PARAGRAPH:
+            size = blob.size - start
+        if size <= ENTRY_64 or start + size > blob.size:
+            raise blob.error(
+                f"the bzImage should have {start} + {size} bytes, but it has {blob.size}; it is"
                 " truncated or damaged"
             )
         self.code = (start, size)
         offset, length = field("I", 0x248), field("I", 0x24C)
         if offset + length > size:
-            raise image.error("the payload of the bzImage lies beyond its end; it is damaged")
+            raise blob.error("the payload of the bzImage lies beyond its end; it is damaged")
         self.payload = (start + offset, length if offset else 0)
         alignment = field("I", 0x230) if head[0x234] else 1
         if not alignment or alignment & (alignment - 1):
-            raise image.error(f"kernel_alignment {alignment:#x} of the bzImage is no power of two")
+            raise blob.error(f"kernel_alignment {alignment:#x} of the bzImage is no power of two")
         preferred = field("Q", 0x258) or layout.HIGH_START
         self.load_at = preferred + -preferred % alignment
         self.init_size = max(field("I", 0x260), size)

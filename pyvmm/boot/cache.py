@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import stat
 
-from pyvmm.boot.image import ImageFile
+from pyvmm.boot.blob import FileBlob
 from pyvmm.errors import ConfigError
 
 CACHE_MAX = 512 << 20
@@ -29,27 +29,27 @@ def key(payload: bytes) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def get(name: str) -> ImageFile | None:
+def get(name: str) -> FileBlob | None:
     """Return what is kept as *name*, to be closed by the caller; None if that is nothing, or not
     all of it."""
     try:
         path = os.path.join(_folder(), name)
-        image = ImageFile(path, "cache", CACHE_MAX)
+        blob = FileBlob(path, "cache", CACHE_MAX)
     except (OSError, ConfigError):
         return None
     try:
-        end = image.size - _LENGTH_SIZE
-        if end <= 0 or image.read(end, _LENGTH_SIZE) != _length(end):
-            raise image.error("damaged")
-        image.size = end
+        end = blob.size - _LENGTH_SIZE
+        if end <= 0 or blob.read(end, _LENGTH_SIZE) != _length(end):
+            raise blob.error("damaged")
+        blob.size = end
     except ConfigError:
-        image.close()
+        blob.close()
         return None
     try:
         os.utime(path)
     except OSError:
         pass  # a cache that can only be read
-    return image
+    return blob
 
 
 def put(name: str, data: bytes) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 UNPACKERS = ("host", "guest")
 
 
-#: ``-machine kernel-type``: of what kind the image is; the first value, the default, lets its
+#: ``-machine kernel-type``: of what kind the kernel is; the first value, the default, lets its
 #: contents tell.
 TYPES = ("auto", "linux", "pvh", "multiboot", "flat")
 

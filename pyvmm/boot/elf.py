@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot.image import Image
+from pyvmm.boot.blob import Blob
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,34 +78,34 @@ class Elf:
     :raises ConfigError: the file is not such an executable
     """
 
-    __slots__ = ("_headers_end", "_image", "_notes", "entry", "has_interpreter", "is_64", "loads")
+    __slots__ = ("_blob", "_headers_end", "_notes", "entry", "has_interpreter", "is_64", "loads")
 
-    def __init__(self, image: Image) -> None:
-        self._image = image
-        ident = image.read(0, _IDENT_SIZE)
+    def __init__(self, blob: Blob) -> None:
+        self._blob = blob
+        ident = blob.read(0, _IDENT_SIZE)
         if ident[:4] != MAGIC:
-            raise image.error("not an ELF file")
+            raise blob.error("not an ELF file")
         if ident[4] not in (1, 2) or ident[5] not in (1, 2):
-            raise image.error("an ELF file of neither 32 nor 64 bits; it is damaged")
+            raise blob.error("an ELF file of neither 32 nor 64 bits; it is damaged")
         if ident[5] == 2:
-            machine = int.from_bytes(image.read(_IDENT_SIZE + 2, 2), "big")
-            raise image.error(f"{_machine(machine)}, big-endian; give an x86 kernel")
+            machine = int.from_bytes(blob.read(_IDENT_SIZE + 2, 2), "big")
+            raise blob.error(f"{_machine(machine)}, big-endian; give an x86 kernel")
         self.is_64 = wide = ident[4] == 2
         ehdr, phdr = (_EHDR64, _PHDR64) if wide else (_EHDR32, _PHDR32)
-        fields = ehdr.unpack(image.read(_IDENT_SIZE, ehdr.size))
+        fields = ehdr.unpack(blob.read(_IDENT_SIZE, ehdr.size))
         kind, machine, _, self.entry, phoff, _, _, _, phentsize, phnum = fields[:10]
         if machine != _EM_X86_64 and (wide or machine != _EM_386):
-            raise image.error(f"{_machine(machine)}, not x86; give an x86 kernel")
+            raise blob.error(f"{_machine(machine)}, not x86; give an x86 kernel")
         if kind != _ET_EXEC:
             what = _TYPES.get(kind, f"ELF of type {kind}")
-            raise image.error(f"{what}, not an executable; give a linked, fixed kernel")
+            raise blob.error(f"{what}, not an executable; give a linked, fixed kernel")
         if phentsize != phdr.size or not 0 < phnum <= _PHNUM_MAX or not phoff:
-            raise image.error("ELF without a usable program header table; give a linked kernel")
+            raise blob.error("ELF without a usable program header table; give a linked kernel")
         self.loads: list[Segment] = []
         self.has_interpreter = False
         self._headers_end: int = phoff + phnum * phdr.size
         self._notes: list[Segment] = []
-        for entry in phdr.iter_unpack(image.read(phoff, phnum * phdr.size)):
+        for entry in phdr.iter_unpack(blob.read(phoff, phnum * phdr.size)):
             if wide:
                 type_, _, offset, vaddr, paddr, file_size, mem_size, _ = entry
             else:
@@ -120,10 +120,10 @@ class Elf:
                 self.loads.append(segment)
         self.loads.sort(key=lambda segment: segment.paddr)
         if not self.loads:
-            raise image.error("ELF without anything to load; give a linked kernel")
+            raise blob.error("ELF without anything to load; give a linked kernel")
         for before, after in zip(self.loads, self.loads[1:], strict=False):
             if before.paddr + before.mem_size > after.paddr:
-                raise image.error(f"ELF segments overlap at {after.paddr:#x}; link the kernel anew")
+                raise blob.error(f"ELF segments overlap at {after.paddr:#x}; link the kernel anew")
 
     def physical(self, address: int) -> int:
         """Return the physical address of *address*, which may be virtual (as e_entry often is)."""
@@ -167,7 +167,7 @@ class Elf:
         operating systems."""
         if segment.offset or size > min(segment.file_size, _HEADERS_MAX):
             return False
-        data = bytearray(self._image.read(0, size))
+        data = bytearray(self._blob.read(0, size))
         for start, end in ((0, self._headers_end), *((n.offset, n.end) for n in self._notes)):
             if start < size:
                 data[start : min(end, size)] = bytes(min(end, size) - start)
@@ -176,14 +176,14 @@ class Elf:
     def _note_data(self) -> Iterator[bytes]:
         for segment in self._notes:
             if segment.file_size <= _NOTES_MAX:
-                yield self._image.read(segment.offset, segment.file_size)
+                yield self._blob.read(segment.offset, segment.file_size)
 
     def _check(self, segment: Segment) -> None:
         at = f"ELF segment at {segment.paddr:#x}"
         if segment.file_size > segment.mem_size:
-            raise self._image.error(f"{at} is larger in the file than in memory; link it anew")
-        if segment.offset + segment.file_size > self._image.size:
-            raise self._image.error(f"{at} runs beyond the end of the file; it is truncated")
+            raise self._blob.error(f"{at} is larger in the file than in memory; link it anew")
+        if segment.offset + segment.file_size > self._blob.size:
+            raise self._blob.error(f"{at} runs beyond the end of the file; it is truncated")
 
 
 def _machine(number: int) -> str:

@@ -25,7 +25,7 @@ import fcntl
 import os
 
 from pyvmm.boot import loader
-from pyvmm.boot.image import ImageFile
+from pyvmm.boot.blob import FileBlob
 from pyvmm.cpr.handover import BOOT, Passenger
 from pyvmm.errors import ConfigError
 
@@ -62,7 +62,7 @@ class BootFiles:
         self._handover = handover
         self._files: dict[str, _File] = {}
 
-    def open(self, path: str, option: str) -> ImageFile:
+    def open(self, path: str, option: str) -> FileBlob:
         """Return what is kept for *option*; if that is nothing, the file *path*, which stays open
         until :meth:`keep`. The caller closes what it is given.
 
@@ -70,7 +70,7 @@ class BootFiles:
         """
         file = self._files.get(option)
         if file is not None:
-            return ImageFile(file.path, option, fd=file.fd)
+            return FileBlob(file.path, option, fd=file.fd)
         return self._open(path, option)
 
     def forget_unkept(self, *options: str) -> None:
@@ -110,9 +110,9 @@ class BootFiles:
             kept = None if fd is None else _File(inherited_path, fd)
             if path and (kept is None or kept.path != path):
                 try:
-                    with self._open(path, option) as image:
+                    with self._open(path, option) as blob:
                         if option == "-kernel":
-                            loader.prepare(image, config)
+                            loader.prepare(blob, config)
                 except ConfigError as error:
                     self.forget_unkept(option)
                     then = f"what {kept.path} had" if kept else "what is there by then"
@@ -127,8 +127,8 @@ class BootFiles:
         problems += self.keep(config)
         if "-kernel" in self._files:
             try:
-                with self.open(config.kernel, "-kernel") as image:
-                    loader.prepare(image, config)
+                with self.open(config.kernel, "-kernel") as blob:
+                    loader.prepare(blob, config)
             except ConfigError as error:
                 problems.append(str(error))
         return problems
@@ -148,16 +148,16 @@ class BootFiles:
         self._parcel(option).keep(file.fd)
         self._parcel(option).board(file)
 
-    def _open(self, path: str, option: str) -> ImageFile:
-        image = ImageFile(path, option)
-        mark = image.mark()
-        self._files[option] = _File(path, image.lend(), mark)
-        return image
+    def _open(self, path: str, option: str) -> FileBlob:
+        blob = FileBlob(path, option)
+        mark = blob.mark()
+        self._files[option] = _File(path, blob.lend(), mark)
+        return blob
 
     def _copy(self, option: str, file: _File, config: KernelConfig) -> str:
         """Put a copy in the place of the file; return why that cannot be, empty if it is done."""
-        with ImageFile(file.path, option, fd=file.fd) as image:
-            size = loader.prepare(image, config) if option == "-kernel" else image.size
+        with FileBlob(file.path, option, fd=file.fd) as blob:
+            size = loader.prepare(blob, config) if option == "-kernel" else blob.size
             fd = os.memfd_create(self._parcel(option).name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             try:
                 # Not sendfile(2), which not every file system knows and which is not faster.
@@ -168,7 +168,7 @@ class BootFiles:
                     if not count or os.pwrite(fd, buffer[:count], done) != count:
                         break
                     done += count
-                if done < size or image.mark() != file.mark:
+                if done < size or blob.mark() != file.mark:
                     os.close(fd)
                     return "it changed as soon as the guest was started"
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

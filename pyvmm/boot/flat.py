@@ -10,7 +10,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import Image
+    from pyvmm.boot.blob import Blob
     from pyvmm.memory.guest import GuestMemory
 
 SIGNATURE = b"\x55\xaa"
@@ -19,15 +19,15 @@ SIGNATURE_AT = 510
 SIZE_MAX = layout.TABLES_START - layout.FLAT_START
 
 
-def load(memory: GuestMemory, image: Image) -> int:
-    """Load *image*; return where it starts.
+def load(memory: GuestMemory, blob: Blob) -> int:
+    """Load *blob*; return where it starts.
 
     :raises ConfigError: it does not fit
     """
-    if image.size > SIZE_MAX:
-        raise image.error(
-            f"{image.size} bytes are too large for a flat real-mode image, which has at most"
+    if blob.size > SIZE_MAX:
+        raise blob.error(
+            f"{blob.size} bytes are too large for a flat real-mode image, which has at most"
             f" {SIZE_MAX} ({format_size(SIZE_MAX)}); give a kernel, or a disk image with -drive"
         )
-    image.copy(0, image.size, memory, layout.FLAT_START)
+    blob.copy(0, blob.size, memory, layout.FLAT_START)
     return layout.FLAT_START

@@ -12,8 +12,8 @@ from pyvmm.boot import flat, multiboot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.boot.blob import Blob
     from pyvmm.boot.elf import Elf
-    from pyvmm.boot.image import Image
     from pyvmm.errors import ConfigError
 
 _UNPACK = "unpack it first ({})"
@@ -74,21 +74,21 @@ _EFI_SUBSYSTEMS = range(10, 14)
 _PE_MACHINES = {0x14C: "32-bit x86", 0x8664: "x86-64", 0xAA64: "64-bit Arm", 0x5064: "RISC-V"}
 
 
-def error(image: Image, executable: Elf | None, wanted: str) -> ConfigError:
-    """Return the error for *image*, which is of no kind that is loaded.
+def error(blob: Blob, executable: Elf | None, wanted: str) -> ConfigError:
+    """Return the error for *blob*, which is of no kind that is loaded.
 
-    :param executable: the image, if it is ELF
+    :param executable: the blob, if it is ELF
     :param wanted: one of ``config.TYPES``: what it was to be
     """
     if wanted != "auto":
-        return image.error(
+        return blob.error(
             f"{_LACKS[wanted]}, which kernel-type={wanted} demands; leave kernel-type away"
         )
-    return image.error(_elf(image, executable) if executable else _other(image))
+    return blob.error(_elf(blob, executable) if executable else _other(blob))
 
 
-def _elf(image: Image, executable: Elf) -> str:
-    if multiboot.is_version_2(image):
+def _elf(blob: Blob, executable: Elf) -> str:
+    if multiboot.is_version_2(blob):
         return (
             "a multiboot 2 kernel, which is not supported; give it a PVH note or a multiboot 1"
             " header too"
@@ -103,26 +103,26 @@ def _elf(image: Image, executable: Elf) -> str:
     )
 
 
-def _other(image: Image) -> str:
-    head = image.head(_HEAD)
+def _other(blob: Blob) -> str:
+    head = blob.head(_HEAD)
     for offset, magic, what, mend in _MAGICS:
         if head.startswith(magic, offset):
             return f"{what}, not a kernel; {mend}"
-    if multiboot.is_version_2(image):
+    if multiboot.is_version_2(blob):
         return "a multiboot 2 kernel, which is not supported; give one with a multiboot 1 header"
-    found = _efi(image, head) or _plain(head)
+    found = _efi(blob, head) or _plain(head)
     if found:
         return found
     if len(head) < 0x206 and head[0x1FE:0x200] == b"\x55\xaa":
         return "a bzImage that ends within its setup header; it is truncated"
     mend = "give one of these"
-    if image.size <= flat.SIZE_MAX:
+    if blob.size <= flat.SIZE_MAX:
         mend += (
             ", or say -machine kernel-type=flat if it is a flat real-mode image without a boot"
             " sector's signature (0x55 0xaa at 510)"
         )
     return (
-        f"{image.size} bytes of no kind that is known: neither a bzImage, nor ELF, nor multiboot;"
+        f"{blob.size} bytes of no kind that is known: neither a bzImage, nor ELF, nor multiboot;"
         f" {mend}"
     )
 
@@ -143,21 +143,21 @@ def _plain(head: bytes) -> str:
     return ""
 
 
-def _efi(image: Image, head: bytes) -> str:
+def _efi(blob: Blob, head: bytes) -> str:
     """Name an EFI or DOS program; empty if it is none (PE format, "COFF File Header" on)."""
     if not head.startswith(b"MZ") or len(head) < 0x40:
         return ""
     (at,) = struct.unpack_from("<I", head, 0x3C)
-    if at + 24 + 70 > image.size or image.read(at, 4) != b"PE\0\0":
+    if at + 24 + 70 > blob.size or blob.read(at, 4) != b"PE\0\0":
         return "a DOS program, not a kernel; give a kernel"
-    machine, count = struct.unpack("<HH", image.read(at + 4, 4))
-    (optional,) = struct.unpack("<H", image.read(at + 20, 2))
-    (subsystem,) = struct.unpack("<H", image.read(at + 24 + 68, 2))
+    machine, count = struct.unpack("<HH", blob.read(at + 4, 4))
+    (optional,) = struct.unpack("<H", blob.read(at + 20, 2))
+    (subsystem,) = struct.unpack("<H", blob.read(at + 24 + 68, 2))
     what = "an EFI program" if subsystem in _EFI_SUBSYSTEMS else "a Windows program"
-    what = f"{what} for {_PE_MACHINES.get(machine, f'machine {machine:#x}')}, {image.size} bytes"
+    what = f"{what} for {_PE_MACHINES.get(machine, f'machine {machine:#x}')}, {blob.size} bytes"
     table = at + 24 + optional
     size = min(count, _SECTIONS_MAX) * 40
-    data = image.read(table, size) if table + size <= image.size else b""
+    data = blob.read(table, size) if table + size <= blob.size else b""
     names = {data[start : start + 8].rstrip(b"\0") for start in range(0, len(data), 40)}
     if b".linux" in names:
         also = ", and likewise .initrd for -initrd" if b".initrd" in names else ""

@@ -9,15 +9,15 @@ kernel does not move: there is no KASLR. Main thread, fresh boots and resets onl
 from __future__ import annotations
 
 from pyvmm.boot import cache, unpack
+from pyvmm.boot.blob import DataBlob
 from pyvmm.boot.bzimage import ENTRY_64, BzImage
 from pyvmm.boot.elf import MAGIC, Elf
-from pyvmm.boot.image import ImageData
 from pyvmm.boot.place import check_place, load_segments
 from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import Image
+    from pyvmm.boot.blob import Blob
     from pyvmm.memory.guest import GuestMemory
 
 CMDLINE_SIZE = 2047
@@ -63,61 +63,61 @@ def is_vmlinux(executable: Elf) -> bool:
 
 
 def load_vmlinux(
-    memory: GuestMemory, image: Image, executable: Elf, header: BzImage | None = None
+    memory: GuestMemory, blob: Blob, executable: Elf, header: BzImage | None = None
 ) -> LinuxKernel:
-    """Load the 64-bit ELF file *image*.
+    """Load the 64-bit ELF file *blob*.
 
     :param header: of the bzImage that it was unpacked from
     :raises ConfigError: it cannot lie where it is linked for
     """
     if not executable.is_64:
-        raise image.error("32-bit ELF, and Linux is entered in 64 bits; give a 64-bit kernel")
+        raise blob.error("32-bit ELF, and Linux is entered in 64 bits; give a 64-bit kernel")
     entry = executable.physical(executable.entry)
-    end = load_segments(memory, image, executable, entry)
+    end = load_segments(memory, blob, executable, entry)
     return LinuxKernel(entry, executable.loads[0].paddr, end, header)
 
 
-def load_bzimage(memory: GuestMemory, image: Image, by_host: bool) -> LinuxKernel:
-    """Load the bzImage *image*, unpacked if *by_host* says so and its format is known.
+def load_bzimage(memory: GuestMemory, blob: Blob, by_host: bool) -> LinuxKernel:
+    """Load the bzImage *blob*, unpacked if *by_host* says so and its format is known.
 
     :raises ConfigError: it is malformed, or there is no RAM where it is meant to run
     """
-    header = BzImage(image)
-    unpacked = _unpacked(image, header) if by_host else None
+    header = BzImage(blob)
+    unpacked = _unpacked(blob, header) if by_host else None
     if unpacked:
         with unpacked:
             return load_vmlinux(memory, unpacked, Elf(unpacked), header)
     start, end = header.load_at, header.load_at + header.init_size
     if end > layout.BELOW_4G_END:
-        raise image.error(f"it is meant to run at {start:#x}, beyond 3G; build it for less")
-    check_place(memory, image, start, header.init_size)
-    image.copy(*header.code, memory, start)
+        raise blob.error(f"it is meant to run at {start:#x}, beyond 3G; build it for less")
+    check_place(memory, blob, start, header.init_size)
+    blob.copy(*header.code, memory, start)
     return LinuxKernel(start + ENTRY_64, start, end, header)
 
 
-def prepare(image: Image, header: BzImage) -> None:
-    """Import what it takes to unpack the bzImage *image* once more."""
+def prepare(blob: Blob, header: BzImage) -> None:
+    """Import what it takes to unpack the bzImage *blob* once more."""
     import hashlib  # noqa: F401  (of the cache)
 
     offset, size = header.payload
-    unpack.prepare(image.read(offset, min(size, 16)))
+    unpack.prepare(blob.read(offset, min(size, 16)))
 
 
-def _unpacked(image: Image, header: BzImage) -> Image | None:
+def _unpacked(blob: Blob, header: BzImage) -> Blob | None:
     offset, size = header.payload
-    head = image.read(offset, min(size, 16))
+    head = blob.read(offset, min(size, 16))
     packed = unpack.is_known(head)
     if size > unpack.UNPACKED_MAX or not (packed or head.startswith(MAGIC)):
         return None
-    payload = image.read(offset, size)
+    payload = blob.read(offset, size)
     if not packed:
-        return ImageData(image, payload)
+        return DataBlob(blob, payload)
     name = cache.key(payload)
     kept = cache.get(name)
     if kept:
         # Errors are about the file that the operator named.
-        kept.path, kept.option = image.path, image.option
+        kept.path, kept.option = blob.path, blob.option
         return kept
-    data = unpack.unpack(image, payload)
+    data = unpack.unpack(blob, payload)
     cache.put(name, data)
-    return ImageData(image, data)
+    return DataBlob(blob, data)

@@ -6,7 +6,7 @@ is_vmlinux``), a boot sector's signature. What shows none of these is refused by
 ``-machine kernel-type`` the operator says what it is. Of a kernel that can do both, a 32-bit one
 is entered by multiboot, as other loaders do, and a 64-bit one by PVH, since multiboot knows 32-bit
 ELF only. Main thread, while no vCPU runs: before the start and
-again at each reset, since the guest has written over its own image by then. After a live update
+again at each reset, since the guest has written over its own kernel by then. After a live update
 nothing is loaded.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 
 from pyvmm.boot import bootparams, bzimage, elf, flat, linux, multiboot, pvh
-from pyvmm.boot.image import ImageFile
+from pyvmm.boot.blob import FileBlob
 from pyvmm.boot.place import check_place, load_initrd, load_segments, write_cmdline
 from pyvmm.errors import ConfigError
 from pyvmm.x86 import layout
@@ -24,8 +24,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.boot.blob import Blob
     from pyvmm.boot.config import KernelConfig
-    from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
 # Kinds in the boot record.
@@ -65,7 +65,7 @@ def load(
     memory: GuestMemory,
     config: KernelConfig,
     rsdp: int = 0,
-    open_file: Callable[[str, str], ImageFile] = ImageFile,
+    open_file: Callable[[str, str], FileBlob] = FileBlob,
 ) -> LoadedKernel:
     """Load as *config* says, and leave the boot record for the ROM.
 
@@ -74,12 +74,12 @@ def load(
     :raises ConfigError: a file or the command line cannot be used
     """
     if config.kernel:
-        with open_file(config.kernel, "-kernel") as image:
+        with open_file(config.kernel, "-kernel") as blob:
             if config.initrd:
                 with open_file(config.initrd, "-initrd") as initrd:
-                    kernel = _load_image(_Boot(memory, config, rsdp, image, initrd))
+                    kernel = _load_kernel(_Boot(memory, config, rsdp, blob, initrd))
             else:
-                kernel = _load_image(_Boot(memory, config, rsdp, image, None))
+                kernel = _load_kernel(_Boot(memory, config, rsdp, blob, None))
     elif config.initrd or config.append:
         raise ConfigError("-initrd and -append need a kernel; add -kernel FILE")
     else:
@@ -89,81 +89,81 @@ def load(
     return kernel
 
 
-def prepare(image: Image, config: KernelConfig) -> int:
-    """Make sure that *image* can be loaded without the package on disk; return how many of its
+def prepare(blob: Blob, config: KernelConfig) -> int:
+    """Make sure that *blob* can be loaded without the package on disk; return how many of its
     first bytes that takes. Debug information is behind them.
 
     :raises ConfigError: it is no kernel that can be loaded
     """
-    _recognize(image, config.type)
+    _recognize(blob, config.type)
     if config.type != "flat":
-        head = image.head(_HEAD_SIZE)
+        head = blob.head(_HEAD_SIZE)
         if head.startswith(elf.MAGIC):
-            return elf.Elf(image).file_end
+            return elf.Elf(blob).file_end
         if head.endswith(_SETUP_HEADER_MAGIC):
-            header = bzimage.BzImage(image)
+            header = bzimage.BzImage(blob)
             if config.unpack == "host":
-                linux.prepare(image, header)
+                linux.prepare(blob, header)
             return sum(header.code)
-    return image.size
+    return blob.size
 
 
 class _Boot:
     """What one boot is made of."""
 
-    __slots__ = ("config", "image", "initrd", "memory", "rsdp")
+    __slots__ = ("blob", "config", "initrd", "memory", "rsdp")
 
     def __init__(
         self,
         memory: GuestMemory,
         config: KernelConfig,
         rsdp: int,
-        image: Image,
-        initrd: Image | None,
+        blob: Blob,
+        initrd: Blob | None,
     ) -> None:
         self.memory = memory
         self.config = config
         self.rsdp = rsdp
-        self.image = image
+        self.blob = blob
         self.initrd = initrd
 
 
-def _load_image(boot: _Boot) -> LoadedKernel:
-    return _recognize(boot.image, boot.config.type)(boot)
+def _load_kernel(boot: _Boot) -> LoadedKernel:
+    return _recognize(boot.blob, boot.config.type)(boot)
 
 
-def _recognize(image: Image, wanted: str) -> Callable[[_Boot], LoadedKernel]:
-    """Return what loads a boot's kernel *image*.
+def _recognize(blob: Blob, wanted: str) -> Callable[[_Boot], LoadedKernel]:
+    """Return what loads a boot's kernel *blob*.
 
     :raises ConfigError: nothing does
     """
     if wanted == "flat":
         return _load_flat
     auto = wanted == "auto"
-    head = image.head(_HEAD_SIZE)
-    executable = elf.Elf(image) if head[:4] == elf.MAGIC[: len(head)] else None
+    head = blob.head(_HEAD_SIZE)
+    executable = elf.Elf(blob) if head[:4] == elf.MAGIC[: len(head)] else None
     if executable is None and head.endswith(_SETUP_HEADER_MAGIC) and (auto or wanted == "linux"):
         return lambda boot: _load_linux(boot, None)
     entry = pvh.find_entry(executable) if executable and (auto or wanted == "pvh") else None
     prefers_pvh = executable is not None and executable.is_64 and entry is not None
     if not prefers_pvh and (auto or wanted == "multiboot"):
-        header = multiboot.find_header(image)
+        header = multiboot.find_header(blob)
         if header:
             return lambda boot: _load_multiboot(boot, header, executable)
     if executable and entry is not None:
         return lambda boot: _load_pvh(boot, executable, entry)
-    if executable and (wanted == "linux" or (auto and _is_linux(image, executable))):
+    if executable and (wanted == "linux" or (auto and _is_linux(blob, executable))):
         return lambda boot: _load_linux(boot, executable)
     if auto and executable is None and _is_boot_sector(head):
         return _load_flat
     # The names of what is no kernel are only imported when they are needed.
     from pyvmm.boot import foreign
 
-    raise foreign.error(image, executable, wanted)
+    raise foreign.error(blob, executable, wanted)
 
 
-def _is_linux(image: Image, executable: elf.Elf) -> bool:
-    return executable.is_64 and linux.is_vmlinux(executable) and not multiboot.is_version_2(image)
+def _is_linux(blob: Blob, executable: elf.Elf) -> bool:
+    return executable.is_64 and linux.is_vmlinux(executable) and not multiboot.is_version_2(blob)
 
 
 def _is_boot_sector(head: bytes) -> bool:
@@ -175,16 +175,16 @@ def _is_boot_sector(head: bytes) -> bool:
 
 def _load_flat(boot: _Boot) -> LoadedKernel:
     if boot.config.initrd or boot.config.append:
-        raise boot.image.error("a flat image takes no -initrd and no -append; leave them out")
-    return LoadedKernel(FLAT, flat.load(boot.memory, boot.image))
+        raise boot.blob.error("a flat image takes no -initrd and no -append; leave them out")
+    return LoadedKernel(FLAT, flat.load(boot.memory, boot.blob))
 
 
 def _load_linux(boot: _Boot, executable: elf.Elf | None) -> LoadedKernel:
     memory, config = boot.memory, boot.config
     if executable:
-        kernel = linux.load_vmlinux(memory, boot.image, executable)
+        kernel = linux.load_vmlinux(memory, boot.blob, executable)
     else:
-        kernel = linux.load_bzimage(memory, boot.image, config.unpack == "host")
+        kernel = linux.load_bzimage(memory, boot.blob, config.unpack == "host")
     initrd = load_initrd(memory, boot.initrd, kernel.end, kernel.initrd_addr_max)
     cmdline = write_cmdline(memory, config.append, limit=kernel.cmdline_size)
     info = bootparams.write(memory, kernel.header, kernel.start, cmdline, initrd, boot.rsdp)
@@ -193,7 +193,7 @@ def _load_linux(boot: _Boot, executable: elf.Elf | None) -> LoadedKernel:
 
 def _load_pvh(boot: _Boot, executable: elf.Elf, entry: int) -> LoadedKernel:
     memory = boot.memory
-    end = load_segments(memory, boot.image, executable, entry)
+    end = load_segments(memory, boot.blob, executable, entry)
     initrd = load_initrd(memory, boot.initrd, end)
     cmdline = write_cmdline(memory, boot.config.append)
     return LoadedKernel(PVH, entry, pvh.write_start_info(memory, cmdline, initrd, boot.rsdp))
@@ -202,18 +202,18 @@ def _load_pvh(boot: _Boot, executable: elf.Elf, entry: int) -> LoadedKernel:
 def _load_multiboot(
     boot: _Boot, header: multiboot.Header, executable: elf.Elf | None
 ) -> LoadedKernel:
-    memory, image = boot.memory, boot.image
+    memory, blob = boot.memory, boot.blob
     if header.raw:
         offset, start, size, mem_size, entry = header.raw
-        check_place(memory, image, start, mem_size)
-        image.copy(offset, size, memory, start)
+        check_place(memory, blob, start, mem_size)
+        blob.copy(offset, size, memory, start)
         memory.fill(start + size, mem_size - size)
         end = start + mem_size
     elif executable:
         entry = executable.physical(executable.entry)
-        end = load_segments(memory, image, executable, entry)
+        end = load_segments(memory, blob, executable, entry)
     else:
-        raise image.error("multiboot without load addresses, and not ELF; link it as ELF")
+        raise blob.error("multiboot without load addresses, and not ELF; link it as ELF")
     initrd = load_initrd(memory, boot.initrd, end)
     # The first word names the kernel, as with other loaders.
     cmdline = write_cmdline(memory, boot.config.append, b"kernel ")

@@ -13,7 +13,7 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.boot.image import Image
+    from pyvmm.boot.blob import Blob
     from pyvmm.memory.guest import GuestMemory
 
 BOOT_MAGIC = 0x2BADB002
@@ -48,12 +48,12 @@ class Header:
         self.raw = raw
 
 
-def find_header(image: Image) -> Header | None:
+def find_header(blob: Blob) -> Header | None:
     """Return the header in the first 8 KiB, or None if the file has none (3.1).
 
     :raises ConfigError: it demands what is not there, or its addresses contradict each other
     """
-    head = image.head(_SEARCH)
+    head = blob.head(_SEARCH)
     magic = _MAGIC.to_bytes(4, "little")
     at = head.find(magic)
     while at >= 0:
@@ -68,26 +68,26 @@ def find_header(image: Image) -> Header | None:
     demands = flags & 0xFFFF & ~(_PAGE_ALIGN | _MEMORY_INFO)
     if demands:
         what = "a video mode" if demands == 4 else f"unknown features (flags {demands:#x})"
-        raise image.error(f"the multiboot header demands {what}; build the kernel without")
+        raise blob.error(f"the multiboot header demands {what}; build the kernel without")
     if not flags & _ADDRESS_FIELDS:
         return Header(None)
     if at + _HEADER.size + _ADDRESSES.size > len(head):
-        raise image.error("the multiboot header is truncated")
+        raise blob.error("the multiboot header is truncated")
     header_addr, load, load_end, bss_end, entry = _ADDRESSES.unpack_from(head, at + _HEADER.size)
     offset = at - (header_addr - load)
-    size = (load_end - load) if load_end else image.size - offset
+    size = (load_end - load) if load_end else blob.size - offset
     mem_size = max(bss_end - load, size) if bss_end else size
-    if header_addr < load or offset < 0 or size <= 0 or offset + size > image.size:
-        raise image.error("the addresses in the multiboot header lie outside the file; fix them")
+    if header_addr < load or offset < 0 or size <= 0 or offset + size > blob.size:
+        raise blob.error("the addresses in the multiboot header lie outside the file; fix them")
     if (bss_end and bss_end < load + size) or not load <= entry < load + mem_size:
-        raise image.error("the addresses in the multiboot header contradict; fix them")
+        raise blob.error("the addresses in the multiboot header contradict; fix them")
     return Header((offset, load, size, mem_size, entry))
 
 
-def is_version_2(image: Image) -> bool:
+def is_version_2(blob: Blob) -> bool:
     """Return whether the first 32 KiB have a header of multiboot 2, which is not loaded here
     (specification 2.0, 3.1.1)."""
-    head = image.head(_SEARCH_2)
+    head = blob.head(_SEARCH_2)
     magic = _MAGIC_2.to_bytes(4, "little")
     at = head.find(magic)
     while at >= 0:

@@ -14,8 +14,8 @@ from pyvmm.x86 import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.boot.blob import Blob
     from pyvmm.boot.elf import Elf, Segment
-    from pyvmm.boot.image import Image
     from pyvmm.memory.guest import GuestMemory
 
 OWN = (
@@ -29,8 +29,8 @@ OWN = (
 """What loader and firmware write, as ``(start, end)``; no part of a kernel may lie there."""
 
 
-def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int) -> int:
-    """Load all segments of *executable*, which *image* is; return the first address beyond them.
+def load_segments(memory: GuestMemory, blob: Blob, executable: Elf, entry: int) -> int:
+    """Load all segments of *executable*, which *blob* is; return the first address beyond them.
 
     :raises ConfigError: *entry*, where the kernel starts, is in none of them, or one of them
         cannot lie where it is meant to
@@ -40,12 +40,12 @@ def load_segments(memory: GuestMemory, image: Image, executable: Elf, entry: int
     executable.loads = [each for each in executable.loads if each.mem_size]
     inside = any(each.paddr <= entry < each.paddr + each.mem_size for each in executable.loads)
     if not inside or entry >= layout.BELOW_4G_END:
-        raise image.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
+        raise blob.error(f"it starts at {entry:#x}, where nothing is loaded; link it anew")
     # The highest first: it tells how much RAM is needed.
     for segment in reversed(executable.loads):
-        check_place(memory, image, segment.paddr, segment.mem_size)
+        check_place(memory, blob, segment.paddr, segment.mem_size)
     for segment in executable.loads:
-        image.copy(segment.offset, segment.file_size, memory, segment.paddr)
+        blob.copy(segment.offset, segment.file_size, memory, segment.paddr)
         bss = segment.mem_size - segment.file_size
         memory.fill(segment.paddr + segment.file_size, bss)
     last = executable.loads[-1]
@@ -69,8 +69,8 @@ def _is_free(memory: GuestMemory, gpa: int, size: int) -> bool:
     return memory.contains(gpa, size) and not own
 
 
-def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
-    """Check that a part of *image* can lie at *gpa*.
+def check_place(memory: GuestMemory, blob: Blob, gpa: int, size: int) -> None:
+    """Check that a part of *blob* can lie at *gpa*.
 
     :raises ConfigError: not all of that is RAM, or it is not free
     """
@@ -79,10 +79,10 @@ def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
         mend = "link the kernel elsewhere"
         if gpa >= layout.HIGH_START and end <= layout.BELOW_4G_END:
             mend = f"give at least -m {-(-end >> 20)}M"
-        raise image.error(f"{size:#x} bytes to be loaded at {gpa:#x} are not all RAM; {mend}")
+        raise blob.error(f"{size:#x} bytes to be loaded at {gpa:#x} are not all RAM; {mend}")
     for start, end in OWN:
         if gpa < end and start < gpa + size:
-            raise image.error(
+            raise blob.error(
                 f"what is to be loaded at {gpa:#x} covers the boot structures at {start:#x};"
                 " link the kernel at 1M or above"
             )
@@ -90,7 +90,7 @@ def check_place(memory: GuestMemory, image: Image, gpa: int, size: int) -> None:
 
 def load_initrd(
     memory: GuestMemory,
-    image: Image | None,
+    blob: Blob | None,
     kernel_end: int,
     last: int = layout.BELOW_4G_END - 1,
 ) -> tuple[int, int] | None:
@@ -99,21 +99,21 @@ def load_initrd(
     :param last: highest address that it may occupy
     :raises ConfigError: the file cannot be read or does not fit
     """
-    if not image:
+    if not blob:
         return None
     ram_end = max(
         region.end for region in memory.regions
         if not region.readonly and region.end <= layout.BELOW_4G_END
     )  # fmt: skip
-    start = (min(ram_end, last + 1) - image.size) & -layout.PAGE
+    start = (min(ram_end, last + 1) - blob.size) & -layout.PAGE
     if start < max(kernel_end, layout.HIGH_START):
         limit = f" and below {last + 1:#x}" if last + 1 < ram_end else ""
-        raise image.error(
-            f"{format_size(image.size)} do not fit into RAM above the kernel{limit};"
+        raise blob.error(
+            f"{format_size(blob.size)} do not fit into RAM above the kernel{limit};"
             f" {'give a smaller one' if limit else 'give more with -m'}"
         )
-    image.copy(0, image.size, memory, start)
-    return start, image.size
+    blob.copy(0, blob.size, memory, start)
+    return start, blob.size
 
 
 def write_cmdline(

@@ -1,4 +1,4 @@
-"""The ROM: reads its image and maps it where the processor starts and where real mode sees it."""
+"""The ROM: reads its file and maps it where the processor starts and where real mode sees it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def read(path: str) -> bytes:
-    """Return the image that ``-bios`` names: whole pages, at most 256 KiB.
+    """Return the contents of the file that ``-bios`` names: whole pages, at most 256 KiB.
 
     :raises ConfigError: the file cannot be read, or has another size
     """
     # A new image of an update has the ROM already.
-    from pyvmm.boot.image import ImageFile
+    from pyvmm.boot.blob import FileBlob
 
-    with ImageFile(path, "-bios", layout.ROM_MAX) as image:
-        if image.size % layout.PAGE:
-            raise image.error(f"{image.size} bytes are not a multiple of 4K; pad the image")
-        return image.read(0, image.size)
+    with FileBlob(path, "-bios", layout.ROM_MAX) as blob:
+        if blob.size % layout.PAGE:
+            raise blob.error(f"{blob.size} bytes are not a multiple of 4K; pad the image")
+        return blob.read(0, blob.size)
 
 
 def ranges(size: int) -> list[tuple[int, int, int]]:
@@ -38,7 +38,7 @@ def ranges(size: int) -> list[tuple[int, int, int]]:
 
 
 def add(memory: GuestMemory, backend: RamBackend, ram: RamBackend) -> None:
-    """Add *backend*, which holds the image, to guest memory, read-only.
+    """Add *backend*, which holds them, to guest memory, read-only.
 
     The place of option ROMs below it is filled with what *ram* has there, where it is not seen as
     RAM: zeros, which the guest cannot change either.

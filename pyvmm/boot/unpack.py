@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.boot.image import Image
+    from pyvmm.boot.blob import Blob
 
 UNPACKED_MAX = 512 << 20
 """Largest kernel in bytes; distributions' have 50 to 70 MiB."""
@@ -34,23 +34,23 @@ def prepare(payload: bytes) -> None:
             __import__(_LIBRARIES[name])
 
 
-def unpack(image: Image, payload: bytes) -> bytes:
+def unpack(blob: Blob, payload: bytes) -> bytes:
     """Return the kernel that *payload*, of a known format, holds.
 
-    :param image: what the payload is of, for errors
+    :param blob: what the payload is of, for errors
     :raises ConfigError: it is damaged, or larger than :data:`UNPACKED_MAX`
     """
     name, function = next(_FORMATS[magic] for magic in _FORMATS if payload.startswith(magic))
     # gzip ends like this by itself; Linux's build appends it to the other formats.
     size = int.from_bytes(payload[-4:], "little")
     if max(size, len(payload)) > UNPACKED_MAX:
-        raise image.error(f"a payload of {size} bytes, which no kernel has; it is damaged")
+        raise blob.error(f"a payload of {size} bytes, which no kernel has; it is damaged")
     try:
         data = function(payload, size)
     except Exception as error:  # each library has its own, without a common base
-        raise image.error(f"the {name} payload cannot be unpacked ({error})") from error
+        raise blob.error(f"the {name} payload cannot be unpacked ({error})") from error
     if len(data) != size:
-        raise image.error(f"the {name} payload does not unpack to {size} bytes; it is damaged")
+        raise blob.error(f"the {name} payload does not unpack to {size} bytes; it is damaged")
     return data
 
 

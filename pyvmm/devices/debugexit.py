@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 IOBASE = 0x501
 IOSIZE = 2
 
-#: Widest access that is not split, in bytes.
-WIDTH = 4
-
 
 class DebugExit(Device):
     """The port. Reads give 0.
@@ -28,6 +25,8 @@ class DebugExit(Device):
     """
 
     name = "isa-debug-exit"
+    #: Widest access that is not split, in bytes.
+    width = 4
 
     def __init__(
         self, request_exit: Callable[[int], None], *, iobase: int = IOBASE, iosize: int = IOSIZE

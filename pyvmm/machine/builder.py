@@ -2,16 +2,14 @@
 
 :func:`build` reads top to bottom: each step a paragraph, with a comment where the order
 matters. The same function serves a live update's new image: whatever was inherited is taken
-from the store of descriptors instead of being opened.
+from the hand-over instead of being opened.
 """
 
 from __future__ import annotations
 
 import os
 
-from pyvmm._util.keyval import parse_int
 from pyvmm.boot import builtin, rom
-from pyvmm.chardev.config import ChardevConfig
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core.bus import Bus
 from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.chardev.base import Chardev
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.handover import Handover
-    from pyvmm.machine.config import DeviceConfig, MachineConfig
+    from pyvmm.machine.config import MachineConfig
 
 ROM_BLOCK = "pc.bios"
 RAM_BLOCK = "pc.ram"
@@ -91,9 +89,7 @@ def build(
         )
         add_devices(parts, config)
         # The serial ports come first on a mux: the console begins with the focus.
-        parts.monitors += [
-            (monitor, chardevs.claim(monitor.chardev)) for monitor in config.monitors
-        ]
+        parts.monitors += [chardevs.claim(monitor.chardev) for monitor in config.monitors]
         # All chardevs are there, and nobody reads them yet: what they did in the image before
         # goes on.
         chardevs.load_state()
@@ -202,59 +198,25 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
     parts.add_isa(i8042.I8042(end.request_reset), layout.I8042_DATA[0], i8042.PORTS)
     parts.add_isa(i8042.Port92(end.request_reset), *layout.PORT92)
     parts.add_isa(parts.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
-    for device in config.devices:
-        if not device.driver.startswith("virt"):
-            add_device(parts, device)
-    if any(device.driver.startswith("virt") for device in config.devices):
-        from pyvmm.machine import virtio
-
-        virtio.add_devices(parts, config)
-
-
-def add_device(parts: Parts, config: DeviceConfig) -> None:
-    """One ``-device``; ``options`` has checked driver and properties."""
-    properties = config.properties
-
-    def number(key: str, default: int) -> int:
-        where = f"-device {config.driver}"
-        return parse_int(properties[key], where, key, 0, 0xFFFF) if key in properties else default
-
-    # Each is imported where it is wanted: that is time of an update's pause.
-    if config.driver == "isa-debug-exit":
-        from pyvmm.devices import debugexit
-
-        iobase = number("iobase", debugexit.IOBASE)
-        iosize = number("iosize", debugexit.IOSIZE)
-        exit = debugexit.DebugExit(parts.end.request_exit, iobase=iobase, iosize=iosize)
-        parts.add_isa(exit, iobase, iosize, debugexit.WIDTH)
-    elif config.driver == "isa-debugcon":
-        from pyvmm.devices import debugcon
-
-        iobase = number("iobase", debugcon.IOBASE)
-        chardev = None
-        if "chardev" in properties:
-            name = properties["chardev"]
-            chardev = parts.chardevs.claim(ChardevConfig("chardev", name, {}, "-device"))
-        parts.add_isa(debugcon.DebugConsole(chardev, iobase=iobase), iobase, 1)
-    else:
-        from pyvmm.devices import pvpanic
-
-        ioport = number("ioport", pvpanic.IOPORT)
-        parts.add_isa(pvpanic.PvPanic(parts.end.report_panic, ioport=ioport), ioport, 1)
+    # The order in which their state is written, too.
+    for bus in ("isa", "virtio"):
+        for device in config.devices:
+            if device.driver.bus == bus:
+                device.driver.add(parts, device)
 
 
 def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamBackend:
     # Preserved like RAM, whatever the new image brings: the guest may be executing it.
     inherited = _take_block(ROM_BLOCK, ROM_BLOCK, handover)
     if inherited is None:
-        image = rom.read(config.bios or builtin.path(builtin.ROM))
-        size = len(image)
+        contents = rom.read(config.bios or builtin.path(builtin.ROM))
+        size = len(contents)
     else:
         size = os.fstat(inherited).st_size
     rom_config = RamConfig("memory-backend-memfd", ROM_BLOCK, size)
     block = _keep_block(RamBackend(rom_config, inherited, ROM_BLOCK), handover, opened)
     if inherited is None:
-        block.write(0, image)
+        block.write(0, contents)
     return block
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pyvmm.backends.net.config import NetdevConfig
     from pyvmm.backends.rng import RngConfig
     from pyvmm.chardev.config import ChardevConfig
+    from pyvmm.machine.drivers import DeviceConfig
     from pyvmm.memory.config import RamConfig
 
 MACHINE_TYPE = "pyvmm"
@@ -37,16 +38,6 @@ class MonitorConfig:
         self.chardev = chardev
         self.mode = mode
         self.pretty = pretty
-
-
-class DeviceConfig:
-    """A ``-device``: driver name and properties."""
-
-    __slots__ = ("driver", "properties")
-
-    def __init__(self, driver: str, properties: dict[str, str]) -> None:
-        self.driver = driver
-        self.properties = properties
 
 
 class MachineConfig:

@@ -5,7 +5,7 @@ Imported at a fresh boot and at a reset, never on the way of a live update.
 
 from __future__ import annotations
 
-from pyvmm.devices import acpi_pm, pvpanic
+from pyvmm.devices import acpi_pm
 from pyvmm.x86 import layout, tables
 from pyvmm.x86.hardware import Hardware
 
@@ -20,7 +20,7 @@ def write_tables(parts: Parts, config: MachineConfig) -> int:
 
     :raises ConfigError: the machine has more devices than they have room for
     """
-    panics = [device.ioport for device in parts.devices if isinstance(device, pvpanic.PvPanic)]
+    panics = [one.properties()["ioport"] for one in parts.devices if one.name == "pvpanic"]
     hardware = Hardware(
         config.smp,
         pm1_base=acpi_pm.IOBASE,

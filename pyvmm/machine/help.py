@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyvmm._util.keyval import did_you_mean, shorten
 from pyvmm.errors import ConfigError
-from pyvmm.machine.options import DEVICES, OPTIONS
+from pyvmm.machine.options import OPTIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def describe(option: str, kind: str) -> str:
     lines = [] if option else ["usage: pyvmm run [OPTION...]\n\n"]
     for name in [option] if option else OPTIONS:
         argument, text, _ = OPTIONS[name]
+        if name == "device":
+            text = f"{text}:\n{_drivers()}"
         lines.append(f"  -{name} {argument}".rstrip() + "\n")
         lines += [f"        {line}\n" for line in text.split("\n")]
     if option == "cpu":
@@ -48,13 +50,20 @@ def _wrap(title: str, words: Iterable[str]) -> list[str]:
     return [f"{line}\n" for line in wrap(text, subsequent_indent="  ", break_on_hyphens=False)]
 
 
+def _drivers() -> str:
+    from pyvmm.machine import drivers
+
+    width = max(map(len, drivers.FILES))
+    return "\n".join(f"{name:{width}}  {drivers.find(name).help}" for name in drivers.FILES)
+
+
 def _kinds(option: str) -> dict[str, Iterable[str]]:
     """The keys of each kind that an option has."""
     if option == "device":
-        from pyvmm.machine import virtio, virtio_console
+        from pyvmm.machine import drivers
 
-        found = {name: ("id", *driver.properties) for name, driver in virtio.DRIVERS.items()}
-        return {**DEVICES, **found, **dict.fromkeys(virtio.PORTS, virtio_console.PORT_PROPERTIES)}
+        found = {name: drivers.find(name) for name in drivers.FILES}
+        return {name: [one.name for one in driver.properties] for name, driver in found.items()}
     if option == "netdev":
         from pyvmm.backends.net import config as netdevs
 

@@ -71,7 +71,7 @@ class Machine:
         self.drives = parts.drives
         self.netdevs = parts.netdevs
         self.devices = parts.devices
-        self.monitors = parts.monitors
+        self.monitors = list(zip(config.monitors, parts.monitors, strict=True))
         self.end = parts.end
         self.runstate = RunState(runstate.INMIGRATE if config.incoming else runstate.PRELAUNCH)
         self.cpus = [

@@ -29,7 +29,6 @@ from pyvmm.machine.config import (
     ACTIONS,
     MACHINE_TYPE,
     MAX_SERIALS,
-    DeviceConfig,
     MachineConfig,
     MonitorConfig,
 )
@@ -44,19 +43,11 @@ if TYPE_CHECKING:
     from pyvmm.backends.block_config import BlockOptions
 
 MAX_CPUS = 255
-BLK = "virtio-blk-device"
 
 MACHINE_PROPERTIES = (
     "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack",
     "kernel-type",
 )  # fmt: skip
-
-#: Drivers of ``-device`` and their properties.
-DEVICES: dict[str, tuple[str, ...]] = {
-    "isa-debug-exit": ("iobase", "iosize"),
-    "isa-debugcon": ("iobase", "chardev"),
-    "pvpanic": ("ioport",),
-}
 
 
 class HelpRequested(Exception):
@@ -252,31 +243,22 @@ class Options:
         if chardev is not None:
             if chardev.kind != "chardev":
                 self.config.chardevs.append(chardev)
-            self.config.devices.append(DeviceConfig("isa-debugcon", {"chardev": chardev.id}))
+            from pyvmm.machine import drivers
+
+            device = drivers.parse("isa-debugcon", {"chardev": chardev.id}, option)
+            self.config.devices.append(device)
 
     def _device(self, value: str, option: str) -> None:
-        keys = parse_keyval(value, option, implied_key="driver")
-        driver = keys.pop("driver", "")
-        if driver not in DEVICES:
-            from pyvmm.machine import virtio
+        # A machine without devices does not pay for what is known of them.
+        from pyvmm.machine import drivers
 
-            if driver in (*virtio.DRIVERS, *virtio.PORTS):
-                self.config.devices.append(virtio.parse(driver, keys, f"{option} {driver}"))
-                virtio.check_devices(self.config.devices)
-                return
-            known = [*DEVICES, *virtio.DRIVERS, *virtio.PORTS]
-            mend = did_you_mean(driver, known) or f"give one of {', '.join(known)}"
-            raise ConfigError(f"{option}: {shorten(driver)} is no device; {mend}")
-        where = f"{option} {driver}"
-        check_keys(keys, DEVICES[driver], where)
-        for key in ("iobase", "ioport"):
-            if key in keys:
-                parse_int(keys[key], where, key, 0, 0xFFFF)
-        if "iosize" in keys:
-            parse_int(keys["iosize"], where, "iosize", 1, 8)
-        if any(device.driver == driver for device in self.config.devices):
+        keys = parse_keyval(value, option, implied_key="driver")
+        device = drivers.parse(keys.pop("driver", ""), keys, option)
+        others = [one for one in self.config.devices if one.driver is device.driver]
+        if others and device.driver.is_single:
+            where = f"{option} {device.driver.name}"
             raise ConfigError(f"{where}: there is one already; leave one of them out")
-        self.config.devices.append(DeviceConfig(driver, keys))
+        self.config.devices.append(device)
 
     def _drive(self, value: str, option: str) -> None:
         self._block_options().add_drive(value, option)
@@ -359,32 +341,43 @@ class Options:
         self._complete_block()
         requests = [*config.chardevs, *(chardev for chardev in config.serials if chardev)]
         requests += [monitor.chardev for monitor in config.monitors]
-        requests += [
-            ChardevConfig("chardev", device.properties["chardev"], {}, "-device")
-            for device in config.devices
-            if "chardev" in device.properties
-        ]
+        requests += [ChardevConfig("chardev", id, {}, "-device") for id in self._named("chardev")]
         check_chardevs(requests)
-        virtio = any(device.driver.startswith("virtio-") for device in config.devices)
-        if config.netdevs or config.rngs or virtio:
-            from pyvmm.machine import netdev, virtio_rng
+        networks, sources = self._named("netdev"), self._named("rng")
+        if config.netdevs or networks:
+            from pyvmm.backends.net.config import check_netdevs
 
-            netdev.check_all(config)
-            virtio_rng.check_all(config)
+            check_netdevs(config.netdevs, networks)
+        if config.rngs or sources:
+            from pyvmm.backends.rng import check_rngs
+
+            check_rngs(config.rngs, [block.id for block in config.objects], sources)
+        if config.devices:
+            from pyvmm.machine import drivers
+
+            drivers.settle(config.devices)
+
+    def _named(self, kind: str) -> list[str]:
+        """The ids of that kind that devices sit on."""
+        return [id for device in self.config.devices for id in device.refers(kind)]
 
     def _complete_block(self) -> None:
         config = self.config
-        if self._block is None and not any(one.driver == BLK for one in config.devices):
+        if self._block is None and not self._named("drive"):
             return
-        from pyvmm.backends.block_config import BlkConfig, check_block
+        from pyvmm.backends.block_config import check_block
 
         block = self._block_options()
         config.drives = block.complete()
         for id in block.implied:
-            self._device(f"{BLK},drive={id}", "-drive")
+            self._device(f"virtio-blk-device,drive={id}", "-drive")
         check_block(
             config.drives,
-            [BlkConfig(one.properties) for one in config.devices if one.driver == BLK],
+            [
+                (id, device.values["share-rw"])
+                for device in config.devices
+                for id in device.refers("drive")
+            ],
         )
 
     def _check_memory(self) -> None:
@@ -471,12 +464,7 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
     "qmp-pretty": ("DEV", "the same with indented output", Options._monitor),
     "mon": ("[chardev=]ID[,mode=readline|control]", "monitor on a -chardev", Options._mon),
     "debugcon": ("DEV", "debug console (port 0xe9) on DEV", Options._debugcon),
-    "device": ("isa-debug-exit|isa-debugcon|pvpanic|virtio-blk-device|virtio-net-device"
-               "|virtio-rng-device|virtio-serial-device|virtconsole|virtserialport[,KEY=VALUE...]",
-               "add a device: virtio-blk-device,drive=ID; virtio-net-device,netdev=ID;\n"
-               "ports sit on the virtio-serial-device in front of them:\n"
-               "virtconsole,chardev=ID; virtserialport,chardev=ID,name=NAME",
-               Options._device),
+    "device": ("DRIVER[,KEY=VALUE...]", "add a device", Options._device),
     "drive": ("file=PATH,format=raw[,if=virtio|none][,id=ID][,readonly=on]"
               "[,cache=none|writeback|...][,discard=unmap][,werror=enospc|report|ignore|stop]"
               "[,rerror=report|ignore|stop]",

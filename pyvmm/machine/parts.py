@@ -9,6 +9,7 @@ one list closes a build that failed half way, and a machine at its end.
 from __future__ import annotations
 
 from pyvmm._util import log
+from pyvmm.chardev.config import ChardevConfig
 from pyvmm.errors import ConfigError, HostError, InternalError, place
 
 TYPE_CHECKING = False
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pyvmm.cpr.handover import Handover
     from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.base import Device
-    from pyvmm.machine.config import MonitorConfig
     from pyvmm.machine.guest_end import GuestEnd
     from pyvmm.memory.backend import RamBackend
     from pyvmm.memory.guest import GuestMemory
@@ -109,7 +109,7 @@ class Parts:
     :ivar devices: in the order in which they were added, which their state has, too
     :ivar virtio_mmio: address, size in bytes and GSI of each virtio-mmio device, in the order of
         their numbers
-    :ivar monitors: what each monitor sits on
+    :ivar monitors: what each monitor sits on, in the order of the options
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Parts:
         self.rngs = rngs
         self.devices: list[Device] = []
         self.virtio_mmio: list[tuple[int, int, int]] = []
-        self.monitors: list[tuple[MonitorConfig, Chardev]] = []
+        self.monitors: list[Chardev] = []
 
     def add_isa(self, device: Device, port: int, count: int, width: int = 1) -> None:
         """Put a device on ``count`` ports from ``port`` on.
@@ -161,6 +161,15 @@ class Parts:
             self.ports.add(port, count, device, device.name, width=width)
         except InternalError as error:
             raise ConfigError(f"-device {device.name}: {error}; choose other ports") from None
+
+    def claim(self, chardev: str | None) -> Chardev | None:
+        """Return the ``-chardev`` of that id for one front end; None for no id.
+
+        :raises ConfigError: there is none, or it has a front end and no mux
+        """
+        if chardev is None:
+            return None
+        return self.chardevs.claim(ChardevConfig("chardev", chardev, {}, "-device"))
 
 
 def report_bug(error: Exception, function: Callable[..., None]) -> None:

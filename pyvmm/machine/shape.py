@@ -13,19 +13,15 @@ from pyvmm.x86 import irqchip, vcpu_state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.machine.config import DeviceConfig, MachineConfig
+    from pyvmm.machine.config import MachineConfig
+    from pyvmm.machine.drivers import DeviceConfig
     from pyvmm.vmstate.fields import Description
-
-#: Properties of devices that are the host's affair, or part of the state, or (of ports) compared
-#: with their device.
-_NOT_TOLD = frozenset(
-    "id drive netdev chardev bus nr name mac share-rw write-cache werror rerror max_ports"
-    " rng max-bytes period".split()
-)
 
 
 def describe(config: MachineConfig) -> dict[str, str]:
     """Return what must be equal, by the option that says it."""
+    ordered = [device for device in config.devices if device.driver.is_ordered]
+    unordered = [device for device in config.devices if not device.driver.is_ordered]
     return {
         "-m": str(config.memory_size),
         "-smp": str(config.topology),
@@ -35,14 +31,10 @@ def describe(config: MachineConfig) -> dict[str, str]:
         "-drive": " ".join(sorted(drive.shape() for drive in config.drives)),
         # What a back end can do is part of what the guest was told.
         "-netdev": ", ".join(netdev.shape() for netdev in config.netdevs),
-        # Of virtio devices the order decides where they are.
         "-device": ",".join(
-            sorted(
-                [_device(device) for device in config.devices],
-                key=lambda driver: "~" if driver.startswith("virt") else driver,
-            )
+            [*sorted(_told(device) for device in unordered), *(_told(device) for device in ordered)]
         ),
-        **_ports(config),
+        **_extents(config.devices),
     }
 
 
@@ -56,30 +48,33 @@ def chardev_kinds(config: MachineConfig) -> dict[str, str]:
 def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
     """Return what a machine of this configuration writes into a state, by section and instance."""
     found = {(Serial.name, number): Serial.vmstate for number in range(len(config.serials))}
-    for device in (Rtc, i8042.I8042, i8042.Port92, acpi_pm.AcpiPm):
-        found[(device.name, 0)] = device.vmstate
+    for model in (Rtc, i8042.I8042, i8042.Port92, acpi_pm.AcpiPm):
+        found[(model.name, 0)] = model.vmstate
     for index in range(config.smp):
         found[(vcpu_state.VCPU.name, index)] = vcpu_state.VCPU
     for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
         found[(chip.name, 0)] = chip
     found[(irqchip.I8259.name, 1)] = irqchip.I8259
-    if any(device.driver.startswith("virt") for device in config.devices):
-        from pyvmm.machine import virtio
-
-        found |= virtio.descriptions(config.devices)
+    for device in config.devices:
+        description = device.driver.description()
+        if description is not None:
+            instance = sum(name == description.name for name, _ in found)
+            found[(description.name, instance)] = description
     return found
 
 
-def _device(device: DeviceConfig) -> str:
+def _told(device: DeviceConfig) -> str:
     """Which disk or network is which, and all that the guest was told."""
-    behind = device.properties.get("drive") or device.properties.get("netdev")
-    told = [f"{k}={v}" for k, v in sorted(device.properties.items()) if k not in _NOT_TOLD]
-    return " ".join([device.driver, *([f"({behind})"] if behind else []), *told])
+    behind = [*device.refers("drive"), *device.refers("netdev")]
+    told = {one.name for one in device.driver.properties if not one.host}
+    words = [f"{key}={text}" for key, text in sorted(device.given.items()) if key in told]
+    return " ".join([device.driver.name, *(f"({id})" for id in behind), *words])
 
 
-def _ports(config: MachineConfig) -> dict[str, str]:
-    if not any(device.driver == "virtio-serial-device" for device in config.devices):
-        return {}
-    from pyvmm.machine import virtio
-
-    return {"-device virtio-serial-device": virtio.shape(config.devices)}
+def _extents(devices: list[DeviceConfig]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for device in devices:
+        option, extent = f"-device {device.driver.name}", device.driver.extent(device)
+        if extent:
+            found[option] = f"{found[option]}; {extent}" if option in found else extent
+    return found

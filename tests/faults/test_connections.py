@@ -2,112 +2,25 @@
 
 import errno
 import os
-import pty
 import re
-import select
 import socket
 import threading
-import tty
 from pathlib import Path
 
 import pytest
 from faults.tools import BACK, Qmp, check_alive, replaced, update
-from harness import Deadline, wait_until
+from harness import wait_until
+from harness.connections import OPENERS, Stream, connected, opened, tcp_address
 
 from pyvmm import rundir
 
 FAULT = ("pyvmm.devices.rtc:Rtc.load", "raise ValueError('injected')")
 
 
-class Stream:
-    """Both ends of a byte stream to a VM, whatever it is made of."""
-
-    def __init__(self, read, write):
-        self.read, self.write, self.seen = read, write, b""
-
-    def send(self, text):
-        os.write(self.write, text.encode())
-
-    def expect(self, pattern):
-        deadline = Deadline()
-        while not (match := re.search(pattern.encode(), self.seen)):
-            assert select.select([self.read], [], [], deadline.left)[0], (pattern, self.seen)
-            data = os.read(self.read, 65536)
-            assert data, f"end of file before {pattern}: {self.seen}"
-            self.seen += data
-        self.seen = self.seen[match.end() :]
-
-
-def connected(path, family=socket.AF_UNIX):
-    sock = socket.socket(family)
-    wait_until(lambda: sock.connect_ex(path) == 0, f"a connection to {path}")
-    return sock.detach()
-
-
-def open_unix(vm):
-    machine = vm("-serial", "unix:s.sock,server=on,wait=off", serial=False)
-    fd = connected(str(machine.folder / "s.sock"))
-    return machine, Stream(fd, fd)
-
-
-def tcp_address(machine):
-    """Where the one TCP server of the VM listens: the kernel has chosen the port."""
-    port = re.search(r"tcp:127\.0\.0\.1:(\d+),server=on", machine.hmp("info chardev"))[1]
-    return "127.0.0.1", int(port)
-
-
-def open_tcp(vm):
-    machine = vm("-serial", "tcp:127.0.0.1:0,server=on,wait=off", serial=False)
-    fd = connected(tcp_address(machine), socket.AF_INET)
-    return machine, Stream(fd, fd)
-
-
-def open_pty(vm):
-    machine = vm("-serial", "pty", serial=False)
-    path = re.search(r"pty:(\S+)", machine.hmp("info chardev")).group(1)
-    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
-    tty.setraw(fd)
-    return machine, Stream(fd, fd)
-
-
-def open_stdio(vm):
-    read_fd, write_fd = os.pipe()
-    machine = vm("-serial", "stdio", serial=False, stdin=read_fd)
-    os.close(read_fd)
-    return machine, Stream(os.open(machine.folder / "stderr", os.O_RDONLY), write_fd)
-
-
-def open_terminal(vm):
-    master, slave = pty.openpty()
-    machine = vm("-serial", "stdio", serial=False, stdin=slave)
-    os.close(slave)
-    return machine, Stream(os.open(machine.folder / "stderr", os.O_RDONLY), master)
-
-
-class Follow(Stream):
-    """A stream that is read from a file which grows."""
-
-    def expect(self, pattern):
-        def found():
-            self.seen += os.read(self.read, 65536)
-            return re.search(pattern.encode(), self.seen)
-
-        self.seen = self.seen[wait_until(found, f"{pattern!r}").end() :]
-
-
-OPENERS = [open_unix, open_tcp, open_pty, open_stdio, open_terminal]
-
-
 @pytest.fixture(params=OPENERS, ids=lambda opener: opener.__name__)
 def shell(request, vm):
-    machine, stream = request.param(vm)
-    if request.param in (open_stdio, open_terminal):
-        stream = Follow(stream.read, stream.write)
-    stream.send("\n")
-    stream.expect("guest> ")
-    yield machine, stream
-    for fd in {stream.read, stream.write}:
-        os.close(fd)
+    with opened(request.param, vm) as found:
+        yield found
 
 
 def test_half_a_line_on_the_serial_port(shell):

@@ -428,6 +428,7 @@ def test_package_replaced_under_a_running_vmm(vm, tmp_path):
     program = [sys.executable, "-c", "from pyvmm import cli; raise SystemExit(cli.main())", "run"]
     machine = vm(append="ticker period=20", program=program, PYTHONPATH=str(copy))
     machine.expect(r"tick 2\r\n")
+    assert machine.status == "running"  # the monitor is there, so is all that comes with it
     os.rename(copy / "pyvmm", copy / "away")
     (copy / "pyvmm").mkdir()
     (copy / "pyvmm" / "__init__.py").write_text("raise ImportError('half installed')")
@@ -469,7 +470,8 @@ def test_package_broken_where_only_the_next_update_needs_it(vm, tmp_path, module
     machine, reply = update_to_broken(vm, tmp_path, f"migration/{module}.py")
     assert reply == ""
     check_ticking(machine)
-    assert "there can be no update: ZeroDivisionError" in machine.stderr()
+    told = "there can be no update: ZeroDivisionError"
+    wait_until(lambda: told in machine.stderr(), "the word to the operator")
     assert "division by zero" in update(machine)
     check_ticking(machine)
 
@@ -507,6 +509,26 @@ def test_end_of_an_image_that_waits_for_its_uri(ticker, end):
         machine.kill()
         assert machine.wait_exit() == 128 + signal.SIGTERM
     assert "way back" not in machine.stderr()
+
+
+def test_way_back_of_an_image_that_waits_for_its_uri(ticker):
+    # Whatever was inherited is open by then, also what it had no use for any more.
+    machine = ticker("-chardev", SIDE, *DEBUGCON)
+    command = replaced(machine, "pyvmm.migration.savevm:read", "raise SystemExit(3)")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
+        machine.set_update([*command, "-incoming", "defer"])
+        machine.hmp_send("migrate memfd:")
+        wait_until(lambda: machine.cmdline[-1] == "defer", "the new image")
+        machine.hmp_reply()
+    wait_until(lambda: "disconnected:unix:side" in machine.hmp("info chardev"), "the client's end")
+    machine.hmp_send("migrate_incoming memfd:")
+    assert f"SystemExit: 3 {BACK}" in machine.hmp_reply()
+    check_alive(machine)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(machine.folder / "side.sock"))
+        wait_until(lambda: "disconnected:unix:side" not in machine.hmp("info chardev"), "a client")
 
 
 def test_incoming_that_waits_for_its_uri(ticker):

@@ -4,10 +4,11 @@ import struct
 import time
 
 from pyvmm.backends.block import BlockFile
-from pyvmm.backends.block_config import BlkConfig, BlockConfig
+from pyvmm.backends.block_config import BlockConfig
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio.blk import VirtioBlk
+from pyvmm.machine.drivers import virtio_blk
 from pyvmm.testing.virtio_driver import VirtioDriver
 
 SIZE = 1 << 20
@@ -41,7 +42,8 @@ class Disk:
         def on_error(operation, error, action):
             self.errors.append((operation, error.errno, action))
 
-        return VirtioBlk(self.loop, self.file, BlkConfig(self.properties), on_error)
+        values = virtio_blk.DRIVER.parse(self.properties, "-device").values
+        return VirtioBlk(self.loop, self.file, virtio_blk.config(values), on_error)
 
     def ask(self, kind, sector=0, data=b"", room=0, *, split=(), indirect=False):
         """One request: its status and what was read. ``split``: lengths of the buffers."""

@@ -1,9 +1,9 @@
-"""The block device (virtio 1.3, 5.2): a disk for the guest, on an image file.
+"""The block device (virtio 1.3, 5.2): a disk for the guest, on a disk image.
 
 Left out: several queues, secure erase, zones, lifetime, and the legacy SCSI commands. Requests
 are served on the device's own loop. Those that the host answers from its page cache are done
 there and then; what has to wait for a disk goes to worker threads, several at a time, and is
-returned in the order in which it ends. Data goes directly between guest memory and the image,
+returned in the order in which it ends. Data goes directly between guest memory and the file,
 and what is most frequent goes without Python: reads and writes that are as they should be and
 that the host does at once. All that is not is judged here, once.
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backends.block import BlockFile
-    from pyvmm.backends.block_config import BlkConfig
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.devices.virtio.queue import Chain, Queue
     from pyvmm.vmstate.fields import Record
@@ -103,10 +102,49 @@ _RETRIES = Description(
 )
 
 
+class BlkConfig:
+    """The properties of one disk.
+
+    :ivar drive: id of the drive, for the operator
+    :ivar write_cache: whether the device begins as a write-back cache; None: as the drive says
+    :ivar block_size: logical block size in bytes; 0: what the image needs
+    :ivar physical_block_size: in bytes; 0: the logical one
+    :ivar werror: as the drive's; empty: as the drive says
+    :ivar rerror: the same
+    """
+
+    def __init__(
+        self,
+        drive: str,
+        *,
+        serial: str = "",
+        write_cache: bool | None = None,
+        config_wce: bool = True,
+        discard: bool = True,
+        write_zeroes: bool = True,
+        block_size: int = 0,
+        physical_block_size: int = 0,
+        queue_size: int = 256,
+        werror: str = "",
+        rerror: str = "",
+    ) -> None:
+        self.drive = drive
+        self.serial = serial
+        self.write_cache = write_cache
+        self.config_wce = config_wce
+        self.discard = discard
+        self.write_zeroes = write_zeroes
+        self.block_size = block_size
+        self.physical_block_size = physical_block_size
+        self.queue_size = queue_size
+        self.werror = werror
+        self.rerror = rerror
+
+
 class VirtioBlk(VirtioDevice):
     """The device.
 
-    :param file: the image
+    :param file: the disk image
     :param config: the properties of the ``-device``
     :param on_error: told of what the host could not do: ``read`` or ``write``, why, and what
         follows: ``report``, ``ignore`` or ``stop``; on any thread, about once a second at most
@@ -115,7 +153,7 @@ class VirtioBlk(VirtioDevice):
     :ivar writeback: the driver's choice: whether writes may wait for a flush
     :ivar retries: requests (their ``head``) that wait for the guest to go on
     :ivar io_status: ``ok``, or why it was paused: ``nospace`` or ``failed``
-    :raises ConfigError: a block size that the image cannot do
+    :raises ConfigError: a block size that the disk image cannot do
     """
 
     virtio_id = 2
@@ -276,7 +314,7 @@ class VirtioBlk(VirtioDevice):
     def _fail(self, kind: int, error: OSError, chain: Chain) -> int | None:
         """The host could not do it: the status for the guest; None if it is tried again."""
         if error.errno == errno.EFAULT:
-            # Not the image's: the host cannot back the guest's buffers.
+            # Not the disk's: the host cannot back the guest's buffers.
             self.retries.append(chain)
             self.memory.report(chain.find_lack())
             return None

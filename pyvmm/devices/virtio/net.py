@@ -50,21 +50,13 @@ F_HOST_ECN = 1 << 13
 F_MRG_RXBUF = 1 << 15
 F_STATUS = 1 << 16
 
-#: By QEMU's property; all are on unless they are switched off.
-FLAGS = {
-    "mrg_rxbuf": F_MRG_RXBUF,
-    "status": F_STATUS,
-    "csum": F_CSUM,
-    "guest_csum": F_GUEST_CSUM,
-    "guest_tso4": F_GUEST_TSO4,
-    "guest_tso6": F_GUEST_TSO6,
-    "guest_ecn": F_GUEST_ECN,
-    "host_tso4": F_HOST_TSO4,
-    "host_tso6": F_HOST_TSO6,
-    "host_ecn": F_HOST_ECN,
-}
+#: All that can be switched off; -device has a property of each name.
+FEATURES = (
+    F_MRG_RXBUF | F_STATUS | F_CSUM | F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
+    | F_HOST_TSO4 | F_HOST_TSO6 | F_HOST_ECN
+)  # fmt: skip
 #: What only a back end with offloads can do.
-OFFLOADS = sum(FLAGS.values()) & ~(F_MRG_RXBUF | F_STATUS)
+OFFLOADS = FEATURES & ~(F_MRG_RXBUF | F_STATUS)
 #: Of them, those of the frames that the driver receives.
 GUEST_OFFLOADS = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_ECN
 # What a feature is nothing without (5.1.3.1): any of these.
@@ -102,7 +94,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
     :param backend: where its frames go to and come from
     :param mac: its address, 6 bytes
     :param mtu: the largest packet that the network takes; 0 if that is not said
-    :param features: which of :data:`FLAGS` are offered, as far as the back end can do them
+    :param features: which of :data:`FEATURES` are offered, as far as the back end can do them
     """
 
     virtio_id = 1
@@ -117,7 +109,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         mac: bytes,
         *,
         mtu: int = 0,
-        features: int = sum(FLAGS.values()),
+        features: int = FEATURES,
         rx_queue_size: int = QUEUE_SIZE,
         tx_queue_size: int = QUEUE_SIZE,
     ) -> None:

@@ -11,22 +11,22 @@ if TYPE_CHECKING:
 
     from pyvmm.monitor.registry import Shape
 
-_MODEL = "virtio-net-device"
 
-
-def _devices(context: Context) -> list[tuple[str, Any]]:
-    """Names (the id, or one that QEMU would give) and network devices."""
-    found = [device for device in context.machine.devices if device.name == _MODEL]
-    return [(each.id or f"{_MODEL}.{n}", each.device) for n, each in enumerate(found)]
-
-
-def _mac(device: Any) -> str:
-    return ":".join(f"{byte:02x}" for byte in device.mac)
+def _devices(context: Context) -> list[tuple[str, str, dict[str, Any]]]:
+    """Of each device on a network: its name (the id, or one that QEMU would give), its model and
+    its properties."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for device in context.machine.devices:
+        properties = device.properties()
+        if "netdev" in properties:
+            number = sum(model == device.name for _, model, _ in found)
+            found.append((device.id or f"{device.name}.{number}", device.name, properties))
+    return found
 
 
 def query_network(context: Context) -> list[dict[str, Any]]:
     """The network back ends, each with the device that sits on it."""
-    devices = {device.backend.id: (name, device) for name, device in _devices(context)}
+    devices = {found["netdev"]: (name, model, found) for name, model, found in _devices(context)}
     netdevs = context.machine.netdevs
     found = []
     for id, netdev in netdevs.items() if netdevs is not None else ():
@@ -37,8 +37,8 @@ def query_network(context: Context) -> list[dict[str, Any]]:
             "properties": {key: str(value) for key, value in netdev.info.items()},
         }
         if id in devices:
-            name, device = devices[id]
-            entry["nic"] = {"name": name, "model": device.name, "mac": _mac(device)}
+            name, model, properties = devices[id]
+            entry["nic"] = {"name": name, "model": model, "mac": properties["mac"]}
         found.append(entry)
     return found
 
@@ -55,12 +55,12 @@ def query_rx_filter(context: Context, name: str | None = None) -> list[dict[str,
             "broadcast-allowed": True,
             "multicast-overflow": False,
             "unicast-overflow": False,
-            "main-mac": _mac(device),
+            "main-mac": properties["mac"],
             "vlan-table": [],
             "unicast-table": [],
             "multicast-table": [],
         }
-        for id, device in _devices(context)
+        for id, _, properties in _devices(context)
         if name in (None, id)
     ]
     if name is not None and not found:

@@ -7,9 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.backends.block_config import (
-    BLK_PROPERTIES,
     CACHE_MODES,
-    BlkConfig,
     BlockOptions,
     check_block,
 )
@@ -167,49 +165,17 @@ def test_node_below_two_is_refused():
         )
 
 
-def test_device_properties():
-    config = BlkConfig({"drive": "d"})
-    assert (config.write_cache, config.config_wce, config.queue_size) == (None, True, 256)
-    assert (config.discard, config.write_zeroes, config.block_size) == (True, True, 0)
-    config = BlkConfig({"drive": "d", "write-cache": "off", "logical_block_size": "4096"})
-    assert config.write_cache is False
-    assert config.block_size == 4096
-
-
-@pytest.mark.parametrize(
-    ("properties", "problem"),
-    [
-        ({}, "drive= is missing"),
-        ({"drive": "d", "serial": "x" * 21}, "give at most 20 ASCII characters"),
-        ({"drive": "d", "serial": "é"}, "give at most 20 ASCII characters"),
-        ({"drive": "d", "queue-size": "100"}, "queue-size=100 is no power of two"),
-        ({"drive": "d", "queue-size": "2048"}, "give a number from 4 to 1024"),
-        ({"drive": "d", "logical_block_size": "8192"}, "give a number from 512 to 4096"),
-        (
-            {"drive": "d", "logical_block_size": "4096", "physical_block_size": "512"},
-            "physical_block_size=512 is below logical_block_size=4096",
-        ),
-        ({"drive": "d", "seriel": "x"}, "did you mean serial?"),
-    ],
-)
-def test_device_refused(properties, problem):
-    with pytest.raises(ConfigError) as caught:
-        BlkConfig(properties)
-    assert str(caught.value).startswith("-device virtio-blk-device")
-    assert problem in str(caught.value)
-
-
 def test_each_device_has_a_drive_of_its_own():
     options = BlockOptions()
     options.add_drive("file=a,if=none,id=a")
     drives = options.complete()
-    one = BlkConfig({"drive": "a", "share-rw": "on"})
+    one = ("a", True)
     check_block(drives, [one])
     assert drives[0].share_rw
     with pytest.raises(ConfigError, match="drive='a': it has a device already"):
         check_block(drives, [one, one])
     with pytest.raises(ConfigError, match="drive='b': there is no such drive; add -drive"):
-        check_block(drives, [BlkConfig({"drive": "b"})])
+        check_block(drives, [("b", False)])
 
 
 def test_shape_names_the_image(tmp_path, monkeypatch):
@@ -246,13 +212,3 @@ def test_only_config_errors(text):
         except ConfigError as error:
             problem = str(error)
         assert len(problem.splitlines()) <= 1
-
-
-@given(st.dictionaries(st.sampled_from(BLK_PROPERTIES), st.text() | st.sampled_from(["on", "512"])))
-def test_device_only_config_errors(properties):
-    problem = ""
-    try:
-        problem = BlkConfig(properties).drive
-    except ConfigError as error:
-        problem = str(error)
-    assert problem

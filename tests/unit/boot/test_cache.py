@@ -22,11 +22,11 @@ def folder(tmp_path, monkeypatch):
 
 def kept(name):
     """What the cache has as *name*."""
-    image = cache.get(name)
-    if image is None:
+    blob = cache.get(name)
+    if blob is None:
         return None
-    with image:
-        return image.read(0, image.size)
+    with blob:
+        return blob.read(0, blob.size)
 
 
 def test_what_is_put_is_got():
@@ -54,10 +54,10 @@ def test_kernel_is_unpacked_once(tmp_path, monkeypatch, folder):
     unpacked = []
     unpack = linux.unpack.unpack
     monkeypatch.setattr(linux.unpack, "unpack", lambda *args: unpacked.append(1) or unpack(*args))
-    for image, count in ((first, 1), (first, 1), (second, 2), (first, 2), (second, 2)):
-        path.write_bytes(bzimage(pack(image, "xz")))
+    for blob, count in ((first, 1), (first, 1), (second, 2), (first, 2), (second, 2)):
+        path.write_bytes(bzimage(pack(blob, "xz")))
         load(memory, KernelConfig(str(path)))
-        assert memory.read(16 * M, 100) == (b"\1" if image is first else b"\2") * 100
+        assert memory.read(16 * M, 100) == (b"\1" if blob is first else b"\2") * 100
         assert len(unpacked) == count
     assert len(list(folder.iterdir())) == 2
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pyvmm.boot.blob import FileBlob
 from pyvmm.boot.elf import Elf
-from pyvmm.boot.image import ImageFile
 from pyvmm.boot.pvh import find_entry
 from pyvmm.errors import ConfigError
 from pyvmm.testing.images import elf, note, pvh_note
@@ -18,8 +18,8 @@ def parse(data):
     fd = os.memfd_create("kernel")
     try:
         os.write(fd, data)
-        with ImageFile(f"/proc/self/fd/{fd}", "-kernel") as image:
-            parsed = Elf(image)
+        with FileBlob(f"/proc/self/fd/{fd}", "-kernel") as blob:
+            parsed = Elf(blob)
             return parsed, find_entry(parsed)
     finally:
         os.close(fd)
@@ -134,8 +134,8 @@ def test_note_is_found_however_the_notes_are_padded(pad, align, name, size):
 def test_notes_by_name(tmp_path, name, type, desc):
     notes = note(b"GNU\0", 3, b"Xen\0Linux\0\0\0") + note(b"Linux\0", 9, b"x")
     (tmp_path / "kernel").write_bytes(elf(notes=notes))
-    with ImageFile(str(tmp_path / "kernel"), "-kernel") as image:
-        assert Elf(image).find_note(name, type) == desc
+    with FileBlob(str(tmp_path / "kernel"), "-kernel") as blob:
+        assert Elf(blob).find_note(name, type) == desc
 
 
 @pytest.mark.parametrize(

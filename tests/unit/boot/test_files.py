@@ -67,8 +67,8 @@ def next_image(store):
 
 
 def contents(files, option):
-    with files.open("/nowhere", option) as image:
-        return image.read(0, image.size)
+    with files.open("/nowhere", option) as blob:
+        return blob.read(0, blob.size)
 
 
 def test_copies_are_sealed_and_whole(make, config):
@@ -184,7 +184,7 @@ def test_no_memory_for_a_copy(make, config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("image", "type", "size"),
+    ("blob", "type", "size"),
     [
         (KERNEL, "auto", len(KERNEL)),
         (KERNEL, "flat", len(KERNEL) + 5000),
@@ -193,15 +193,15 @@ def test_no_memory_for_a_copy(make, config, monkeypatch):
         (bzimage(pack(elf(load_at=16 * M), "zstd")), "auto", None),
     ],
 )
-def test_what_is_needed_of_a_kernel(make, tmp_path, monkeypatch, image, type, size):
+def test_what_is_needed_of_a_kernel(make, tmp_path, monkeypatch, blob, type, size):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "kernel").write_bytes(image + bytes(5000))
+    (tmp_path / "kernel").write_bytes(blob + bytes(5000))
     config = KernelConfig(str(tmp_path / "kernel"), type=type)
     files, _ = make()
     boot(files, config)
     before = loaded()
     assert files.keep(config) == []
-    assert len(contents(files, "-kernel")) == (size or len(image))
+    assert len(contents(files, "-kernel")) == (size or len(blob))
     os.unlink(config.kernel)
     boot(files, config)
     assert loaded() == before

@@ -145,7 +145,7 @@ def test_multiboot_1_beside_multiboot_2():
 
 
 @pytest.mark.parametrize(
-    ("image", "linux"),
+    ("blob", "linux"),
     [
         (KERNEL, True),
         (elf(load_at=16 * M, notes=note(b"Linux\0", 0x100, bytes(4))), True),
@@ -160,12 +160,12 @@ def test_multiboot_1_beside_multiboot_2():
         (elf(load_at=M, vaddr=0xFFFF_FFFF_8010_0000), False),
     ],
 )
-def test_evidence_for_vmlinux(image, linux):
+def test_evidence_for_vmlinux(blob, linux):
     if linux:
-        assert load_data(image).kind == LINUX64
+        assert load_data(blob).kind == LINUX64
     else:
-        assert "does not look like Linux" in refusal(image)
-        assert load_data(image, "linux").kind == LINUX64
+        assert "does not look like Linux" in refusal(blob)
+        assert load_data(blob, "linux").kind == LINUX64
 
 
 BOTH = elf(bytes(8) + multiboot_header(), load_at=16 * M, notes=pvh_note(16 * M))
@@ -220,9 +220,9 @@ def test_segment_of_headers_does_not_stop_a_kernel(low, size):
 
 def test_segment_of_headers_is_loaded_where_it_can_be():
     MEMORY.fill(0x3_0000, 0x100)
-    image = linked(0x3_0000, 0xE8)
-    load_data(image)
-    assert MEMORY.read(0x3_0000, 0xE8) == image[:0xE8]
+    blob = linked(0x3_0000, 0xE8)
+    load_data(blob)
+    assert MEMORY.read(0x3_0000, 0xE8) == blob[:0xE8]
 
 
 @pytest.mark.parametrize(
@@ -240,15 +240,15 @@ def test_segment_that_holds_more_is_refused(segment):
 
 def test_headers_in_front_of_the_code_in_one_segment():
     """``ld -z noseparate-code -Ttext=0x100000``."""
-    image = bytearray(0x1008)
+    blob = bytearray(0x1008)
     head = elf(b"", notes=pvh_note(M), segments=((LOAD, 0, 0xFF000, 0xFF000, 0x1008, 0x1800),))
-    image[: len(head)] = head
-    image[0x1000:] = code = b"\xfa\xf4\xeb\xfdcode"
+    blob[: len(head)] = head
+    blob[0x1000:] = code = b"\xfa\xf4\xeb\xfdcode"
     MEMORY.fill(M, 4096, 0xEE)
-    assert load_data(bytes(image)).entry == M
+    assert load_data(bytes(blob)).entry == M
     assert MEMORY.read(M, 0x800) == code + bytes(0x7F8)
-    image[0x800] = 1
-    assert "are not all RAM" in refusal(bytes(image))
+    blob[0x800] = 1
+    assert "are not all RAM" in refusal(bytes(blob))
 
 
 # ---- whatever it is --------------------------------------------------------------------------

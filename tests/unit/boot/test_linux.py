@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm.boot import bootparams, unpack
+from pyvmm.boot.blob import Blob
 from pyvmm.boot.config import KernelConfig
-from pyvmm.boot.image import Image
 from pyvmm.boot.loader import FLAT, LINUX64, load
 from pyvmm.boot.memmap import memory_map
 from pyvmm.errors import ConfigError
@@ -311,15 +311,15 @@ def test_wrong_declared_size(memory, kernel, method, declared, folder):
 @pytest.mark.parametrize("method", METHODS[:-1])
 def test_bomb_is_not_unpacked(method):
     """A payload that would have 16 MiB and declares 1 KiB is given up after that."""
-    image = Image("kernel", "-kernel")
+    blob = Blob("kernel", "-kernel")
     good, bomb = pack(bytes(1024), method), pack(bytes(16 * M), method)
     tracemalloc.start()
     try:
-        unpack.unpack(image, good)
+        unpack.unpack(blob, good)
         _, usual = tracemalloc.get_traced_memory()  # has a dictionary in it
         tracemalloc.reset_peak()
         with pytest.raises(ConfigError, match=r"cannot be unpacked|does not unpack to 1024 bytes"):
-            unpack.unpack(image, bomb[:-4] + good[-4:])
+            unpack.unpack(blob, bomb[:-4] + good[-4:])
         assert tracemalloc.get_traced_memory()[1] < usual + M
     finally:
         tracemalloc.stop()
@@ -327,7 +327,7 @@ def test_bomb_is_not_unpacked(method):
 
 def test_lz4_of_several_blocks():
     data = os.urandom(1000) * 20000
-    assert unpack.unpack(Image("kernel", "-kernel"), pack(data, "lz4")) == data
+    assert unpack.unpack(Blob("kernel", "-kernel"), pack(data, "lz4")) == data
 
 
 def test_lz4_blocks_that_hold_nothing(memory, kernel):

@@ -57,10 +57,10 @@ def record(memory):
 @pytest.mark.parametrize("wide", [True, False])
 def test_pvh(memory, kernel, wide):
     memory.fill(M, 8 * M, 0xEE)
-    image = elf(CODE, wide=wide, notes=pvh_note(M + 3), mem_size=M)
+    blob = elf(CODE, wide=wide, notes=pvh_note(M + 3), mem_size=M)
     initrd = bytes(range(256)) * 33
     found = load(
-        memory, KernelConfig(kernel(image), kernel(initrd, "initrd"), "console=ttyS0 ticker")
+        memory, KernelConfig(kernel(blob), kernel(initrd, "initrd"), "console=ttyS0 ticker")
     )
     assert (found.kind, found.entry, found.eax) == (PVH, M + 3, 0)
     assert not found.is_real_mode
@@ -115,8 +115,8 @@ def test_root_pointer_of_acpi(memory, kernel):
 
 
 def test_multiboot_elf(memory, kernel):
-    image = elf(multiboot_header(3) + CODE, wide=False, vaddr=0xC000_0000, entry=0xC000_0010)
-    found = load(memory, KernelConfig(kernel(image), kernel(b"module", "initrd"), "a=b c"))
+    blob = elf(multiboot_header(3) + CODE, wide=False, vaddr=0xC000_0000, entry=0xC000_0010)
+    found = load(memory, KernelConfig(kernel(blob), kernel(b"module", "initrd"), "a=b c"))
     assert (found.kind, found.entry, found.eax) == (MULTIBOOT, M + 0x10, 0x2BADB002)
     assert memory.read(M + 12, len(CODE)) == CODE
     assert memory.read(memory.read_u32(found.info + 16), 13) == b"kernel a=b c\0"
@@ -143,8 +143,8 @@ def test_multiboot_without_addresses_that_is_not_elf(memory, kernel):
 
 @pytest.mark.parametrize(("wide", "kind"), [(True, PVH), (False, MULTIBOOT)])
 def test_kernel_of_both_kinds(memory, kernel, wide, kind):
-    image = elf(multiboot_header() + CODE, wide=wide, notes=pvh_note(M), entry=M + 12)
-    assert load(memory, KernelConfig(kernel(image))).kind == kind
+    blob = elf(multiboot_header() + CODE, wide=wide, notes=pvh_note(M), entry=M + 12)
+    assert load(memory, KernelConfig(kernel(blob))).kind == kind
 
 
 def test_elf_of_neither_kind(memory, kernel):
@@ -248,20 +248,20 @@ def test_entry_where_nothing_is_loaded(memory, kernel, entry):
     with pytest.raises(ConfigError, match=f"starts at {entry:#x}, where nothing is loaded"):
         load(memory, KernelConfig(kernel(elf(notes=pvh_note(entry)))))
     if entry < 1 << 32:
-        image = elf(multiboot_header(), wide=False, entry=entry, load_at=4 * M)
+        blob = elf(multiboot_header(), wide=False, entry=entry, load_at=4 * M)
         with pytest.raises(ConfigError, match="where nothing is loaded"):
-            load(memory, KernelConfig(kernel(image)))
+            load(memory, KernelConfig(kernel(blob)))
 
 
 def test_initrd_that_does_not_fit(memory, kernel):
-    image = kernel(elf(notes=pvh_note(M), mem_size=8 * M))
+    blob = kernel(elf(notes=pvh_note(M), mem_size=8 * M))
     path = kernel(b"", "initrd")
     os.truncate(path, 7 * M)
-    load(memory, KernelConfig(image, path))
+    load(memory, KernelConfig(blob, path))
     for size in (7 * M + 1, 16 * M, 64 * M):
         os.truncate(path, size)
         with pytest.raises(ConfigError, match=r"-initrd .*do not fit into RAM above the kernel"):
-            load(memory, KernelConfig(image, path))
+            load(memory, KernelConfig(blob, path))
 
 
 @pytest.mark.parametrize(
@@ -276,9 +276,9 @@ def test_initrd_that_does_not_fit(memory, kernel):
     ],
 )
 def test_command_lines_that_are_refused(memory, kernel, append, message):
-    for image in (elf(notes=pvh_note(M)), elf(multiboot_header(), wide=False)):
+    for blob in (elf(notes=pvh_note(M)), elf(multiboot_header(), wide=False)):
         with pytest.raises(ConfigError, match=message):
-            load(memory, KernelConfig(kernel(image, "k"), append=append))
+            load(memory, KernelConfig(kernel(blob, "k"), append=append))
 
 
 def test_longest_command_line(memory, kernel):

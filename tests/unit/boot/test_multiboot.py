@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.boot import multiboot
-from pyvmm.boot.image import ImageFile
+from pyvmm.boot.blob import FileBlob
 from pyvmm.errors import ConfigError
 from pyvmm.testing.images import guest_memory, multiboot_header
 from pyvmm.x86 import layout
@@ -31,8 +31,8 @@ def find(data):
     fd = os.memfd_create("kernel")
     try:
         os.write(fd, data)
-        with ImageFile(f"/proc/self/fd/{fd}", "-kernel") as image:
-            return multiboot.find_header(image)
+        with FileBlob(f"/proc/self/fd/{fd}", "-kernel") as blob:
+            return multiboot.find_header(blob)
     finally:
         os.close(fd)
 

@@ -16,16 +16,16 @@ K = 1024
     ("size", "mirror"), [(4 * K, 4 * K), (64 * K, 64 * K), (128 * K, 128 * K), (256 * K, 128 * K)]
 )
 def test_rom_is_seen_twice(tmp_path, size, mirror):
-    image = os.urandom(size)
-    (tmp_path / "bios").write_bytes(image)
+    blob = os.urandom(size)
+    (tmp_path / "bios").write_bytes(blob)
     data = rom.read(str(tmp_path / "bios"))
     backend = RamBackend(RamConfig("memory-backend-memfd", "bios", len(data)))
     backend.view[:] = data
     memory = guest_memory()
     rom.add(memory, backend, memory.regions[0].backend)
-    assert memory.read((4 << 30) - size, size) == image
-    assert memory.read((1 << 20) - mirror, mirror) == image[-mirror:]
-    assert memory.read(0xFFFFFFF0, 16) == memory.read(0xFFFF0, 16) == image[-16:]
+    assert memory.read((4 << 30) - size, size) == blob
+    assert memory.read((1 << 20) - mirror, mirror) == blob[-mirror:]
+    assert memory.read(0xFFFFFFF0, 16) == memory.read(0xFFFF0, 16) == blob[-16:]
     option_roms = (1 << 20) - mirror - 0xC0000
     assert memory.read(0xC0000, option_roms) == bytes(option_roms)
     for gpa in (0xC0000, 0xFFFF0, 0xFFFFFFF0):

@@ -3,7 +3,6 @@
 import pytest
 
 from pyvmm.core.bus import Bus
-from pyvmm.devices import debugexit
 from pyvmm.devices.debugcon import DebugConsole
 from pyvmm.devices.debugexit import DebugExit
 from pyvmm.devices.pvpanic import PvPanic
@@ -20,7 +19,7 @@ def bus():
 def test_debug_exit_tells_the_code_once(bus, size, value, code):
     codes = []
     device = DebugExit(codes.append, iobase=0xF4, iosize=4)
-    bus.add(0xF4, 4, device, device.name, width=debugexit.WIDTH)
+    bus.add(0xF4, 4, device, device.name, width=device.width)
     assert bus.read(0xF4, size) == 0
     assert codes == []
     bus.write(0xF4, size, value)

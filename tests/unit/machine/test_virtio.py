@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine import options, shape, virtio, virtio_console
+from pyvmm.machine import options, shape
+from pyvmm.machine.drivers import virtio_console
 
 SERIAL = ["-device", "virtio-serial-device"]
 
@@ -21,22 +22,20 @@ def describe(*words):
 
 def ports(*words):
     """Numbers and drivers of the ports of the first serial device, and how many there may be."""
-    devices = parse(*words)
-    serial = next(device for device in devices if device.driver == virtio_console.SERIAL)
-    found, count = virtio_console.ports(devices, serial)
-    return {number: port.properties.get("id") for number, port in found.items()}, count
+    serial = next(one for one in parse(*words) if one.driver is virtio_console.SERIAL)
+    found = {number: port.values["id"] for number, port in serial.values["ports"].items()}
+    return found, serial.values["max_ports"]
 
 
-def test_slots_are_in_the_order_of_the_options():
-    devices = parse(
-        *("-device", "virtio-rng-device,id=a", "-device", "pvpanic"),
-        *("-device", "virtio-serial-device,id=b", "-device", "virtconsole"),
-        *("-device", "virtio-rng-device,id=c"),
+def test_sections_are_in_the_order_of_the_options():
+    config = options.parse(
+        [
+            *("-device", "virtio-rng-device,id=a", "-device", "pvpanic"),
+            *("-device", "virtio-serial-device,id=b", "-device", "virtconsole"),
+            *("-device", "virtio-rng-device,id=c"),
+        ]
     )
-    assert [
-        (config.properties["id"], base, gsi) for config, base, gsi in virtio.slots(devices)
-    ] == [("a", 0xFEB00000, 16), ("b", 0xFEB00200, 17), ("c", 0xFEB00400, 18)]
-    assert list(virtio.descriptions(devices)) == [
+    assert [key for key in shape.descriptions(config) if key[0].startswith("virt")] == [
         ("virtio-rng-device", 0),
         ("virtio-serial-device", 0),
         ("virtio-rng-device", 1),
@@ -126,10 +125,9 @@ def test_ports_sit_on_the_bus_that_they_name():
         *("-device", "virtio-serial-device,id=one", "-device", "virtio-serial-device,id=two"),
         *("-device", "virtconsole,id=x,bus=one.0", "-device", "virtconsole,id=y"),
     ]
-    devices = parse(*words)
-    one, two = (device for device in devices if device.driver == virtio_console.SERIAL)
-    assert virtio_console.ports(devices, one)[0][0].properties["id"] == "x"
-    assert virtio_console.ports(devices, two)[0][0].properties["id"] == "y"
+    one, two = (one for one in parse(*words) if one.driver is virtio_console.SERIAL)
+    assert one.values["ports"][0].values["id"] == "x"
+    assert two.values["ports"][0].values["id"] == "y"
 
 
 @pytest.mark.parametrize(

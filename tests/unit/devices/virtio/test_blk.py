@@ -8,13 +8,13 @@ import pytest
 from harness.virtio_disk import DEADLINE_S, SECTORS, SIZE, pattern, segment
 
 from pyvmm.backends.block import BlockFile
-from pyvmm.backends.block_config import BlkConfig, BlockConfig
+from pyvmm.backends.block_config import BlockConfig
 from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.threads import Event
 from pyvmm.core.workers import Workers
 from pyvmm.cpr.handover import Handover
 from pyvmm.devices.virtio import blk, mmio
-from pyvmm.devices.virtio.blk import VirtioBlk
+from pyvmm.devices.virtio.blk import BlkConfig, VirtioBlk
 from pyvmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
 from pyvmm.errors import ConfigError
 
@@ -146,7 +146,7 @@ def test_block_size_below_that_of_the_image(tmp_path):
     file = BlockFile(BlockConfig("disk", str(tmp_path / "x")), Handover())
     file.alignment = 4096
     with pytest.raises(ConfigError, match="has blocks of 4096; give a multiple"):
-        VirtioBlk(EventLoop(), file, BlkConfig({"drive": "disk", "logical_block_size": "512"}))
+        VirtioBlk(EventLoop(), file, BlkConfig("disk", block_size=512))
     file.close()
 
 

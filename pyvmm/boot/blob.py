@@ -1,4 +1,5 @@
-"""An image, read piece by piece: a file on the host (kernel, initrd, ROM) or what it unpacks to.
+"""Bytes to be loaded, read piece by piece: of a file on the host (kernel, initrd, ROM), or what it
+unpacks to.
 
 The file may be anything and may change while it is read, so each read is bounded by the size
 seen at open, and a short one is an error. Main thread only.
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 
     from pyvmm.memory.guest import GuestMemory
 
-IMAGE_MAX = 4 << 30
-"""Images are loaded below 4 GiB, and a kernel's debug information fits in this too."""
+SIZE_MAX = 4 << 30
+"""All of it is loaded below 4 GiB, and a kernel's debug information fits in this too."""
 
 
-class Image:
+class Blob:
     """Bytes by offset; ``size`` of them, which does not change.
 
     :param path: the file that they are from
@@ -43,7 +44,7 @@ class Image:
         self.close()
 
     def close(self) -> None:
-        """Give back what the image occupies."""
+        """Give back what it occupies."""
 
     def error(self, problem: str) -> ConfigError:
         """Return the error that says what is wrong with this file."""
@@ -53,19 +54,19 @@ class Image:
     def read(self, offset: int, size: int) -> bytes:
         """Return *size* bytes; the caller caps the size.
 
-        :raises ConfigError: they are not all within the image
+        :raises ConfigError: they are not all within it
         """
         self._check(offset, size)
         return self._read(offset, size)
 
     def head(self, size: int) -> bytes:
-        """Return the first *size* bytes, fewer if the image is shorter."""
+        """Return the first *size* bytes, fewer if it is shorter."""
         return self.read(0, min(size, self.size))
 
     def copy(self, offset: int, size: int, memory: GuestMemory, gpa: int) -> None:
-        """Copy a part of the image to guest memory, which the caller has checked is there.
+        """Copy a part of it to guest memory, which the caller has checked is there.
 
-        :raises ConfigError: it is not all within the image
+        :raises ConfigError: it is not all within it
         :raises RamError: the host cannot back the memory
         """
         self._check(offset, size)
@@ -84,12 +85,12 @@ class Image:
         raise NotImplementedError
 
 
-class ImageData(Image):
+class DataBlob(Blob):
     """Bytes that are in the VMM's memory already: *data*, which *origin* unpacks to."""
 
     __slots__ = ("_data",)
 
-    def __init__(self, origin: Image, data: bytes) -> None:
+    def __init__(self, origin: Blob, data: bytes) -> None:
         super().__init__(origin.path, origin.option)
         self._data = data
         self.size = len(data)
@@ -101,7 +102,7 @@ class ImageData(Image):
         view[:] = memoryview(self._data)[offset : offset + len(view)]
 
 
-class ImageFile(Image):
+class FileBlob(Blob):
     """A regular file, open for reading. ``size`` in bytes is fixed at open.
 
     :param fd: the file, if it is open already: it stays the caller's
@@ -111,7 +112,7 @@ class ImageFile(Image):
     __slots__ = ("_fd", "_owned")
 
     def __init__(
-        self, path: str, option: str, limit: int = IMAGE_MAX, *, fd: int | None = None
+        self, path: str, option: str, limit: int = SIZE_MAX, *, fd: int | None = None
     ) -> None:
         super().__init__(path, option)
         self._owned = fd is None
