@@ -3,8 +3,8 @@
 One interrupt serves all: a pulse on an input of the IOAPIC, so the guest must use it edge
 triggered. It need not survive an update: one that was not acknowledged is repeated.
 
-What an evil guest can try: registers in any order and of any width; any others than those of 4
-bytes, and what is below CONFIG and no register, read as 0 and ignore writes.
+What an evil guest can try: accesses in any order and of any width. Below CONFIG, those that are
+not of 4 bytes or hit no register read as 0 and ignore writes.
 """
 
 from __future__ import annotations
