@@ -122,8 +122,8 @@ class Incoming:
             state = runstate.PAUSED
         machine.runstate.set(state)
         # All that can fail came before (the threads were started with the machine). Behind the
-        # next line nothing opens, allocates, starts a thread or waits: the guest changes its
-        # memory from there on.
+        # next line nothing opens, allocates, starts a thread or waits for more than the vCPUs'
+        # threads: the guest changes its memory from there on.
         state_fd = wayback.close()
         if state == runstate.RUNNING:
             self._try(machine.set_running)

@@ -1,9 +1,12 @@
 """Every module, and every public class, function and method, says what it is."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+#: Pages that tell of what was, or of what somebody is to write.
+UNBOUND = ("CHANGELOG.md", "devices.md")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -33,6 +36,20 @@ def test_public_names_have_docstrings():
         for name, line in undocumented(ast.parse(path.read_bytes(), str(path)))
     ]
     assert not missing, "no docstring:\n" + "\n".join(missing)
+
+
+def test_pages_name_files_that_are_there():
+    """As they stand in the tree, or in the package or the tests."""
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    named = {
+        (page.name, path)
+        for page in pages
+        if page.name not in UNBOUND
+        for path in re.findall(r"`([\w./]+/[\w-]+\.(?:py|c|h|md))`", page.read_text())
+    }
+    assert len(named) > 10
+    places = [ROOT, ROOT / "pyvmm", ROOT / "tests"]
+    assert [one for one in sorted(named) if not any((at / one[1]).exists() for at in places)] == []
 
 
 def test_missing_docstrings_are_found():
