@@ -372,9 +372,11 @@ class Machine:
     # ---- state -----------------------------------------------------------------------------
 
     def sections_to_save(self) -> list[Section]:
-        """All state, in the order in which it must be read: devices first, since one that
-        finishes its work may raise an interrupt, which must be in the irqchip's state; then
-        the vCPUs, the chips, and the clock."""
+        """Return all sections in the order in which they are saved.
+
+        Devices come first, since one that finishes its work may raise an interrupt, which must be
+        in the irqchip's state; then the vCPUs, the chips, and the clock.
+        """
         return [
             *self._device_sections(),
             *self.platform.cpu_sections(),
@@ -383,9 +385,11 @@ class Machine:
         ]
 
     def sections_to_load(self) -> list[Section]:
-        """The same in the order in which it must be loaded: vCPUs with their LAPICs, then the
-        chips, which deliver to them, then the devices, which drive the chips; the clock right
-        before the guest runs."""
+        """Return all sections in the order in which they are loaded.
+
+        The vCPUs with their LAPICs come before the chips, which deliver to them, and these before
+        the devices, which drive the chips; the clock comes right before the guest runs.
+        """
         return [
             *self.platform.cpu_sections(),
             *self.platform.chip_sections(),
