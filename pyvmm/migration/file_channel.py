@@ -72,8 +72,8 @@ class FileChannel(Channel):
             self._fd = -1
 
     def read(self, handover: Handover) -> bytes:
-        """The same. The way back's copy tells whether others reached the file: a bit that was
-        flipped in a register's value looks like any other state."""
+        """Return the whole state, if it is the same as the way back's copy. Others may have reached
+        the file, and a bit that was flipped in a register's value looks like any other state."""
         data = self._uri.read()
         copy_fd = memory(handover).peek()
         if copy_fd is not None and data != read_memory(copy_fd):
