@@ -16,8 +16,9 @@ _STOP = "stop"
 
 
 def update(name: str, command: list[str], timeout_s: float) -> int:
-    """Update the VM ``name``; the exit code: 0 if the new pyvmm runs the guest, 1 if the old
-    one goes on.
+    """Update the VM ``name``; return the exit code.
+
+    It is 0 if the new pyvmm runs the guest, 1 if the old one goes on.
 
     :param command: a ``pyvmm run`` command; empty for the VM's own
     :raises HostError: the VM does not run, or ended
