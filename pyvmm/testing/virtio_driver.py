@@ -161,7 +161,7 @@ class DriverQueue:
         self.driver.notify(self.index)
 
     def reap(self) -> list[tuple[Request, int]]:
-        """What the device returned since the last call: the requests and what was written."""
+        """Return the requests that the device used since the last call, and the bytes written."""
         found = []
         while self.used_idx != self.memory.read_u16(self.used + 2):
             at = self.used + 4 + 8 * (self.used_idx % self.size)

@@ -46,7 +46,7 @@ def update(name: str, command: list[str], timeout_s: float) -> int:
 
 
 def downtime(info: dict[str, Any]) -> float:
-    """How long the guest stood still, in ms, from what query-migrate returned."""
+    """Return how long the guest stood still, in ms, by query-migrate's answer."""
     phases = info.get("phases", {})
     if _STOP not in phases:
         return float(info.get("downtime", 0))

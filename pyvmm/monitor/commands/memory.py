@@ -20,10 +20,10 @@ def read_memory(
     physical: bool = False,
     cpu_index: int | None = None,
 ) -> str:
-    """Bytes of guest memory in hexadecimal, at a virtual address unless physical is true.
+    """Return guest memory in hexadecimal, at a virtual address unless physical is true.
 
     Only memory is read, never a device. A page that is not there ends the read: what lies
-    before it is returned, unless that is nothing.
+    before it is returned; if nothing does, that is an error.
     """
     if not 0 < size <= MAX_DUMP:
         raise CommandError(f"{size} bytes at once are not possible; give 1 to {MAX_DUMP}")
