@@ -215,7 +215,7 @@ class Cpu:
         return self._unfinished is not None
 
     def abandon(self) -> None:
-        """Forget such an access of the stopped vCPU: it is about to be reset."""
+        """Forget the unfinished access of the stopped vCPU, which is about to be reset."""
         if self._unfinished is not None:
             self.call(self._drop)
 

@@ -43,8 +43,8 @@ class Property:
     :param name: QEMU's
     :param parse: gives the value, or raises ConfigError
     :param default: the value if the property is not given
-    :param host: it is the host's affair, or in the state: the guest was not told of it, so that
-        the next image of an update may have another
+    :param host: whether the next image of an update may have another value: only the host sees
+        it, or the state carries what the guest was told
     :param refers: it is the id of a ``drive``, ``netdev``, ``rng`` or ``chardev``
     :param required: the mend if it is missing; empty if it may be
     :param needs: a property without which it means nothing
