@@ -249,7 +249,7 @@ class Probe:
                 argv,
                 os.environ | self._task.environment(),
                 file_actions=[
-                    # They first: none of the others has one of their numbers here.
+                    # The stand-ins first: the descriptors below have none of their numbers here.
                     *((os.POSIX_SPAWN_DUP2, self._stand_in, fd) for fd in self._task.fds),
                     (os.POSIX_SPAWN_DUP2, null, 0),
                     (os.POSIX_SPAWN_DUP2, null, 1),
@@ -395,7 +395,7 @@ def _needs(kept: Iterable[int]) -> tuple[list[int], int]:
     how many descriptors an image of this one's shape opens besides."""
     numbers = set(kept)
     try:
-        # But the one that lists them, and the standard streams.
+        # Without the descriptor that lists them, and without the standard streams.
         count = len(os.listdir("/proc/self/fd")) - 4
     except OSError:
         count = len(numbers)
