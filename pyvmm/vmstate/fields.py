@@ -354,8 +354,10 @@ class StructArray(Field):
 
 
 class Table(StructArray):
-    """The same with the values of all records one after the other, in a tuple: hundreds of
-    records would be hundreds of objects. The records are of fixed size."""
+    """A :class:`StructArray` as one tuple: the values of all records, one after the other.
+
+    Hundreds of records would be hundreds of objects. The records are of fixed size.
+    """
 
     __slots__ = ("row",)
 
