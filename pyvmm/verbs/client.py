@@ -168,7 +168,7 @@ class QmpClient(Client):
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a command; what it returns.
+        """Run a command; return its result.
 
         :raises CommandError: it was refused
         :raises HostError: no answer

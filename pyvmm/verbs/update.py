@@ -55,7 +55,7 @@ def downtime(info: dict[str, Any]) -> float:
 
 
 def _wait(client: QmpClient, name: str, deadline: float) -> dict[str, Any]:
-    """Poll until the update has ended; what query-migrate returns then."""
+    """Poll until the update has ended; return query-migrate's last answer."""
     cancelled = False
     while True:
         info: dict[str, Any] = client.execute("query-migrate")
