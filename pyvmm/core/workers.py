@@ -59,7 +59,7 @@ class Workers:
         return self._unfinished
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until all calls have returned; whether they have. One thread at a time."""
+        """Wait until all calls are done; return whether they are. One thread at a time."""
         return self._idle.wait(timeout_s)
 
     def close(self) -> None:
