@@ -124,6 +124,7 @@ def run(argv: list[str], started: int) -> int:
     try:
         if PROBE in os.environ:
             # What an update imports only after the exec must be sound, too.
+            from pyvmm.machine import builder  # noqa: F401
             from pyvmm.migration import manager, outgoing, preflight  # noqa: F401
             from pyvmm.monitor import attach  # noqa: F401
 

@@ -1,5 +1,6 @@
 """What every test gets: /dev/kvm demanded or skipped, and nothing left running afterwards."""
 
+import functools
 import os
 import select
 import signal
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from harness import Vm, needs
+from harness import Vm, lives, needs
 
 from pyvmm._native import lib
 
@@ -61,6 +62,13 @@ def vm(request, tmp_path):
     yield start
     for machine in machines:
         machine.close()
+
+
+@pytest.fixture(params=lives.LIVES, ids=lambda life: life.name)
+def any_vm(vm, request):
+    """As ``vm``, for each of :data:`harness.lives.LIVES`, which the machine lives through
+    wherever the test calls :meth:`harness.Vm.live`."""
+    return functools.partial(vm, life=request.param)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -55,6 +55,9 @@ class Device(BusDevice):
     #: Section name in the stream and node name in ``info qtree``.
     name = "device"
 
+    #: Where it is, for its section's name: bus and address; empty if the name alone says it.
+    place = ""
+
     #: What ``-device ...,id=`` called it.
     id = ""
 

@@ -14,7 +14,7 @@ from pyvmm.core.runstate import RunState
 from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
 from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu
 from pyvmm.machine.parts import report_bug
-from pyvmm.vmstate.section import Section
+from pyvmm.vmstate.section import Section, section_names
 from pyvmm.x86.irqchip import PicWatch
 
 TYPE_CHECKING = False
@@ -439,16 +439,13 @@ class Machine:
         self._parts.opened.close(stuck=stuck)
 
     def _device_sections(self) -> list[Section]:
-        counts: dict[str, int] = {}
-        sections = []
-        for device in self.devices:
-            if device.vmstate is not None:
-                instance = counts.get(device.name, 0)
-                counts[device.name] = instance + 1
-                sections.append(
-                    Section(device.name, instance, device.vmstate, device.save, device.load)
-                )
-        return sections
+        stateful = [device for device in self.devices if device.vmstate is not None]
+        names = section_names([(device.place, device.name) for device in stateful])
+        return [
+            Section(*key, device.vmstate, device.save, device.load, former)
+            for device, (key, former) in zip(stateful, names, strict=True)
+            if device.vmstate is not None
+        ]
 
 
 def _shown(error: Exception) -> str:

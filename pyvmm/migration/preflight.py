@@ -60,11 +60,25 @@ def describe(config: MachineConfig) -> dict[str, Any]:
         "incoming": config.incoming,
         "shape": shape.describe(config),
         "chardevs": shape.chardev_kinds(config),
-        "sections": {
-            f"{name}[{instance}]": [description.minimum_version, description.version]
-            for (name, instance), description in shape.descriptions(config).items()
-        },
+        **_sections(config),
     }
+
+
+def _sections(config: MachineConfig) -> dict[str, dict[str, list[int]]]:
+    """Of each section the versions that are read, and written: by what it is called, and by what
+    images before call it."""
+    former = {key: name for name, key in shape.former_names(config).items()}
+    places, sections = {}, {}
+    for key, description in shape.descriptions(config).items():
+        versions = [description.minimum_version, description.version]
+        places["{}[{}]".format(*key)] = versions
+        sections["{}[{}]".format(*former.get(key, key))] = versions
+    return {"places": places, "sections": sections}
+
+
+def reads_places(new: dict[str, Any]) -> bool:
+    """Return whether an image that describes itself as ``new`` knows sections by their places."""
+    return "places" in new
 
 
 def answer(argv: list[str]) -> int:
@@ -126,13 +140,14 @@ def compare(own: dict[str, Any], new: dict[str, Any], channel: Channel) -> None:
     formats = new.get("cpr", {})
     for name, (_, version) in own["cpr"].items():
         _check_version(new, name, formats.get(name, [1, 1]), version)
-    sections = new.get("sections", {})
-    for section, (_, version) in own["sections"].items():
+    names = "places" if reads_places(new) else "sections"
+    sections = new.get(names, {})
+    for section, (_, version) in own[names].items():
         if section not in sections:
             raise MigrationError(f"the new version {new.get('version')} has no device {section}")
         _check_version(new, section, sections[section], version)
     for section in sections:
-        if section not in own["sections"]:
+        if section not in own[names]:
             raise MigrationError(f"this machine has no device {section}, the new command does")
 
 

@@ -54,6 +54,11 @@ class Part:
         self.tree: Tree = {}
 
     @property
+    def device(self) -> str:
+        """The name of the device, without its place."""
+        return self.name.rpartition("/")[2]
+
+    @property
     def key(self) -> str:
         """How it is called: ``serial[0]``."""
         return f"{self.name}[{self.instance}]"
@@ -154,7 +159,7 @@ class Outline:
         source.at = part.end = end
 
     def _describe(self, data: bytes, part: Part) -> dict[str, Any] | None:
-        description = self._known.get(part.name)
+        description = self._known.get(part.device)
         try:
             if description is not None:
                 record = description.load(Cursor(data, part.start), part.version)

@@ -90,7 +90,7 @@ def make(
 
 def describe(data: bytes, sections: Descriptions) -> bytes:
     """The description of a stream."""
-    loaded = stream.read(data, lambda name, instance: sections.get((name, instance)))
+    loaded = stream.read(data, sections)
     return stream.describe(loaded, sections)
 
 

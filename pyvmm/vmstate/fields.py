@@ -262,7 +262,8 @@ class Struct(Field):
         setattr(into, self.name, self.inner.load(source, self.inner.version))
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
-        return [_describe_struct(self.name, self.inner, getattr(state, self.name))]
+        # What is of fixed size is described without looking at it.
+        return [_describe_struct(self.name, self.inner, getattr(state, self.name, None))]
 
     @property
     def is_fixed(self) -> bool:

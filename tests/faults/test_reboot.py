@@ -5,7 +5,7 @@ import time
 
 import pytest
 from faults.tools import faulty
-from harness import Vm
+from harness import lives
 
 from pyvmm.vmstate.fields import Cursor
 from pyvmm.x86 import irqchip
@@ -58,23 +58,19 @@ def test_state_is_loaded_later(vm, tmp_path, change):
     ram = f"memory-backend-file,id=ram0,size=64M,mem-path={tmp_path}/ram,share=on"
     machine = vm("-object", ram, memory=None, append=APPEND, program=PROGRAM)
     machine.expect("timers ok")
-    # The new image does not run the guest, so RAM and state stay as they belong together.
-    state = tmp_path / "state"
-    machine.set_update([*machine.argv, "-S", "-incoming", f"file:{state}"])
-    assert machine.hmp(f"migrate file:{state}") == ""
-    machine.wait_status("paused")
-    machine.hmp_quit()
+    state = lives.save(machine)
     change(state)
     saved = saved_clock(state)
     before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    (tmp_path / "later").mkdir()
-    words = ["-object", ram, "-incoming", f"file:{state}"]
-    with Vm(tmp_path / "later", *words, memory=None, append=APPEND, program=PROGRAM) as other:
-        other.expect("timers ok")
-        other.expect("timers ok")
-        assert b"FAIL" not in other.serial
-        assert other.stderr() == ""
-    clock = int((tmp_path / "later" / "clocks").read_text().split()[0])
+    clocks = machine.folder / "clocks"
+    clocks.unlink()
+    machine.restart("-incoming", f"file:{state}")
+    machine.seen = len(machine.serial)
+    machine.expect("timers ok")
+    machine.expect("timers ok")
+    assert b"FAIL" not in machine.serial
+    assert machine.stderr() == ""
+    clock = int(clocks.read_text().split()[0])
     # What the guest finds: on the same boot its clock went on while nobody ran it.
     expected = saved.clock + (before - saved.boottime if change is same_boot else 0)
     assert expected <= clock < expected + (20 * 10**9 if change is same_boot else 10**9)

@@ -97,11 +97,19 @@ def descriptors(pid):
     return {int(name): target for name, target in _each(f"/proc/{pid}/fd", os.readlink)}
 
 
+def memfd(pid, name):
+    """Path by which a process's memfd of that name can be opened."""
+    target = f"/memfd:{name} "
+    fd = next(fd for fd, found in descriptors(pid).items() if found.startswith(target))
+    return Path(f"/proc/{pid}/fd/{fd}")
+
+
 def fds(pid):
     """Sorted link targets of the open descriptors, numbers that change at will masked."""
     targets = []
     for target in descriptors(pid).values():
         target = re.sub(r"^(socket|pipe):\[\d+\]$", r"\1", target)
+        target = re.sub(r"/vm-\d+/lock$", "/vm-N/lock", target)
         targets.append(re.sub(r"^/dev/pts/\d+$", "/dev/pts/N", target))
     return sorted(targets)
 

@@ -34,6 +34,7 @@ class Vm:
     :param append: kernel command line: the program of the built-in guest
     :param serial: put the first serial port on a socket
     :param monitor: put a human monitor on a socket
+    :param life: the :class:`harness.lives.Life` that :meth:`live` stands for
     :param program: what to start instead of ``pyvmm run``
     :param stdout: descriptor of standard output; default: the file that :meth:`stderr` reads
     :param stderr: descriptor of standard error, likewise
@@ -52,6 +53,7 @@ class Vm:
         smp=1,
         serial=True,
         monitor=True,
+        life=None,
         program=None,
         stdin=subprocess.DEVNULL,
         stdout=None,
@@ -64,11 +66,16 @@ class Vm:
             self.argv += ["-m", memory]
         if smp != 1:
             self.argv += ["-smp", str(smp)]
+        self._life = life
+        if life:
+            self.argv += life.options(memory)
         self._listeners = {}
         if serial:
-            self.argv += ["-serial", f"chardev:{self._listen('serial')}"]
+            self._listen("serial")
+            self.argv += [*_connected("serial"), "-serial", "chardev:serial"]
         if monitor:
-            self.argv += ["-mon", self._listen("monitor")]
+            self._listen("monitor")
+            self.argv += [*_connected("monitor"), "-mon", "monitor"]
         else:
             self.argv += ["-monitor", "none"]
         if append is not None:
@@ -96,11 +103,11 @@ class Vm:
     def __repr__(self):
         return f"Vm({shlex.join(self.argv)})"
 
-    def start(self):
-        """Start the process and wait for its connections."""
+    def start(self, *options):
+        """Start the process, with ``options`` beside its own, and wait for its connections."""
         self._stderr = open(self.folder / "stderr", "ab+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            self.argv,
+            [*self.argv, *options],
             cwd=self.folder,
             stdin=self._stdio[0],
             stdout=self._stderr if self._stdio[1] is None else self._stdio[1],
@@ -111,6 +118,16 @@ class Vm:
         self._pidfd = os.pidfd_open(self.pid)
         self._accept()
         return self
+
+    def restart(self, *options):
+        """End the process and start another one, whose console and monitor are connected anew."""
+        self.close()
+        self._streams.clear()
+        self._replies.clear()
+        self._greeted = False
+        for name in self._listeners:
+            self._listen(name)
+        return self.start(*options)
 
     def close(self):
         """End the process, whatever state it is in. Does nothing the second time."""
@@ -224,6 +241,12 @@ class Vm:
         self._updates += 1
         return start, end
 
+    def live(self):
+        """Live through what this machine is to live through: nothing, unless the test is one of
+        any life (``any_vm``). Afterwards the guest and the monitor are as they were."""
+        if self._life:
+            self._life.live(self)
+
     # ---- the process -----------------------------------------------------------------------
 
     @property
@@ -305,11 +328,10 @@ class Vm:
 
     def _listen(self, name):
         path = self.folder / f"{name}.sock"
+        path.unlink(missing_ok=True)
         self._listeners[name] = listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(path))
         listener.listen(1)
-        self.argv += ["-chardev", f"socket,id={name},path={path.name}"]
-        return name
 
     def _readable(self, sources, timeout):
         ready = select.select([*sources, self._pidfd], [], [], timeout)[0]
@@ -364,6 +386,10 @@ class Vm:
         text, _, rest = bytes(self._replies).partition(self.prompt)
         self._replies[:] = rest
         return text.decode("utf-8", "surrogateescape").replace("\r\n", "\n")
+
+
+def _connected(name):
+    return ["-chardev", f"socket,id={name},path={name}.sock"]
 
 
 def _shown(data):

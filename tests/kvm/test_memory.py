@@ -32,12 +32,6 @@ def test_guest_uses_all_of_it(vm, kind):
     assert machine.stderr() == ""
 
 
-def memfd(machine, name):
-    found = process.descriptors(machine.pid).items()
-    fd = next(fd for fd, target in found if target.startswith(f"/memfd:{name} "))
-    return Path(f"/proc/{machine.pid}/fd/{fd}")
-
-
 def test_memory_is_what_the_guest_wrote(vm, tmp_path):
     """Shared memory is the file; the monitor, the file and the guest agree."""
     path = tmp_path / "ram"
@@ -67,7 +61,7 @@ def test_private_file_stays_as_it_was(vm, tmp_path):
 def test_memfd_is_sealed_against_resizing(vm):
     machine = vm(append="counter")
     machine.expect("counter ready")
-    with open(memfd(machine, "pc.ram"), "r+b") as file:
+    with open(process.memfd(machine.pid, "pc.ram"), "r+b") as file:
         assert os.fstat(file.fileno()).st_size == 64 << 20
         for size in (0, 32 << 20, 128 << 20):
             with pytest.raises(PermissionError):
@@ -78,7 +72,7 @@ def test_prealloc_takes_it_all_at_once(vm):
     def kib(options):
         machine = vm("-S", *options, append="halt")
         machine.hmp("info status")
-        with open(memfd(machine, "ram0"), "rb") as file:
+        with open(process.memfd(machine.pid, "ram0"), "rb") as file:
             return os.fstat(file.fileno()).st_blocks // 2
 
     backend = "memory-backend-memfd,id=ram0,size=64M"

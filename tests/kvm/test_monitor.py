@@ -3,17 +3,29 @@
 import re
 
 import pytest
-from harness import guests, wait_until
+from harness import guests, lives, wait_until
 
 
-@pytest.fixture
-def counting(vm):
+def start_counting(vm):
     machine = vm(append="counter", smp=2)
     machine.expect("counter ready")
     return machine
 
 
-def test_registers_of_a_running_guest(counting):
+@pytest.fixture
+def counting(vm):
+    return start_counting(vm)
+
+
+@pytest.fixture
+def any_counting(any_vm):
+    return start_counting(any_vm)
+
+
+def test_registers_of_a_running_guest(any_counting):
+    counting = any_counting
+    counting.live()
+
     def rip():
         shown = counting.hmp("info registers")
         assert shown.splitlines()[1] == "CPU#0"
@@ -24,15 +36,17 @@ def test_registers_of_a_running_guest(counting):
     assert int(rip(), 16) in range(0x100000, 0x200000)
 
 
-def test_registers_of_all_cpus(counting):
-    shown = counting.hmp("info registers -a")
+def test_registers_of_all_cpus(any_counting):
+    any_counting.live()
+    shown = any_counting.hmp("info registers -a")
     assert re.findall(r"^CPU#(\d)", shown, re.M) == ["0", "1"]
     assert re.findall(r"HLT=(\d)", shown) == ["0", "1"]
 
 
-def test_registers_in_real_mode(vm):
-    machine = vm("-kernel", guests.image("real-ticker.bin"))
+def test_registers_in_real_mode(any_vm):
+    machine = any_vm("-kernel", guests.image("real-ticker.bin"))
     machine.expect("real-ticker 00000001")
+    machine.live()
     machine.hmp("stop")
     shown = machine.hmp("info registers")
     # The others change while it prints.
@@ -42,25 +56,29 @@ def test_registers_in_real_mode(vm):
         assert f"{name} ={value} 000{value}0 0000ffff" in shown
 
 
-def test_current_cpu(counting):
+@lives.CONNECTED
+def test_current_cpu(any_counting):
+    counting = any_counting
     assert counting.hmp("info cpus").startswith("* CPU #0: thread_id=")
     assert counting.hmp("cpu 1") == ""
+    counting.live()
     assert "* CPU #1:" in counting.hmp("info cpus")
     assert counting.hmp("info registers").splitlines()[1] == "CPU#1"
 
 
-def test_virtual_memory_is_translated(counting):
+def test_virtual_memory_is_translated(any_counting):
     """The guest maps 1:1, and nothing behind its RAM."""
-    assert (
-        counting.hmp("x /4xw 0x100000").split(":")[1]
-        == (counting.hmp("xp /4xw 0x100000").split(":")[1])
-    )
-    assert "Cannot access memory" in counting.hmp("x /xw 0x7000deadbee8")
+    before = any_counting.hmp("xp /4xw 0x100000")
+    any_counting.live()
+    assert any_counting.hmp("xp /4xw 0x100000") == before
+    assert any_counting.hmp("x /4xw 0x100000").split(":")[1] == before.split(":")[1]
+    assert "Cannot access memory" in any_counting.hmp("x /xw 0x7000deadbee8")
 
 
-def test_ports(vm, tmp_path):
-    machine = vm("-kernel", guests.flat(tmp_path, guests.SPIN))
+def test_ports(any_vm, tmp_path):
+    machine = any_vm("-kernel", guests.flat(tmp_path, guests.SPIN))
     assert machine.hmp("o /b 0x3ff 0x5a") == ""
+    machine.live()
     assert machine.hmp("i /b 0x3ff") == "portb[0x03ff] = 0x5a\n"
     # Nobody there: all ones.
     assert machine.hmp("i /b 0x1234") == "portb[0x1234] = 0xff\n"
@@ -68,20 +86,27 @@ def test_ports(vm, tmp_path):
     machine.expect("A")
 
 
-def test_port_of_the_reset_line(vm):
-    machine = vm()
+def test_port_of_the_reset_line(any_vm):
+    machine = any_vm()
     machine.expect("guest> ")
+    machine.live()
     machine.hmp("o /b 0x64 0xfe")
     machine.expect("type help")
 
 
-def test_registers_in_expressions(vm, tmp_path):
+def test_registers_in_expressions(any_vm, tmp_path):
     # mov $0x1234, %ax; jmp .
-    machine = vm("-kernel", guests.flat(tmp_path, b"\xb8\x34\x12" + guests.SPIN))
+    machine = any_vm("-kernel", guests.flat(tmp_path, b"\xb8\x34\x12" + guests.SPIN))
     wait_until(lambda: machine.hmp("print/x $rax & 0xffff") == "0x1234\n", "the instruction")
+    machine.live()
+    assert machine.hmp("print/x $rax & 0xffff") == "0x1234\n"
 
 
-def test_what_there_is(counting):
+def test_what_there_is(any_counting):
+    counting = any_counting
+    before = [counting.hmp(f"info {what}") for what in ("mtree", "qtree", "chardev")]
+    counting.live()
+    assert [counting.hmp(f"info {what}") for what in ("mtree", "qtree", "chardev")] == before
     assert re.search("^serial: filename=.*unix:.*serial.sock", counting.hmp("info chardev"), re.M)
     tree = counting.hmp("info mtree")
     assert "0000000000000000-000000000009ffff (prio 0, ram): alias pc.ram" in tree

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 from faults.tools import faulty
-from harness import guests, run_cli, wait_until
+from harness import guests, lives, run_cli, wait_until
 
 SMP = pytest.mark.parametrize("smp", [1, 2])
 
@@ -56,27 +56,33 @@ def test_ticker_prints_each_tick_once_and_in_order(vm, smp):
 
 
 @SMP
-def test_counter_counts_in_shared_memory(vm, smp):
-    machine = vm(append="counter", smp=smp)
+def test_counter_counts_in_shared_memory(any_vm, smp):
+    machine = any_vm(append="counter", smp=smp)
     machine.expect("counter ready")
 
     def count():
         return int(machine.hmp("xp /gx 0x200000").split(":")[1], 0)
 
     first = count()
-    wait_until(lambda: count() > first, "a higher count")
+    machine.live()
+    assert count() >= first
+    now = count()
+    wait_until(lambda: count() > now, "a higher count")
+    assert machine.serial.count(b"counter ready") == 1
 
 
 @SMP
-def test_shell(vm, smp):
-    machine = vm(smp=smp)
+def test_shell(any_vm, smp):
+    machine = any_vm(smp=smp)
     machine.expect("guest> ")
+    machine.live()
     assert "uptime - milliseconds" in machine.shell("help")
     assert machine.shell("echo one two") == "one two\n"
     assert machine.shell("cpus").startswith(f"cpus {smp}\n")
     first = int(machine.shell("counter").split()[1])
     machine.type("ticker on\n")
     machine.expect(r"counter \d+\r\n")
+    machine.live()
     machine.type("ticker off\n")
     machine.expect("guest> ")
     assert int(machine.shell("counter").split()[1]) > first
@@ -85,19 +91,21 @@ def test_shell(vm, smp):
     assert machine.wait_exit() == 0
 
 
-def test_shell_hashes_what_the_monitor_reads(vm):
-    machine = vm()
+def test_shell_hashes_what_the_monitor_reads(any_vm):
+    machine = any_vm()
     machine.expect("guest> ")
     shown = machine.hmp("xp /32xb 0x100000")
+    machine.live()
     expected = 0xCBF29CE484222325
     for byte in re.findall(r"0x([0-9a-f]{2})\b", shown):
         expected = (expected ^ int(byte, 16)) * 0x100000001B3 % 2**64
     assert machine.shell("hash 0x100000 32") == f"hash 0x100000 0x20 = 0x{expected:x}\n"
 
 
-def test_clock_is_the_host_s(vm):
-    machine = vm()
+def test_clock_is_the_host_s(any_vm):
+    machine = any_vm()
     machine.expect("guest> ")
+    machine.live()
     before = subprocess.run(["date", "-u", "+%F"], capture_output=True, text=True).stdout.strip()
     shown = machine.shell("clock").split()[1]
     after = subprocess.run(["date", "-u", "+%F"], capture_output=True, text=True).stdout.strip()
@@ -105,9 +113,11 @@ def test_clock_is_the_host_s(vm):
 
 
 @pytest.mark.parametrize("name", guests.REAL)
-def test_flat_image(vm, name):
-    machine = vm("-kernel", guests.image(f"{name}.bin"))
-    for number in (1, 2, 3):
+def test_flat_image(any_vm, name):
+    machine = any_vm("-kernel", guests.image(f"{name}.bin"))
+    machine.expect(rf"{name} 00000001\r\n")
+    machine.live()
+    for number in (2, 3):
         machine.expect(rf"{name} {number:08x}\r\n")
     assert b"FAIL" not in machine.serial
 
@@ -145,9 +155,10 @@ def test_initrd_reaches_the_guest(vm, tmp_path, kernel):
     assert " 0x04 0x05 0x06 0x07" in machine.hmp(f"xp /8xb {match[1]}")
 
 
-def test_append_reaches_the_guest(vm):
-    machine = vm(append='shell key="a b" x=1,y=2')
+def test_append_reaches_the_guest(any_vm):
+    machine = any_vm(append='shell key="a b" x=1,y=2')
     machine.expect("guest> ")
+    machine.live()
     assert machine.shell("cmdline").startswith('cmdline shell key="a b" x=1,y=2')
 
 
@@ -174,9 +185,12 @@ def test_rom_with_nothing_to_boot_says_so(vm):
     assert machine.status == "running"
 
 
-def test_debug_console_has_the_guest_s_output(vm, tmp_path):
+@lives.CONNECTED
+def test_debug_console_has_the_guest_s_output(any_vm, tmp_path):
     log = tmp_path / "debug.log"
-    machine = vm("-debugcon", f"file:{log}", append="ticker console=both passes=2 period=10")
+    machine = any_vm("-debugcon", f"file:{log}", append="ticker console=both passes=20 period=10")
+    machine.expect("tick 2")
+    machine.live()
     assert machine.wait_exit() == 0
     assert log.read_bytes() == bytes(machine.serial)
 
@@ -201,9 +215,9 @@ def test_output_on_standard_output():
     ]  # fmt: skip
 
 
-def test_request_of_the_pic_that_nobody_takes(vm, tmp_path):
-    """KVM is made to look for it again and again, before and after an update, and the guest,
-    which is halted with interrupts off, does not notice."""
+def test_request_of_the_pic_that_nobody_takes(any_vm, tmp_path):
+    """KVM is made to look for it again and again, and the guest, which is halted with interrupts
+    off, does not notice."""
     code = b"\xfa"  # cli
     # PIC: edge, cascade, vector base 8, 8086 mode, line 0 only. PIT: 100 Hz.
     ports = [(0x20, 0x11), (0x21, 8), (0x21, 4), (0x21, 1), (0x21, 0xFE)]
@@ -212,14 +226,14 @@ def test_request_of_the_pic_that_nobody_takes(vm, tmp_path):
         code += guests.out8(port, value)
     code += guests.print_text("halted\n") + b"\xf4" + guests.print_text("woken\n") + guests.HALT
     looks = "import os; os.write(2, b'looks\\n')"
-    machine = vm(
+    machine = any_vm(
         *("-kernel", guests.flat(tmp_path, code)),
         program=faulty("pyvmm.machine.cpu:Cpu._look_for_interrupts", looks),
     )
     machine.expect("halted\n")
     wait_until(lambda: machine.stderr().count("looks") > 1, "KVM is made to look")
-    machine.update()
+    machine.live()
     before = machine.stderr().count("looks")
-    wait_until(lambda: machine.stderr().count("looks") > before, "and after an update")
+    wait_until(lambda: machine.stderr().count("looks") > before, "and goes on to")
     machine.hmp("info status")
     assert b"woken" not in machine.serial

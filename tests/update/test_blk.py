@@ -28,22 +28,6 @@ def passes(machine):
     return [int(number) for number in re.findall(rb"blk pass (\d+) ok", bytes(machine.serial))]
 
 
-@pytest.mark.parametrize("smp", [1, 2])
-@pytest.mark.parametrize("keys", ["", ",cache=none,discard=unmap", ",cache=writethrough"])
-def test_the_guest_goes_on_writing_and_checking(vm, path, keys, smp):
-    append = f"virtio-blk depth=32 zero mb={1 if 'through' in keys else 4}"
-    machine = vm(*drive(path, keys), append=append, smp=smp)
-    machine.expect("pass 0 ok")
-    for _ in range(10):
-        machine.update()
-    machine.seen = len(machine.serial)
-    machine.expect(r"pass \d+ ok")
-    machine.expect(r"pass \d+ ok")
-    assert machine.stderr() == ""
-    done = passes(machine)
-    assert done == list(range(len(done)))
-
-
 def test_a_failed_update_goes_on_writing(vm, path):
     machine = vm(*drive(path, ",cache=none"), append="virtio-blk depth=32")
     machine.expect("pass 0 ok")

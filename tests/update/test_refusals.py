@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 from harness import pyvmm
+from harness.network import StreamPeer, echo_of, numbered
 
 STATE = "file:vm.state"
 
@@ -251,3 +252,26 @@ def test_folder_that_was_deleted(ticking, tmp_path):
     subprocess.run(["rmdir", folder], check=True)
     uri = f"file:{folder}/vm.state"
     refuse(ticking, [*ticking.argv, "-incoming", uri], "No such file or directory", uri=uri)
+
+
+def test_other_devices(vm):
+    """They must be the same in the same order."""
+    machine = vm("-device", "virtio-rng-device", append="virtio-rng step=16")
+    machine.expect(r"rng \d+")
+    command = [*machine.argv, *INCOMING]
+    at = command.index("virtio-rng-device")
+    del command[at - 1 : at + 1]
+    refuse(machine, command, "-device is nothing, this machine has virtio-rng-device")
+    machine.update()
+    machine.expect(r"rng \d+\r\n")
+
+
+def test_other_network(vm, tmp_path):
+    with StreamPeer(tmp_path) as peer:
+        machine = vm(*peer.options, append="virtio-net")
+        machine.expect("ready")
+        command = [*machine.argv, *INCOMING]
+        command[command.index("-netdev") + 1] = "tap,id=n0,ifname=tap0"
+        refuse(machine, command, "-netdev is tap n0, this machine has stream n0")
+        peer.send_frames(numbered(1))
+        assert peer.frames(1) == [echo_of(numbered(1))]

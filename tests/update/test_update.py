@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from harness import guests, process, pyvmm, run_cli, wait_until
+from harness import process, pyvmm, run_cli, wait_until
 
 COUNTER = 0x200000
 STATE = "file:vm.state"
@@ -46,13 +46,6 @@ class Watcher:
         self._ram.close()
 
 
-def memfd(machine, name):
-    """Path of a descriptor of that memfd."""
-    found = process.descriptors(machine.pid).items()
-    fd = next(fd for fd, target in found if target.startswith(f"/memfd:{name} "))
-    return Path(f"/proc/{machine.pid}/fd/{fd}")
-
-
 @pytest.mark.parametrize("smp", [1, 2])
 @pytest.mark.parametrize("backend", ["default", "memfd", "file", "ram"])
 def test_counter_in_shared_memory_goes_on(vm, tmp_path, backend, smp):
@@ -68,7 +61,7 @@ def test_counter_in_shared_memory_goes_on(vm, tmp_path, backend, smp):
     machine = vm(*options, append="counter", smp=smp)
     machine.expect("counter ready")
     name = "pc.ram" if backend == "default" else "ram0"
-    path = tmp_path / "ram" if backend == "file" else memfd(machine, name)
+    path = tmp_path / "ram" if backend == "file" else process.memfd(machine.pid, name)
     watcher = Watcher(path)
     try:
         for _ in range(5):
@@ -78,7 +71,7 @@ def test_counter_in_shared_memory_goes_on(vm, tmp_path, backend, smp):
     finally:
         watcher.close()
     assert watcher.back == []
-    path = tmp_path / "ram" if backend == "file" else memfd(machine, name)
+    path = tmp_path / "ram" if backend == "file" else process.memfd(machine.pid, name)
     assert path.stat().st_ino == watcher.inode
     assert b"counter ready" in machine.serial[: machine.seen]
     assert machine.serial.count(b"counter ready") == 1
@@ -134,14 +127,6 @@ def test_monitor_input_during_an_update_is_answered_afterwards(vm):
     assert re.fullmatch(r"\d+\.\d+\.\d+.*\n", machine.hmp_reply())
 
 
-def test_monitor_goes_on_where_it_was(vm):
-    machine = vm(append="counter", smp=2)
-    machine.expect("counter ready")
-    machine.hmp("cpu 1")
-    machine.update()
-    assert "*" in machine.hmp("info cpus").splitlines()[1]
-
-
 def test_detached_migrate(vm):
     machine = vm(append="ticker period=20")
     machine.set_update(uri=STATE)
@@ -156,28 +141,6 @@ def test_parameters_are_not_carried_over(vm):
     machine.update()
     assert "mode: normal" in machine.hmp("info migrate_parameters")
     assert "mode normal is not supported" in machine.hmp(f"migrate {STATE}")
-
-
-def test_paused_stays_paused(vm):
-    machine = vm(append="counter")
-    machine.expect("counter ready")
-    machine.hmp("stop")
-    count = machine.hmp("xp /gx 0x200000")
-    for _ in range(3):
-        machine.update()
-        assert machine.status == "paused"
-        assert machine.hmp("xp /gx 0x200000") == count
-    machine.hmp("cont")
-    wait_until(lambda: machine.hmp("xp /gx 0x200000") > count, "a higher count")
-
-
-def test_not_yet_started_stays_so(vm):
-    machine = vm("-S", append="ticker passes=2 period=10")
-    machine.update()
-    assert machine.status == "paused (prelaunch)"
-    machine.hmp("cont")
-    assert machine.wait_exit() == 0
-    assert machine.serial.count(b"tick 1\r") == 1
 
 
 def test_minus_s_in_the_command_pauses(vm):
@@ -199,61 +162,6 @@ def test_update_verb_keeps_a_vm_running_that_began_with_minus_s(vm):
     assert "completed" in machine.hmp("info migrate")
     ticks = len(machine.serial)
     wait_until(lambda: machine.status == "running" and len(machine.serial) > ticks, "a tick")
-
-
-def test_ended_guest_stays_so(vm):
-    machine = vm("-no-shutdown", append="ticker passes=1 period=10")
-    machine.wait_status("paused (shutdown)")
-    machine.update()
-    assert machine.status == "paused (shutdown)"
-    machine.hmp("system_reset")
-    machine.hmp("cont")
-    machine.wait_status("paused (shutdown)")
-    assert machine.serial.count(b"tick 1\r") == 2
-
-
-def test_guest_learns_that_it_stood_still(vm, tmp_path):
-    machine = vm("-kernel", guests.flat(tmp_path, guests.KVMCLOCK), smp=2)
-    machine.expect("clock\n")
-    assert not guests.stopped_flag(machine)
-    machine.update()
-    wait_until(lambda: guests.stopped_flag(machine), "the flag")
-
-
-def test_guest_reset_after_an_update_boots_again(vm):
-    machine = vm(smp=2)
-    machine.expect("guest> ")
-    machine.update()
-    for command in ("reset", "triplefault"):
-        machine.type(f"{command}\n")
-        machine.expect("type help")
-        machine.expect("guest> ")
-        machine.update()
-    assert machine.shell("cpus").startswith("cpus 2\n")
-
-
-def test_guest_s_verdict_after_an_update(vm):
-    machine = vm("-device", "isa-debug-exit,iobase=0xf4")
-    machine.expect("guest> ")
-    machine.update()
-    machine.type("exit 5\n")
-    assert machine.wait_exit() == 5 << 1 | 1
-
-
-def test_signal_after_an_update(vm):
-    machine = vm(append="counter")
-    machine.update()
-    machine.kill(signal.SIGTERM)
-    assert machine.wait_exit() == 128 + signal.SIGTERM
-
-
-def test_update_before_the_guest_has_started_its_second_cpu(vm, tmp_path):
-    # The APs wait for their start-up message for ever.
-    machine = vm("-kernel", guests.image("real-pio.bin"), smp=2)
-    machine.expect("real-pio 0+1")
-    machine.update()
-    machine.expect(r"real-pio \d+")
-    assert "CPU#1" in machine.hmp("info registers -a")
 
 
 def test_update_right_from_the_first_instruction(vm):
@@ -415,23 +323,6 @@ def test_guest_ends_at_any_moment_of_an_update(vm, passes):
     ticks = re.findall(r"tick (\d+)\r", machine.serial.decode())
     assert [int(tick) for tick in ticks] == list(range(1, passes * 2 + 1))
     assert "Traceback" not in machine.stderr()
-
-
-def test_guest_resets_while_it_is_updated(vm, tmp_path):
-    code = guests.print_text("up\n") + guests.out8(0x64, 0xFE) + guests.HALT
-    machine = vm("-kernel", guests.flat(tmp_path, code))
-    for _ in range(5):
-        machine.expect("up\n")
-        machine.update()
-    machine.expect("up\n")
-    assert machine.status == "running"
-
-
-def test_internal_error_is_carried_over(vm, tmp_path):
-    machine = vm("-kernel", guests.flat(tmp_path, guests.TO_UNMAPPED))
-    machine.wait_status("paused (internal-error)")
-    machine.update()
-    assert machine.status == "paused (internal-error)"
 
 
 def test_quit_right_behind_an_update(vm):

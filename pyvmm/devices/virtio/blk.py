@@ -107,7 +107,7 @@ class BlkConfig:
 
     :ivar drive: id of the drive, for the operator
     :ivar write_cache: whether the device begins as a write-back cache; None: as the drive says
-    :ivar block_size: logical block size in bytes; 0: what the image needs
+    :ivar block_size: logical block size in bytes; 0: what the disk image needs
     :ivar physical_block_size: in bytes; 0: the logical one
     :ivar werror: as the drive's; empty: as the drive says
     :ivar rerror: the same

@@ -70,6 +70,11 @@ _ADDRESSES = {
 }
 
 
+def place(base: int) -> str:
+    """Return where a device with its registers at ``base`` is, as a state has it."""
+    return f"virtio-mmio@{base:x}"
+
+
 def _check(state: Record) -> None:
     check_status(state.status)
     if state.interrupt_status & ~(INT_USED | INT_CONFIG):
@@ -139,6 +144,7 @@ class VirtioMmio(Transport):
         thread: IoThread | None = None,
     ) -> None:
         self.base = base
+        self.place = place(base)
         self.gsi = gsi
         self._line = Line(pulse)
         super().__init__(device, memory, self._line, kick_fds, thread)

@@ -139,6 +139,11 @@ class Driver:
         module, _, name = self._model.partition(":")
         return getattr(__import__(module, fromlist=[name]), name)
 
+    def place(self, number: int) -> str:
+        """Return where the device is that has so many on its bus before it, as a state has it;
+        empty if its name says that."""
+        return ""
+
     def description(self) -> Description | None:
         """Return what a device writes into a state; None if that is nothing."""
         return self.model().vmstate if self._model else None
