@@ -51,10 +51,10 @@ class Passenger:
     """What has host-side state that goes over an exec."""
 
     def quiesce(self) -> None:
-        """The exec is about to come; the guest runs."""
+        """An exec is about to come; the guest runs."""
 
     def restart(self) -> None:
-        """It did not come: go on."""
+        """The exec did not come: go on."""
 
     def save_state(self) -> bytes:
         """Return what the next image has to know; the guest stands."""
@@ -80,7 +80,7 @@ class Handover:
         self._states = dict(states or {})
         self._kept: dict[Key, int] = {}
         self._given: dict[str, bytes] = {}
-        # What must not be closed yet, and of that what is to be closed as soon as it may be.
+        # Descriptors that must not be closed yet, and those of them that are closed once they may.
         self._lent = set(self._fds.values())
         self._dropped: list[int] = []
         for fd in self._lent:
@@ -106,7 +106,7 @@ class Handover:
         return dict(self._kept)
 
     def kept_of(self, kind: str) -> dict[Key, int]:
-        """Return those of a kind, by id and index."""
+        """Return the kept descriptors of a kind, by id and index."""
         return {
             (name.removeprefix(f"{kind}/"), index): fd
             for (name, index), fd in self._kept.items()
@@ -187,9 +187,9 @@ class Parcel:
         return self._handover._fds.pop((self.name, index), None)
 
     def require(self, what: str, index: int = 0) -> int | None:
-        """Return the same; None only in an image that no exec made.
+        """Do as :meth:`take`, but return None only in an image that no exec made.
 
-        :param what: it is, with the object's name
+        :param what: what the descriptor is, with the object's name, for the error
         :raises MigrationError: the image before did not hand it over, and a fresh one would be
             another
         """
@@ -222,11 +222,11 @@ class Parcel:
             raise InternalError(f"two descriptors are to be preserved as {self.name}[{index}]")
 
     def kept(self, index: int = 0) -> int | None:
-        """Return what is to be preserved."""
+        """Return the descriptor that is to be preserved; None if none is."""
         return self._handover._kept.get((self.name, index))
 
     def forget(self, index: int = 0) -> None:
-        """No longer preserve that; it is the caller's to close."""
+        """No longer preserve the descriptor, which the caller closes."""
         self._handover._kept.pop((self.name, index), None)
 
     def close(self, fd: int, index: int = 0) -> None:
@@ -246,9 +246,9 @@ class Parcel:
 
     @property
     def is_boarded(self) -> bool:
-        """Whether somebody is asked for it."""
+        """Whether somebody is asked for the state."""
         return self.name in self._handover.passengers
 
     def leave(self) -> None:
-        """Nobody is asked for it any more."""
+        """Have nobody asked for the state any more."""
         self._handover.passengers.pop(self.name, None)
