@@ -125,31 +125,41 @@ class Handover:
 
     def close(self, fd: int) -> None:
         """Close a descriptor that is not preserved any more; one that was inherited not before
-        :meth:`settle`."""
+        :meth:`release`."""
         if fd in self._lent:
             self._lent.discard(fd)
             self._dropped.append(fd)
         else:
             os.close(fd)
 
-    def settle(self) -> list[Key]:
-        """The guest runs, and all that is wanted was taken: close the rest. Return the names and
-        indices of what nobody asked for."""
-        names = list(self._fds)
-        for fd in (*self._fds.values(), *self._dropped):
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # Linux has closed it even so; the guest runs
-        self._fds.clear()
-        self._dropped.clear()
+    def release(self) -> None:
+        """The guest runs, and the image before does not come back: close what is of no use, from
+        now on at once."""
         self._lent.clear()
+        while self._dropped:
+            _close(self._dropped.pop())
+
+    def settle(self) -> list[Key]:
+        """The same, and all that is wanted was taken: close the rest, too. Return the names and
+        indices of what nobody asked for."""
+        self.release()
+        names = list(self._fds)
+        for fd in self._fds.values():
+            _close(fd)
+        self._fds.clear()
         return names
 
     def set_inheritable(self, inheritable: bool) -> None:
         """Clear (or set again) close-on-exec on exactly the preserved descriptors."""
         for fd in self._kept.values():
             os.set_inheritable(fd, inheritable)
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # Linux has closed it even so; the guest runs
 
 
 class Parcel:

@@ -66,7 +66,7 @@ def former_names(config: MachineConfig) -> dict[Key, Key]:
 
 
 def _device_sections(config: MachineConfig) -> list[tuple[Description, Key, Key]]:
-    """The sections of ``-device``: description, what it is called, and was before."""
+    """Return the sections of ``-device``: description, what it is called, and was before."""
     found, places = [], []
     on_bus: dict[str, int] = {}
     for device in config.devices:
@@ -81,7 +81,7 @@ def _device_sections(config: MachineConfig) -> list[tuple[Description, Key, Key]
 
 
 def _told(device: DeviceConfig) -> str:
-    """Which disk or network is which, and all that the guest was told."""
+    """Return a device's driver, its back ends, and its properties that the guest sees, as text."""
     behind = [*device.refers("drive"), *device.refers("netdev")]
     told = {one.name for one in device.driver.properties if not one.host}
     words = [f"{key}={text}" for key, text in sorted(device.given.items()) if key in told]

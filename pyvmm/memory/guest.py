@@ -312,7 +312,7 @@ class GuestMemory:
         return pieces[0][0]
 
     def contains(self, gpa: int, size: int, *, writable: bool = True) -> bool:
-        """Whether an access of *size* bytes would succeed."""
+        """Return whether an access of *size* bytes would succeed."""
         for start, end, _, readonly in self._spans:
             if start <= gpa and gpa + size <= end and size >= 0:
                 return not (writable and readonly)

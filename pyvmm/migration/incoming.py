@@ -129,6 +129,7 @@ class Incoming:
             self._try(machine.set_running)
         status.mark("running")
         # The rest is not in the pause, and the guest does not end for want of it.
+        self._try(machine.handover.release)
         self._try(machine.attach_devices)
         self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
         self._try(lambda: source.release(machine.handover))

@@ -60,7 +60,7 @@ def save(
 
 
 def read(machine: Machine, data: bytes) -> stream.Loaded:
-    """Read and check a stream; nothing is changed.
+    """Return a stream's content, read and checked; the machine stays as it is.
 
     :raises VmStateError: naming what does not fit this machine
     """
@@ -82,7 +82,8 @@ def read(machine: Machine, data: bytes) -> stream.Loaded:
 
 
 def read_boot_id() -> bytes:
-    """The 16 bytes that tell this boot of the kernel from all others; zeros if it does not say."""
+    """Return the 16 bytes that tell this boot of the kernel from all others; zeros if it does not
+    say."""
     try:
         fd = os.open(BOOT_ID_FILE, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -113,7 +114,7 @@ def settle_clocks(machine: Machine, loaded: stream.Loaded) -> None:
 
 
 def apply(machine: Machine, loaded: stream.Loaded) -> str:
-    """Give the machine its state; the run state that it shall go to.
+    """Load the state into the machine; return the run state to enter.
 
     :raises PyvmmError: naming the device or vCPU that does not take its state
     """
@@ -123,7 +124,7 @@ def apply(machine: Machine, loaded: stream.Loaded) -> str:
 
 
 def describe(machine: Machine, loaded: stream.Loaded) -> bytes:
-    """What to append to the state that was loaded, so that tools can read it; empty if it
+    """Return what to append to the state that was loaded, so that tools can read it; empty if it
     has that already. Takes milliseconds: the guest runs meanwhile."""
     return (
         b""
@@ -133,7 +134,7 @@ def describe(machine: Machine, loaded: stream.Loaded) -> bytes:
 
 
 def blocks(machine: Machine) -> stream.Blocks:
-    """Name and size of each RAM block."""
+    """Return name and size of each RAM block."""
     return [(backend.name, backend.size) for backend in machine.ram_blocks]
 
 

@@ -21,7 +21,7 @@ _MENDS = {"kvm-vcpu": "-smp", "serial": "-serial"}
 
 
 def reasons(data: bytes, config: MachineConfig) -> list[str]:
-    """Why the state would be refused, one line each; none if it would be taken."""
+    """Return why the state would be refused, one line each; none if it would be taken."""
     own = shape.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
     former = shape.former_names(config)
     try:

@@ -181,7 +181,7 @@ class Decoder:
         self._budget = budget
 
     def struct(self, described: dict[str, Any], depth: int = 0) -> Tree:
-        """Fields and subsections.
+        """Return fields and subsections by name.
 
         :raises VmStateError: if the description makes no sense, or not for these bytes
         """
@@ -204,7 +204,7 @@ class Decoder:
         return tree | self.subsections(described, depth)
 
     def subsections(self, described: dict[str, Any], depth: int) -> Tree:
-        """The subsections, by name; all those that are described must be there."""
+        """Return the subsections by name; all those that are described must be there."""
         tree: Tree = {}
         parts = described.get("subsections", [])
         for part in parts if isinstance(parts, list) else ():
@@ -232,7 +232,7 @@ class Decoder:
 
 
 def find_description(data: bytes) -> dict[str, Any] | None:
-    """The JSON description at the end of a stream, None if there is none that can be read.
+    """Return the JSON description at the end of a stream, None if there is none that can be read.
 
     It is found as other tools find it: behind the last NUL, from the first brace on.
     """
@@ -248,7 +248,7 @@ def find_description(data: bytes) -> dict[str, Any] | None:
 
 
 def known() -> dict[str, Description]:
-    """This build's own descriptions, by section name."""
+    """Return this build's own descriptions, by section name."""
     config = MachineConfig()
     config.serials = [None]
     own = {name: found for (name, _), found in shape.descriptions(config).items()}

@@ -53,7 +53,7 @@ class Cursor:
         self.path: list[str] = []
 
     def take(self, size: int) -> bytes:
-        """The next ``size`` bytes.
+        """Return the next ``size`` bytes.
 
         :raises VmStateError: if there are fewer
         """
@@ -65,23 +65,23 @@ class Cursor:
         return chunk
 
     def u8(self) -> int:
-        """The next byte."""
+        """Return the next byte."""
         return self.take(1)[0]
 
     def u16(self) -> int:
-        """The next two bytes."""
+        """Return the number in the next two bytes."""
         return int.from_bytes(self.take(2), "big")
 
     def u32(self) -> int:
-        """The next four bytes."""
+        """Return the number in the next four bytes."""
         return int.from_bytes(self.take(4), "big")
 
     def u64(self) -> int:
-        """The next eight bytes."""
+        """Return the number in the next eight bytes."""
         return int.from_bytes(self.take(8), "big")
 
     def unpack(self, pack: struct.Struct, fields: Iterable[Field]) -> tuple[Any, ...]:
-        """The values of the next ``fields``, which are of fixed size.
+        """Return the values of the next ``fields``, which are of fixed size.
 
         :param pack: all of them
         :raises VmStateError: with the path of the first that is not there as a whole
@@ -93,14 +93,14 @@ class Cursor:
         return pack.unpack_from(self.data, at)
 
     def string(self) -> str:
-        """A length byte and that many bytes of text."""
+        """Return text, which follows a byte that is its length."""
         raw = self.take(self.u8())
         if not raw.isascii():
             raise self.error(f"name is not ASCII: {raw!r}")
         return raw.decode("ascii")
 
     def error(self, problem: str) -> VmStateError:
-        """An error that names the present path."""
+        """Return an error that names the present path."""
         return VmStateError("/".join(self.path), problem)
 
 
@@ -127,7 +127,7 @@ class Field:
         source.path.pop()
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
-        """The field's entries in the stream's JSON description; ``state`` was loaded."""
+        """Return the field's entries in the stream's JSON description; ``state`` was loaded."""
         raise NotImplementedError
 
     @property
@@ -354,8 +354,10 @@ class StructArray(Field):
 
 
 class Table(StructArray):
-    """The same with the values of all records one after the other, in a tuple: hundreds of
-    records would be hundreds of objects. The records are of fixed size."""
+    """A :class:`StructArray` as one tuple: the values of all records, one after the other.
+
+    Hundreds of records would be hundreds of objects. The records are of fixed size.
+    """
 
     __slots__ = ("row",)
 
@@ -429,7 +431,7 @@ class Description:
             part.save(out, state)
 
     def load(self, source: Cursor, version: int) -> Record:
-        """Read a record of the given version and check it.
+        """Return a record of the given version, read and checked.
 
         :raises VmStateError: with the path of the field that cannot be
         """
@@ -444,7 +446,7 @@ class Description:
         return record
 
     def describe(self, state: Any) -> dict[str, Any]:
-        """The JSON description that QEMU's stream carries (``vmsd_name``, fields, ...).
+        """Return the JSON description that QEMU's stream carries (``vmsd_name``, fields, ...).
 
         :param state: a record that was loaded: what it holds is what the stream held
         """
@@ -570,40 +572,40 @@ def _size(described: dict[str, Any]) -> int:
 
 
 def u8(name: str) -> Scalar:
-    """An unsigned 8-bit field."""
+    """Return an unsigned 8-bit field."""
     return Scalar(name, "uint8")
 
 
 def u16(name: str) -> Scalar:
-    """An unsigned 16-bit field."""
+    """Return an unsigned 16-bit field."""
     return Scalar(name, "uint16")
 
 
 def u32(name: str) -> Scalar:
-    """An unsigned 32-bit field."""
+    """Return an unsigned 32-bit field."""
     return Scalar(name, "uint32")
 
 
 def u64(name: str) -> Scalar:
-    """An unsigned 64-bit field."""
+    """Return an unsigned 64-bit field."""
     return Scalar(name, "uint64")
 
 
 def i32(name: str) -> Scalar:
-    """A signed 32-bit field."""
+    """Return a signed 32-bit field."""
     return Scalar(name, "int32")
 
 
 def i64(name: str) -> Scalar:
-    """A signed 64-bit field."""
+    """Return a signed 64-bit field."""
     return Scalar(name, "int64")
 
 
 def boolean(name: str) -> Scalar:
-    """A byte that is 0 or 1."""
+    """Return a field of one byte that is 0 or 1."""
     return Scalar(name, "bool")
 
 
 def each(make: Callable[[str], Scalar], names: str) -> list[Scalar]:
-    """One field per word of ``names``."""
+    """Return one field per word of ``names``."""
     return [make(name) for name in names.split()]

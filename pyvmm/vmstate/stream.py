@@ -96,7 +96,7 @@ class Writer:
         self._next_id += 1
 
     def finish(self) -> bytes:
-        """The stream, all that a loader needs; :func:`describe` gives what tools want."""
+        """Return the stream, all that a loader needs; :func:`describe` gives what tools want."""
         self._out.append(EOF)
         return bytes(self._out)
 
@@ -119,7 +119,7 @@ class Writer:
 
 
 def describe(loaded: Loaded, descriptions: Mapping[Key, Description]) -> bytes:
-    """What may follow the end mark: JSON that explains the sections' bytes, for tools.
+    """Return what may follow the end mark: JSON that explains the sections' bytes, for tools.
 
     Whoever has loaded a stream has the time to write this, whoever saves one has not.
 
@@ -153,7 +153,7 @@ def read(
     machine: str | None = None,
     former: Mapping[Key, Key] | None = None,
 ) -> Loaded:
-    """Read a stream as a whole.
+    """Read a stream as a whole and return what it holds.
 
     :param descriptions: of the sections that there may be
     :param machine: the machine type that it must come from; None for any
@@ -207,7 +207,7 @@ def apply(loaded: Loaded, sections: Iterable[Section]) -> None:
 
 
 def read_header(source: Cursor, machine: str | None) -> Loaded:
-    """Read what comes before the first section; see :func:`read`."""
+    """Read up to the first section; return the machine's type as a :class:`Loaded` to be filled."""
     if source.u32() != MAGIC:
         raise source.error("not a migration stream (bad magic)")
     version = source.u32()

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from harness import DEADLINE_S, lives, needs, run_cli
+from harness.loop import loop_device
 
 SIZE = 1 << 20
 HEADLESS = ("-serial", "null", "-monitor", "none")
@@ -223,29 +224,15 @@ def test_evil_guest_harms_nothing_but_its_own_data(any_vm, tmp_path, smp):
     assert all((tmp_path / name).stat().st_size == SIZE for name in "ab")
 
 
-@pytest.fixture
-def loop_device(tmp_path):
-    """A block device of 1 MiB."""
-    needs.root("loop devices")
-    made = subprocess.run(
-        [needs.program("losetup"), "--show", "-f", image(tmp_path, "loop.img")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        needs.missing(f"loop devices: {made.stderr.strip()}")
-    yield made.stdout.strip()
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
-
-
-def test_block_device(any_vm, loop_device):
-    node = f"driver=host_device,node-name=disk,filename={loop_device},cache.direct=on,discard=unmap"
-    options = ["-blockdev", node, "-device", "virtio-blk-device,drive=disk"]
-    machine = any_vm(*options, append="virtio-blk zero depth=16")
-    machine.expect("pass 1 ok")
-    machine.live()
-    check_goes_on(machine)
+def test_block_device(any_vm, tmp_path):
+    with loop_device(image(tmp_path, "loop.img")) as device:
+        node = f"driver=host_device,node-name=disk,filename={device},cache.direct=on,discard=unmap"
+        options = ["-blockdev", node, "-device", "virtio-blk-device,drive=disk"]
+        machine = any_vm(*options, append="virtio-blk zero depth=16")
+        machine.expect("pass 1 ok")
+        machine.live()
+        check_goes_on(machine)
+        machine.hmp_quit()
 
 
 def test_qemu_and_pyvmm_keep_each_other_from_an_image(vm, tmp_path):

@@ -236,7 +236,7 @@ class Queue:
         return chain
 
     def retake(self, head: int) -> Chain | None:
-        """Return the chain of that head once more, which was taken and not pushed.
+        """Return the chain of that head once more: it was taken, and is not used yet.
 
         :raises QueueError: it is malformed (by now)
         """

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from harness import needs
+from harness.loop import loop_device
 from harness.process import descriptors
 
 from pyvmm.backends import locking
@@ -46,19 +47,10 @@ def image(tmp_path):
 @pytest.fixture
 def loop(tmp_path):
     """A block device of 1 MiB."""
-    needs.root("loop devices")
     path = tmp_path / "loop.img"
     path.write_bytes(bytes(SIZE))
-    made = subprocess.run(
-        [needs.program("losetup"), "--show", "-f", path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if made.returncode:
-        needs.missing(f"loop devices: {made.stderr.strip()}")
-    yield made.stdout.strip()
-    subprocess.run(["losetup", "-d", made.stdout.strip()], check=True)
+    with loop_device(path) as device:
+        yield device
 
 
 def pages(*sizes, fill=b""):
