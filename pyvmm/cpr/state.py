@@ -13,7 +13,8 @@ import os
 import struct
 
 from pyvmm.errors import VmStateError
-from pyvmm.vmstate.fields import SUBSECTION, Cursor
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import SUBSECTION
 
 ENVIRONMENT = "PYVMM_CPR_EXEC_STATE"
 MAGIC = 0x51435052  # "QCPR"

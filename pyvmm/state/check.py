@@ -14,7 +14,7 @@ from pyvmm.machine.config import MACHINE_TYPE, MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.state.outline import Outline
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 #: The options that decide how many there are of a section.
 _MENDS = {"kvm-vcpu": "-smp", "serial": "-serial"}

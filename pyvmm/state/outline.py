@@ -15,7 +15,8 @@ from pyvmm.machine import shape
 from pyvmm.machine.config import MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import SUBSECTION, Cursor, Description
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import SUBSECTION, Description
 
 #: int, bool or bytes; a list of values; or a dict of them by field name
 Value = Any

@@ -36,7 +36,7 @@ from pyvmm.devices.virtio.transport import (
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemory
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 
 from pyvmm.errors import VmStateError
+from pyvmm.vmstate.cursor import Cursor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,71 +38,6 @@ class Record:
     def __repr__(self) -> str:
         inner = ", ".join(f"{name}={value!r}" for name, value in self.__dict__.items())
         return f"Record({inner})"
-
-
-class Cursor:
-    """A position in a stream of bytes that must not be trusted.
-
-    :param data: the whole stream
-    """
-
-    __slots__ = ("at", "data", "path")
-
-    def __init__(self, data: bytes, at: int = 0) -> None:
-        self.data = data
-        self.at = at
-        self.path: list[str] = []
-
-    def take(self, size: int) -> bytes:
-        """Return the next ``size`` bytes.
-
-        :raises VmStateError: if there are fewer
-        """
-        end = self.at + size
-        if end > len(self.data):
-            raise self.error(f"truncated: {size} bytes wanted, {len(self.data) - self.at} left")
-        chunk = self.data[self.at : end]
-        self.at = end
-        return chunk
-
-    def u8(self) -> int:
-        """Return the next byte."""
-        return self.take(1)[0]
-
-    def u16(self) -> int:
-        """Return the number in the next two bytes."""
-        return int.from_bytes(self.take(2), "big")
-
-    def u32(self) -> int:
-        """Return the number in the next four bytes."""
-        return int.from_bytes(self.take(4), "big")
-
-    def u64(self) -> int:
-        """Return the number in the next eight bytes."""
-        return int.from_bytes(self.take(8), "big")
-
-    def unpack(self, pack: struct.Struct, fields: Iterable[Field]) -> tuple[Any, ...]:
-        """Return the values of the next ``fields``, which are of fixed size.
-
-        :param pack: all of them
-        :raises VmStateError: with the path of the first that is not there as a whole
-        """
-        at = self.at
-        if at + pack.size > len(self.data):
-            _skip(self, fields)
-        self.at = at + pack.size
-        return pack.unpack_from(self.data, at)
-
-    def string(self) -> str:
-        """Return text, which follows a byte that is its length."""
-        raw = self.take(self.u8())
-        if not raw.isascii():
-            raise self.error(f"name is not ASCII: {raw!r}")
-        return raw.decode("ascii")
-
-    def error(self, problem: str) -> VmStateError:
-        """Return an error that names the present path."""
-        return VmStateError("/".join(self.path), problem)
 
 
 class Field:
@@ -185,7 +121,7 @@ class _Run:
         out += self._pack.pack(*[getattr(state, name) for name in self._names])
 
     def load_named(self, source: Cursor, into: Record) -> None:
-        values = source.unpack(self._pack, self._fields)
+        values = _unpack(source, self._pack, self._fields)
         into.__dict__.update(zip(self._names, values, strict=True))
 
 
@@ -304,7 +240,7 @@ class CStruct(Struct):
 
     def load(self, source: Cursor, into: Record) -> None:
         made = self.make()
-        values = source.unpack(self.pack, self.inner.fields)
+        values = _unpack(source, self.pack, self.inner.fields)
         self.layout.pack_into(self.view(made), 0, *values)
         setattr(into, self.name, made)
 
@@ -522,6 +458,19 @@ def _steps(fields: Sequence[Field]) -> list[Field | _Run]:
 
 def _codes(fields: Iterable[Field]) -> str:
     return "".join([field.codes for field in fields])
+
+
+def _unpack(source: Cursor, pack: struct.Struct, fields: Iterable[Field]) -> tuple[Any, ...]:
+    """Return the values of the next ``fields``, which are of fixed size.
+
+    :param pack: all of them
+    :raises VmStateError: with the path of the first that is not there as a whole
+    """
+    at = source.at
+    if at + pack.size > len(source.data):
+        _skip(source, fields)
+    source.at = at + pack.size
+    return pack.unpack_from(source.data, at)
 
 
 def _skip(source: Cursor, fields: Iterable[Field]) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import struct
 
 from pyvmm.errors import VmStateError
-from pyvmm.vmstate.fields import Cursor, Description, Record
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Description, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import VmStateError
+from pyvmm.vmstate.cursor import Cursor
 from pyvmm.vmstate.fields import (
     Array,
     Buffer,
     CStruct,
-    Cursor,
     Description,
     Record,
     Scalar,

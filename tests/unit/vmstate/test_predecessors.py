@@ -15,7 +15,8 @@ from pyvmm.state import check
 from pyvmm.state.outline import Outline
 from pyvmm.testing import streams
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import Cursor, Description
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Description
 
 ROOT = Path(__file__).parents[3]
 STATES = ROOT / "tests" / "upgrade" / "states"
