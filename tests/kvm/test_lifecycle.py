@@ -264,6 +264,7 @@ def test_stop_and_cont(any_vm):
         assert machine.hmp("xp /gx 0x200000") == count
         assert machine.hmp("cont") == ""
         wait_until(lambda: machine.hmp("xp /gx 0x200000") > count, "a higher count")  # noqa: B023
+    assert machine.serial.count(b"counter ready") == 1
 
 
 @lives.STANDS_STILL

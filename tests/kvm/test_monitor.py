@@ -36,9 +36,8 @@ def test_registers_of_a_running_guest(any_counting):
     assert int(rip(), 16) in range(0x100000, 0x200000)
 
 
-def test_registers_of_all_cpus(any_counting):
-    any_counting.live()
-    shown = any_counting.hmp("info registers -a")
+def test_registers_of_all_cpus(counting):
+    shown = counting.hmp("info registers -a")
     assert re.findall(r"^CPU#(\d)", shown, re.M) == ["0", "1"]
     assert re.findall(r"HLT=(\d)", shown) == ["0", "1"]
 
@@ -86,10 +85,9 @@ def test_ports(any_vm, tmp_path):
     machine.expect("A")
 
 
-def test_port_of_the_reset_line(any_vm):
-    machine = any_vm()
+def test_port_of_the_reset_line(vm):
+    machine = vm()
     machine.expect("guest> ")
-    machine.live()
     machine.hmp("o /b 0x64 0xfe")
     machine.expect("type help")
 

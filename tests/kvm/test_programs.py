@@ -56,19 +56,15 @@ def test_ticker_prints_each_tick_once_and_in_order(vm, smp):
 
 
 @SMP
-def test_counter_counts_in_shared_memory(any_vm, smp):
-    machine = any_vm(append="counter", smp=smp)
+def test_counter_counts_in_shared_memory(vm, smp):
+    machine = vm(append="counter", smp=smp)
     machine.expect("counter ready")
 
     def count():
         return int(machine.hmp("xp /gx 0x200000").split(":")[1], 0)
 
     first = count()
-    machine.live()
-    assert count() >= first
-    now = count()
-    wait_until(lambda: count() > now, "a higher count")
-    assert machine.serial.count(b"counter ready") == 1
+    wait_until(lambda: count() > first, "a higher count")
 
 
 @SMP
@@ -113,11 +109,9 @@ def test_clock_is_the_host_s(any_vm):
 
 
 @pytest.mark.parametrize("name", guests.REAL)
-def test_flat_image(any_vm, name):
-    machine = any_vm("-kernel", guests.image(f"{name}.bin"))
-    machine.expect(rf"{name} 00000001\r\n")
-    machine.live()
-    for number in (2, 3):
+def test_flat_image(vm, name):
+    machine = vm("-kernel", guests.image(f"{name}.bin"))
+    for number in (1, 2, 3):
         machine.expect(rf"{name} {number:08x}\r\n")
     assert b"FAIL" not in machine.serial
 
@@ -155,10 +149,9 @@ def test_initrd_reaches_the_guest(vm, tmp_path, kernel):
     assert " 0x04 0x05 0x06 0x07" in machine.hmp(f"xp /8xb {match[1]}")
 
 
-def test_append_reaches_the_guest(any_vm):
-    machine = any_vm(append='shell key="a b" x=1,y=2')
+def test_append_reaches_the_guest(vm):
+    machine = vm(append='shell key="a b" x=1,y=2')
     machine.expect("guest> ")
-    machine.live()
     assert machine.shell("cmdline").startswith('cmdline shell key="a b" x=1,y=2')
 
 
@@ -188,9 +181,12 @@ def test_rom_with_nothing_to_boot_says_so(vm):
 @lives.CONNECTED
 def test_debug_console_has_the_guest_s_output(any_vm, tmp_path):
     log = tmp_path / "debug.log"
-    machine = any_vm("-debugcon", f"file:{log}", append="ticker console=both passes=20 period=10")
-    machine.expect("tick 2")
+    machine = any_vm("-debugcon", f"file:{log}", append="shell console=both")
+    machine.expect("guest> ")
+    assert machine.shell("echo before") == "before\n"
     machine.live()
+    assert machine.shell("echo after") == "after\n"
+    machine.type("poweroff\n")
     assert machine.wait_exit() == 0
     assert log.read_bytes() == bytes(machine.serial)
 

@@ -97,7 +97,7 @@ def test_device_is_shown(any_vm):
 @lives.CONNECTED
 def test_console_output(any_vm, tmp_path, smp):
     with Peer(tmp_path, "con0") as peer:
-        machine = any_vm(*consoles(peer), append="virtio-console passes=100000", smp=smp)
+        machine = any_vm(*consoles(peer), append="virtio-console passes=40000", smp=smp)
         machine.expect("ready")
         before, _ = machine.footprint()
         peer.receive(1 << 16, keep=True)
@@ -106,7 +106,7 @@ def test_console_output(any_vm, tmp_path, smp):
         assert machine.status == "running"  # the VMM is not held up
         machine.live()
         assert machine.footprint()[0] == before
-        lines = b"".join(b"line %d\n" % number for number in range(1, 100001))
+        lines = b"".join(b"line %d\n" % number for number in range(1, 40001))
         assert peer.receive(len(lines)) == lines
         assert machine.wait_exit() == 0
         assert b"virtio-console PASS" in machine.serial
