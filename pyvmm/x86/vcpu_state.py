@@ -256,7 +256,7 @@ def _write(vcpu: Vcpu, state: Any) -> None:
     else:
         vcpu.set_sregs(state.sregs)
     vcpu.set_xcrs(_xcrs(state.xcrs))
-    # After XCR0, which says what may be in it.
+    # What may be in it follows from CPUID, which is set by now.
     vcpu.set_xsave(state.xsave)
     vcpu.set_debugregs(state.debugregs)
     vcpu.set_lapic(state.lapic)
