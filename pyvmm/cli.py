@@ -65,7 +65,7 @@ on the terminal: Ctrl-a h shows the keys, Ctrl-a c switches between them, Ctrl-a
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a verb; the exit code."""
+    """Run a verb; return the exit code."""
     open_missing()
     started = time.monotonic_ns()
     # Start-up makes objects that stay; looking for garbage among them is time lost.
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_missing() -> None:
-    """Have descriptors 0, 1 and 2 open, whatever started this process with: what is opened
-    later must not get such a number, since it would be read, written and handed on as what
+    """Have descriptors 0, 1 and 2 open, even if this process was started without: a file that is
+    opened later must not get such a number, since it would be read, written and handed on as what
     the number stands for everywhere."""
     while (fd := _open_nothing()) <= 2:
         os.set_inheritable(fd, True)
@@ -116,7 +116,8 @@ def _open_nothing() -> int:
 
 
 def run(argv: list[str], started: int) -> int:
-    """``pyvmm run``: build the machine, start or load the guest, serve until its end."""
+    """``pyvmm run``: build the machine, start or load the guest, serve until its end; return the
+    exit code."""
     log.guard_stderr()
     from pyvmm import wayback
 
@@ -124,6 +125,7 @@ def run(argv: list[str], started: int) -> int:
     try:
         if PROBE in os.environ:
             # What an update imports only after the exec must be sound, too.
+            from pyvmm.machine import builder  # noqa: F401
             from pyvmm.migration import manager, outgoing, preflight  # noqa: F401
             from pyvmm.monitor import attach  # noqa: F401
 
@@ -174,7 +176,8 @@ def restore_terminal(carried: CprState) -> None:
 
 
 def serve(argv: list[str], started: int, carried: CprState | None = None) -> int:
-    """Build the machine, start or load the guest, and run the main loop; the exit code."""
+    """Build the machine, start or load the guest, and run the main loop; return the exit
+    code."""
     from pyvmm import wayback
     from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
@@ -198,7 +201,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     handover = Handover(carried.fds, carried.values) if carried else Handover()
     if carried is None:
-        # Until the main loop is there to end in order; for an update all of them wait.
+        # Until the main loop is there to end the VMM in order; in an update they wait, blocked.
         for number in ENDING:
             _signal.signal(number, end_early)
     # Before anything is opened that a running VM of the same name may be using.
@@ -234,7 +237,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         gc.enable()
         tell_drops(loop)
         loop.run()
-        # Also of one that still waits for its state: who ends it does not want the old image back.
+        # Also if this image still waits for its state: who ends it does not want the old one back.
         wayback.close()
         return machine.end.exit_code
     finally:
@@ -254,12 +257,12 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
 
 
 def end_early(number: int, _frame: object) -> None:
-    """A signal that comes before the machine is built: undo what there is of it, and end."""
+    """End for a signal that comes before the machine is built; undo what there is of it."""
     raise SystemExit(128 + number)
 
 
 def handle_signals(machine: Machine) -> None:
-    """SIGINT, SIGTERM and SIGHUP end the VMM in order; a peer that went away is no signal."""
+    """Have SIGINT, SIGTERM and SIGHUP end the VMM in order, and ignore SIGPIPE."""
     _signal.signal(_signal.SIGPIPE, _signal.SIG_IGN)
     machine.loop.watch_signals()
 
@@ -282,7 +285,7 @@ def unblock_signals() -> None:
 
 
 def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFrontend]:
-    """Put a monitor on each chardev that is to have one."""
+    """Put a monitor on each chardev that is to have one; return the monitors."""
     if not machine.monitors:
         return []
     try:
@@ -296,8 +299,8 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
 
 
 def import_ahead(machine: Machine, migration: Migration) -> None:
-    """Have each part import what it has use for later: not when an update or a reset comes, for the
-    package on disk may be another version by then, and so may be the kernel."""
+    """Have each part import what it needs later: when an update or a reset comes, the package on
+    disk may be another version, and the kernel file another, too."""
     from pyvmm.machine import cpu
 
     parts: tuple[tuple[str, Callable[[], None]], ...] = (
@@ -323,14 +326,15 @@ def tell_drops(loop: EventLoop) -> None:
 
 
 def reserve(name: str) -> Entry:
-    """Take the name for this process, or refuse to start."""
+    """Take the name for this process, or refuse to start; return its entry in the run directory."""
     from pyvmm import rundir
 
     return rundir.reserve(name)
 
 
 def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publication | None:
-    """Make the VM known in the run directory, or go on there for the image before."""
+    """Make the VM known in the run directory, or go on there for the image before; return
+    its publication; None, with a warning, if there can be none."""
     try:
         from pyvmm.monitor.server import Publication
 

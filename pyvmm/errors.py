@@ -42,7 +42,7 @@ class RamError(HostError):
 
 
 class GuestError(PyvmmError):
-    """The guest did what no guest should; never leaves the device or the loader."""
+    """The guest did what no guest should. The error never leaves device or loader."""
 
 
 class StateError(PyvmmError):
@@ -74,7 +74,7 @@ class InternalError(PyvmmError):
 
 
 def place(error: BaseException) -> str:
-    """Module and function that raised an error; empty if it was not raised."""
+    """Return the module and function that raised an error; empty if it was not raised."""
     trace = error.__traceback__
     if trace is None:
         return ""

@@ -63,7 +63,7 @@ class Entry:
         return decode_name(os.path.basename(self.path))
 
     def file(self, name: str) -> str:
-        """Path of one of :data:`FILES`."""
+        """Return the path of one of :data:`FILES`."""
         return os.path.join(self.path, name)
 
     def write_info(self, values: dict[str, int | str]) -> None:
@@ -88,7 +88,7 @@ class Entry:
 
 
 def base() -> str:
-    """The directory of all entries of this user; it need not exist."""
+    """Return the directory of all entries of this user; it need not exist."""
     uid = os.geteuid()
     for parent in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{uid}"):
         try:
@@ -101,7 +101,7 @@ def base() -> str:
 
 
 def encode_name(name: str) -> str:
-    """A VM's name as a file name: other characters than the usual ones as %XX."""
+    """Return a VM's name as a file name: other characters than the usual ones as %XX."""
     safe = _SAFE if name.strip(".") else ()
     return "".join(
         char if char in safe else "".join(f"%{byte:02X}" for byte in os.fsencode(char))
@@ -110,7 +110,7 @@ def encode_name(name: str) -> str:
 
 
 def decode_name(text: str) -> str:
-    """Undo :func:`encode_name`."""
+    """Return the VM's name that :func:`encode_name` made ``text`` of."""
     head, *rest = text.split("%")
     raw = os.fsencode(head)
     for part in rest:
@@ -122,7 +122,7 @@ def decode_name(text: str) -> str:
 
 
 def reserve(name: str) -> Entry:
-    """Take a name, and clear away what a dead VM left under it.
+    """Take a name, clear away what a dead VM left under it, and return the entry.
 
     :raises NameInUseError: a running VM has it
     :raises ConfigError: the name is not possible
@@ -158,9 +158,8 @@ def reserve(name: str) -> Entry:
 
 
 def inherit(lock_fd: int) -> Entry | None:
-    """The entry of the image before, by the lock that came through the exec; None, and the
-    lock closed, if somebody removed its directory meanwhile.
-    """
+    """Return the entry of the image before, by the lock that came through the exec. If somebody
+    removed its directory meanwhile, close the lock and return None."""
     path = os.path.dirname(os.readlink(f"/proc/self/fd/{lock_fd}"))
     if try_lock(lock_fd) and _is_current(path, lock_fd):
         return Entry(path, lock_fd)
@@ -169,7 +168,7 @@ def inherit(lock_fd: int) -> Entry | None:
 
 
 def names() -> list[str]:
-    """Names of the VMs that run; what dead ones left is removed.
+    """Return the names of the VMs that run; what dead ones left is removed.
 
     :raises HostError: the run directory is not this user's own
     """
@@ -185,7 +184,7 @@ def names() -> list[str]:
 
 
 def directory(name: str) -> str:
-    """The directory of the VM of that name, which may not exist.
+    """Return the directory of the VM of that name, which may not exist.
 
     :raises ConfigError: the name is not possible
     """
@@ -193,7 +192,7 @@ def directory(name: str) -> str:
 
 
 def read_info(path: str) -> dict[str, Any]:
-    """What an entry says about its VM: ``pid``, ``memory`` (bytes), ``smp``, ``started``
+    """Return what an entry says about its VM: ``pid``, ``memory`` (bytes), ``smp``, ``started``
     (CLOCK_MONOTONIC, ms), ``updates``, all int, and ``version``; empty if it says nothing."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
@@ -214,12 +213,12 @@ def read_info(path: str) -> dict[str, Any]:
 
 
 def is_alive(pid: object) -> bool:
-    """Whether there is a process of that id."""
+    """Return whether there is a process of that id."""
     return type(pid) is int and 0 < pid < 1 << 31 and os.path.exists(f"/proc/{pid}")
 
 
 def try_lock(fd: int) -> bool:
-    """Take the lock; whether this open file description has it now."""
+    """Try to take the lock; return whether this open file description has it now."""
     try:
         _fcntl_lock(fd, fcntl.F_OFD_SETLK)
     except OSError as error:
@@ -230,7 +229,7 @@ def try_lock(fd: int) -> bool:
 
 
 def is_locked(fd: int) -> bool:
-    """Whether somebody else has the lock."""
+    """Return whether somebody else has the lock."""
     found: int = _FLOCK.unpack(_fcntl_lock(fd, fcntl.F_OFD_GETLK))[0]
     return found != fcntl.F_UNLCK
 
@@ -283,7 +282,7 @@ def _is_current(path: str, fd: int) -> bool:
 
 
 def _runs(path: str) -> bool:
-    """Whether the VM of an entry lives; what is left of a dead one is removed."""
+    """Return whether the VM of an entry lives; what is left of a dead one is removed."""
     try:
         _check_directory(path)
         fd = _open_lock(path)

@@ -130,8 +130,9 @@ def attempt(error: BaseException) -> None:
 
 
 def go(why: str, where: str = "") -> None:
-    """The same with words of one's own.
+    """Execute the old command, as :func:`attempt` does, with a reason that is no exception.
 
+    :param why: why this image cannot take over
     :param where: the function that failed
     """
     global _record

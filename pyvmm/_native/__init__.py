@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Buffer = bytes | bytearray | memoryview
 
     # All of them touch guest memory, by host address, and raise OSError with EFAULT where the
-    # host cannot back it. 2, 4 and 8 bytes are one load or store.
+    # host cannot back it. An access of 2, 4 or 8 bytes is one load or store.
     def peek(address: int, size: int) -> bytes: ...
     def poke(address: int, data: Buffer) -> None: ...
     def load(address: int, size: int) -> int: ...
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         """Write to each page without changing it."""
 
     def copy(to: Buffer, source: Buffer) -> None:
-        """Between buffers of one size, of which either may be guest memory."""
+        """Copy between buffers of one size; either may be guest memory."""
 
 
 __all__ = ["ffi", "ioctl", "ioctl_value", "lib", "memory_barrier"]
@@ -45,14 +45,15 @@ __all__ = ["ffi", "ioctl", "ioctl_value", "lib", "memory_barrier"]
 lib.pyvmm_install_guard()
 lib.pyvmm_add_functions(ffi.cast("void *", id(sys.modules[__name__])))
 
-#: No load behind it is done before all stores in front of it are seen.
+#: A full barrier: no load after it is done before the other CPUs see all stores before it.
 memory_barrier = lib.pyvmm_barrier
 
 
 def ioctl(fd: int, name: str, argument: Any, detail: str = "") -> int:
-    """Call an ioctl that takes a pointer (a cffi object, kept alive by the caller).
+    """Call an ioctl that takes a pointer (a cffi object, which the caller keeps alive).
 
     :param name: the request's name, e.g. ``KVM_SET_REGS``
+    :returns: the ioctl's result, 0 or more
     :raises KvmError: with the name and the error number
     """
     # KVM_CREATE_VM gives up for any signal, also for one that a tracer makes.
@@ -64,7 +65,7 @@ def ioctl(fd: int, name: str, argument: Any, detail: str = "") -> int:
 
 
 def ioctl_value(fd: int, name: str, argument: int = 0, detail: str = "") -> int:
-    """Call an ioctl that takes a number.
+    """Call an ioctl that takes a number; return its result, 0 or more.
 
     :raises KvmError: with the name and the error number
     """
@@ -88,7 +89,7 @@ def install_kick(signum: int) -> None:
 
 
 def rdtsc() -> int:
-    """The host's time stamp counter."""
+    """Return the host's time stamp counter."""
     return lib.pyvmm_rdtsc()
 
 
@@ -99,7 +100,7 @@ _held: Any = None
 def hold_memory(keep_fds: list[int], release_fd: int) -> int:
     """Start a task that keeps this address space and ``keep_fds`` alive over an execve.
 
-    One such task at a time; its descriptors may be any number. It ends when ``release_fd``, the
+    There is one at a time, with any number of descriptors. It ends when ``release_fd``, the
     read end of a pipe, reaches end of file. The caller (or the image that replaces it) reaps it
     with ``os.waitpid(pid, os.__WALL)`` semantics.
 

@@ -5,7 +5,7 @@ setuptools runs these three command classes (named in pyproject.toml) for ``pip 
 
 The extension is one C file a subject, with a header that C and cffi read alike: what is for C
 alone stands there under ``#ifndef FOR_CFFI``. What cffi has to know of the kernel's headers is in
-``linux.cdef``. It makes ``_kvm.c`` of both. ``lib.pyi`` tells mypy what the module has then.
+``linux.cdef``. cffi makes ``_kvm.c`` of both. ``lib.pyi`` tells mypy what the module has.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
 #: Each is a C file and a header. cffi reads the headers in this order.
 SUBJECTS = ("kvm", "host", "carrier", "guard", "memory", "virtq")
-#: Those that do without libc: the compiler must add no call and no canary, as Python's flags ask.
+#: Subjects that do without libc. The compiler must add no call of it and no canary to them, which
+#: the flags that Python was built with ask for.
 FREESTANDING = ("carrier",)
 FREESTANDING_FLAGS = (
     "-ffreestanding",
@@ -47,7 +48,7 @@ PACKAGES = {
 
 
 def missing() -> list[str]:
-    """What a build needs and this host lacks: a subset of the keys of ``PACKAGES``."""
+    """Return what a build needs and this host lacks: a subset of the keys of ``PACKAGES``."""
     include = f"-I{sysconfig.get_path('include')}"
 
     def found(name: str) -> bool:

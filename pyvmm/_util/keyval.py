@@ -22,7 +22,7 @@ LARGEST_ID = 100
 def parse_keyval(
     text: str, option: str, *, implied_key: str = "", flags: Collection[str] = ()
 ) -> dict[str, str]:
-    """Split *text* into its keys and values, in the order in which they were written.
+    """Return the keys and values of *text*, in the order in which they were written.
 
     :param option: what the operator typed the text for, e.g. ``-chardev``; it opens every
         error
@@ -56,7 +56,7 @@ def parse_keyval(
 
 
 def check_text(text: str, option: str) -> None:
-    """Refuse what the kernel takes for no path or name.
+    """Refuse a text that the kernel takes for neither a path nor a name.
 
     :raises ConfigError: if *text* has a NUL or cannot be encoded
     """
@@ -81,11 +81,14 @@ class KeyedOption:
     options: dict[str, str]
 
     def text(self, key: str) -> str:
-        """A value as typed; empty if it is not given."""
+        """Return a value as typed; empty if it is not given."""
         return self.options.get(key, "")
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """A value that is on or off."""
+        """Return whether a value is on; *default* if it is not given.
+
+        :raises ConfigError: it is neither on nor off
+        """
         value = self.options.get(key)
         return default if value is None else parse_bool(value, self.option, key)
 
@@ -106,8 +109,8 @@ def check_keys(values: Iterable[str], known: Collection[str], option: str) -> No
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
-    """A question, for an error, about the one of *known* that is most like *word*; empty if none
-    is."""
+    """Return a question, for an error, about the one of *known* that is most like *word*; empty
+    if none is."""
     from difflib import get_close_matches
 
     close = get_close_matches(word[:60], known, 1)
@@ -115,7 +118,7 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
 
 
 def check_id(id: str, option: str) -> None:
-    """Refuse what is no name: a letter, then letters, digits, and any of ``-._``.
+    """Refuse what is no name. A name is a letter, then letters, digits, and any of ``-._``.
 
     :raises ConfigError: with the mend
     """

@@ -2,8 +2,8 @@
 
 Whoever reads them is a stranger: a pipe whose reader stopped or left, a terminal that was hung
 up or holds its output back (Ctrl-S), a file on a full disk. So nothing here raises or waits for
-a reader. What is not taken is dropped and counted, and how much it was stands before the next
-message that is taken. Any thread; what a regular file takes, it takes as fast as its disk.
+a reader. A message that is not taken is dropped and counted, and the number stands before the next
+one that is taken. Any thread may call; a regular file takes a message as fast as its disk does.
 
 O_NONBLOCK belongs to the open file description, which the shell and others share. So a pipe or
 a terminal is opened anew for each message, of which there are few; what cannot be opened anew
@@ -34,7 +34,7 @@ _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, err
 class Sink:
     """A descriptor that messages go to, a line or several at a time.
 
-    :param fd: it stays the caller's, and as it is
+    :param fd: it stays the caller's, with the flags that it has
     """
 
     def __init__(self, fd: int) -> None:
@@ -50,7 +50,7 @@ class Sink:
     def write(self, text: str, patience_s: float = 0) -> bool:
         """Write lines; return whether they were taken.
 
-        :param patience_s: wait so long for a reader, where nothing else is waiting
+        :param patience_s: how long to wait for a reader; 0 if anything waits for the caller
         """
         if patience_s:
             self._wait_writable(patience_s)
@@ -62,7 +62,8 @@ class Sink:
         return self._untold == 0 or self._guarded("") in (0, *_GONE)
 
     def _guarded(self, text: str) -> int:
-        """Write after what is still to be told; return 0, or an error number."""
+        """Write *text*, and before it how many messages were dropped, if that was not told yet;
+        return 0, or an error number."""
         # A handler of a signal may come here again in the middle of it.
         locked = self._lock.acquire(timeout=_LOCK_TIMEOUT_S)
         try:
@@ -121,7 +122,7 @@ class Stream:
         self._line = ""
 
     def write(self, text: str) -> int:
-        """Keep the beginning of a line, write what is complete."""
+        """Write the lines that are complete and keep the rest; return the length of *text*."""
         lines, newline, rest = (self._line + text).rpartition("\n")
         self._line = rest[-LONGEST:]
         for line in lines.split("\n") if newline else ():
@@ -129,18 +130,18 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
-        """A line that has no end yet waits for it."""
+        """Do nothing: a line that has no end yet waits for it."""
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether the descriptor is a terminal."""
         return os.isatty(self._sink.fd)
 
     def fileno(self) -> int:
-        """The descriptor behind it."""
+        """Return the descriptor behind it."""
         return self._sink.fd
 
     def writable(self) -> bool:
-        """As a text stream says it: always."""
+        """Return True, as a text stream does that can be written."""
         return True
 
 
@@ -159,12 +160,12 @@ def guard_stderr() -> None:
 
 
 def _write_now(fd: int, data: bytes) -> int:
-    """Write what can be written without waiting for a reader; how many bytes it was.
+    """Write what can be written without waiting for a reader; return how many bytes it was.
 
     :raises OSError: nothing was
     """
     if stat.S_ISREG(os.fstat(fd).st_mode):
-        # Opened anew it would be at its beginning.
+        # A file that is opened anew would be written from its beginning.
         return os.write(fd, data)
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:

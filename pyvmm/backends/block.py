@@ -63,12 +63,12 @@ class BlockFile:
     """
 
     def __init__(self, config: BlockConfig, handover: Handover) -> None:
-        """Open it, or take it over from the image before; lock it.
+        """Open the disk image, or take it over from the image before; lock it.
 
         :raises ConfigError: it cannot be opened, is in use, or is not what the options say
-        :raises HostError: what was inherited is not this image
-        :raises MigrationError: an image before has not handed it over: a fresh one may be another
-            file, and somebody else's by now
+        :raises HostError: what was inherited is not this disk image
+        :raises MigrationError: the image before did not hand it over: by now the path may be of
+            another file, or somebody else may use it
         """
         self.config = config
         self.read_only = config.read_only
@@ -85,13 +85,13 @@ class BlockFile:
         self._parcel.keep(self.fd)
 
     def close(self) -> None:
-        """Give it back; the locks go with it."""
+        """Close the disk image; the locks go with its descriptor."""
         self._parcel.close(self.fd)
 
     # ---- requests --------------------------------------------------------------------------
 
     def read(self, buffers: Buffers, offset: int) -> None:
-        """Fill the buffers from ``offset``."""
+        """Fill the buffers from ``offset``; what the last sector lacks in the file is zeroes."""
 
         def call(part: Buffers, at: int) -> int:
             return os.preadv(self.fd, part, at)
@@ -106,7 +106,7 @@ class BlockFile:
             buffer[:] = bytes(len(buffer))
 
     def read_cached(self, buffers: Buffers, offset: int) -> bool:
-        """The same if it takes no waiting; whether it was done."""
+        """Do as :meth:`read` if that takes no waiting; return whether it was done."""
         if self.is_memory:
             self.read(buffers, offset)
             return True
@@ -119,7 +119,7 @@ class BlockFile:
 
     @property
     def read_flags(self) -> int:
-        """Of a preadv2 that does not wait; -1 if there are none."""
+        """Flags of a preadv2 that does not wait; -1 if there are none."""
         if self.is_memory:
             return 0
         return os.RWF_NOWAIT if self._can_try else -1
@@ -132,7 +132,7 @@ class BlockFile:
     def write(self, buffers: Buffers, offset: int, *, durable: bool = False) -> None:
         """Write the buffers to ``offset``.
 
-        :param durable: not only to the cache
+        :param durable: to the disk itself, not only to the cache
         """
         flags = os.RWF_DSYNC if durable and not self.config.no_flush else 0
         if len(buffers) == 1 and not self.config.direct:
@@ -161,7 +161,7 @@ class BlockFile:
             raise
 
     def discard(self, offset: int, length: int) -> None:
-        """The range's contents are no longer needed."""
+        """Let the host free the range, whose contents the guest needs no longer."""
         if not self.config.unmap or not length:
             return
         try:
@@ -213,14 +213,14 @@ class BlockFile:
         fs_type = lib.pyvmm_fs_type(self.fd)
         self.is_memory = fs_type == _TMPFS and not self.is_device and not config.direct
         self._can_try = not config.direct and self._probe_nowait()
-        # Not again in an update: it reads from the disk, and the guest stands meanwhile. The
-        # block size that the guest has, which is part of the state, has been judged by it.
+        # An update does not probe again: probing reads from the disk, and the guest stands
+        # meanwhile. The first probe has judged the guest's block size, which the state carries.
         self.alignment = (
             self._probe_alignment() if config.direct and (self.is_device or not probed) else SECTOR
         )
 
     def _check_adopted(self) -> bool:
-        """Refuse what is not this image; set O_DIRECT as the options say now.
+        """Refuse what is not this disk image; set O_DIRECT as the options say now.
 
         :returns: whether it had that before
         """
@@ -286,7 +286,7 @@ class BlockFile:
         return True
 
     def _probe_alignment(self) -> int:
-        # O_DIRECT wants the blocks of whatever lies below; what it takes tells their size.
+        # O_DIRECT takes whole blocks of whatever lies below; what it takes tells their size.
         if self.is_device:
             (size,) = struct.unpack("i", fcntl.ioctl(self.fd, _BLKSSZGET, bytes(4)))
             return int(size)
@@ -306,7 +306,7 @@ class BlockFile:
     # ---- transfers -------------------------------------------------------------------------
 
     def _transfer(self, call: Call, buffers: Buffers, offset: int, *, reading: bool) -> int:
-        """Repeat ``call`` until everything is done or nothing more comes; bytes done."""
+        """Repeat ``call`` until everything is done or nothing more comes; return the bytes done."""
         total, done = sum(map(len, buffers)), 0
         part = buffers
         while done < total:
@@ -325,7 +325,8 @@ class BlockFile:
         return done
 
     def _bounce(self, call: Call, buffers: Buffers, offset: int, reading: bool) -> int:
-        """One ``call`` on aligned memory for as much of the buffers as it holds."""
+        """Make one ``call`` on aligned memory, for as much of the buffers as that holds; return the
+        bytes done."""
         block = memoryview(mmap.mmap(-1, min(sum(map(len, buffers)), _BOUNCE)))
         theirs = _slice(buffers, 0, len(block))
         if not reading:
@@ -353,7 +354,7 @@ def _copy(buffers: Buffers, block: memoryview, *, to_block: bool) -> None:
 
 
 def _slice(buffers: Buffers, start: int, end: int) -> Buffers:
-    """The parts of the buffers that hold bytes ``start`` to ``end`` of the whole."""
+    """Return the parts of the buffers that hold bytes ``start`` to ``end`` of the whole."""
     found = []
     at = 0
     for buffer in buffers:

@@ -84,17 +84,17 @@ class BlockConfig:
         return f"-drive {self.id}" if self.is_drive else f"-blockdev {self.id}"
 
     def shape(self) -> str:
-        """What has to stay the same over a live update."""
+        """Return what has to stay the same over a live update."""
         access = ",read-only" if self.read_only else ""
         try:
             path = os.path.abspath(self.filename)
-        except OSError:  # the working directory was deleted; for both disk images
+        except OSError:  # the working directory was deleted, which both images find
             path = self.filename
         return f"{self.id}={path}{access}"
 
 
 class BlockOptions:
-    """Collects ``-drive`` and ``-blockdev``, and says in the end what there is.
+    """Collects ``-drive`` and ``-blockdev``, and tells in the end what disk images there are.
 
     :ivar implied: the drives that ``if=virtio`` asks for a device for, in order
     """
@@ -187,7 +187,7 @@ class BlockOptions:
         self._nodes[name] = keys
 
     def complete(self) -> list[BlockConfig]:
-        """The disk images, each once.
+        """Return the disk images, each once.
 
         :raises ConfigError: a ``file=`` that is no node, or is used twice
         """

@@ -37,7 +37,7 @@ class InUseError(OSError):
 
 
 def lock(fd: int, *, writing: bool, share_rw: bool = False, inherited: bool = False) -> None:
-    """Lock the disk image; once more on the same descriptor changes nothing.
+    """Lock the disk image; a second call for the same descriptor changes nothing.
 
     :param share_rw: allow others to write, as cluster file systems need it
     :param inherited: the image before has locked it, and may come back: its locks stay as

@@ -1,7 +1,7 @@
 """Where random numbers come from: ``-object rng-builtin`` and ``rng-random``, under QEMU's names.
 
-The kernel's generator, which never blocks, or a file or device that the operator names: what it
-has not yet is waited for in the loop. Loop thread only.
+The kernel's generator, which never blocks, or a file or device that the operator names, for whose
+bytes the loop waits. Loop thread only.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Rng:
     """The kernel's generator."""
 
     def read(self, count: int, ready: Callable[[], None]) -> bytes:
-        """At most ``count`` random bytes; none if there are none now.
+        """Return at most ``count`` random bytes; none if there are none now.
 
         :param ready: called when there are some again
         """

@@ -15,7 +15,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 def path(name: str, *, required: bool = True) -> str:
     """Return the path of the file *name*: in an installed package, or built beside a checkout.
 
-    :param required: False if it is of use and not necessary: any place will do then
+    :param required: False if the caller can do without: the path may be of no file then
     :raises ConfigError: it has not been built
     """
     checkout = os.path.dirname(_PACKAGE)

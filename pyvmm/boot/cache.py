@@ -85,7 +85,7 @@ def _length(size: int) -> bytes:
 
 
 def _folder(make: bool = False) -> str:
-    """The cache's folder.
+    """Return the cache's folder.
 
     :raises OSError: there is none, or others than the user can put kernels there
     """

@@ -74,7 +74,8 @@ class BootFiles:
         return self._open(path, option)
 
     def forget_unkept(self, *options: str) -> None:
-        """After a load that failed: whoever mends a file may put another in its place.
+        """Close files that are not kept yet, after a load that failed: whoever mends a file may put
+        another in its place.
 
         :param options: what to forget; default: all
         """

@@ -128,7 +128,7 @@ def _other(blob: Blob) -> str:
 
 
 def _plain(head: bytes) -> str:
-    """Name what has no magic number; empty if it cannot be named."""
+    """Return what a file without a magic number is, and the mend; empty if it does not show."""
     start = head[:512]
     if not any(head):
         return "a file of zeros; build or copy the kernel again"
@@ -144,7 +144,8 @@ def _plain(head: bytes) -> str:
 
 
 def _efi(blob: Blob, head: bytes) -> str:
-    """Name an EFI or DOS program; empty if it is none (PE format, "COFF File Header" on)."""
+    """Return what kind of EFI or DOS program it is, and the mend; empty if it is none (PE format,
+    "COFF File Header" on)."""
     if not head.startswith(b"MZ") or len(head) < 0x40:
         return ""
     (at,) = struct.unpack_from("<I", head, 0x3C)

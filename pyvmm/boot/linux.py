@@ -32,7 +32,7 @@ _ALIGN_MIN = 2 << 20
 class LinuxKernel:
     """A kernel in guest memory, from ``start`` up to ``end``, to be entered at ``entry``.
 
-    ``header`` is its setup header, empty if it has none; the other two are limits as there.
+    ``header`` is its setup header, empty if it has none; the other two are the limits that it sets.
     """
 
     __slots__ = ("cmdline_size", "end", "entry", "header", "initrd_addr_max", "start")
@@ -65,7 +65,7 @@ def is_vmlinux(executable: Elf) -> bool:
 def load_vmlinux(
     memory: GuestMemory, blob: Blob, executable: Elf, header: BzImage | None = None
 ) -> LinuxKernel:
-    """Load the 64-bit ELF file *blob*.
+    """Load the 64-bit ELF file *blob*; return the kernel.
 
     :param header: of the bzImage that it was unpacked from
     :raises ConfigError: it cannot lie where it is linked for
@@ -78,7 +78,8 @@ def load_vmlinux(
 
 
 def load_bzimage(memory: GuestMemory, blob: Blob, by_host: bool) -> LinuxKernel:
-    """Load the bzImage *blob*, unpacked if *by_host* says so and its format is known.
+    """Load the bzImage *blob*, unpacked if *by_host* says so and its format is known; return the
+    kernel.
 
     :raises ConfigError: it is malformed, or there is no RAM where it is meant to run
     """

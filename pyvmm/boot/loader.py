@@ -5,9 +5,10 @@ multiboot header, what an ELF file of 64 bits without either has if it is Linux 
 is_vmlinux``), a boot sector's signature. What shows none of these is refused by name. With
 ``-machine kernel-type`` the operator says what it is. Of a kernel that can do both, a 32-bit one
 is entered by multiboot, as other loaders do, and a 64-bit one by PVH, since multiboot knows 32-bit
-ELF only. Main thread, while no vCPU runs: before the start and
-again at each reset, since the guest has written over its own kernel by then. After a live update
-nothing is loaded.
+ELF only.
+
+Main thread, while no vCPU runs: before the start and again at each reset, since the guest has
+written over its own kernel by then. After a live update nothing is loaded.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def load(
     rsdp: int = 0,
     open_file: Callable[[str, str], FileBlob] = FileBlob,
 ) -> LoadedKernel:
-    """Load as *config* says, and leave the boot record for the ROM.
+    """Load as *config* says, and leave the boot record for the ROM; return how to enter.
 
     :param rsdp: guest-physical address of the ACPI tables' root pointer; 0 if there are none
     :param open_file: opens a file by path and option, or has it still (``BootFiles.open``)

@@ -38,7 +38,7 @@ def ranges(size: int) -> list[tuple[int, int, int]]:
 
 
 def add(memory: GuestMemory, backend: RamBackend, ram: RamBackend) -> None:
-    """Add *backend*, which holds them, to guest memory, read-only.
+    """Add *backend*, which holds the ROM's bytes, to guest memory, read-only.
 
     The place of option ROMs below it is filled with what *ram* has there, where it is not seen as
     RAM: zeros, which the guest cannot change either.

@@ -23,7 +23,7 @@ _LZ4_BLOCK = 8 << 20
 
 
 def is_known(payload: bytes) -> bool:
-    """Whether :func:`unpack` knows the format that *payload* begins as."""
+    """Return whether :func:`unpack` knows the format that *payload* begins as."""
     return any(payload.startswith(magic) for magic in _FORMATS)
 
 

@@ -41,7 +41,7 @@ class Address:
         self.option = option
 
     def __str__(self) -> str:
-        """As ``info chardev`` prints it."""
+        """Return the address as ``info chardev`` prints it."""
         raise NotImplementedError
 
     def resolve(self) -> None:
@@ -51,29 +51,29 @@ class Address:
         """
 
     def find(self, loop: EventLoop, done: Callable[[ConfigError | None], None]) -> None:
-        """The same without waiting for name servers.
+        """Find :attr:`sockaddr` without waiting for name servers.
 
         :param done: called with what was wrong, if anything, at once or from the loop
         """
         done(None)
 
     def listen(self) -> _socket.socket:
-        """A nonblocking socket that listens here.
+        """Return a nonblocking socket that listens here.
 
         :raises ConfigError: if the address is in use or not possible
         """
         raise NotImplementedError
 
     def matches(self, listener: _socket.socket) -> bool:
-        """Whether an inherited listener is for this address."""
+        """Return whether an inherited listener is for this address."""
         raise NotImplementedError
 
     def peer(self, fd: int) -> str:
-        """Who is connected, as ``info chardev`` appends it."""
+        """Return who is connected, as ``info chardev`` appends it."""
         return ""
 
     def save_state(self) -> bytes:
-        """What the next image has to know to clean up."""
+        """Return what the next image has to know to clean up."""
         return b""
 
     def load_state(self, state: bytes) -> None:
@@ -85,7 +85,7 @@ class Address:
             raise ValueError(f"{len(state)} bytes of state, not 0")
 
     def remove(self) -> None:
-        """Leave nothing of a listener behind."""
+        """Remove what a listener leaves behind in the file system."""
 
 
 class UnixAddress(Address):

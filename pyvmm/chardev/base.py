@@ -37,7 +37,7 @@ class Frontend:
     rights: Rights | None = None
 
     def can_receive(self) -> int:
-        """How many bytes it takes now."""
+        """Return how many bytes the front end takes now."""
         return 0
 
     def receive(self, data: bytes) -> None:
@@ -47,7 +47,7 @@ class Frontend:
         """One of the events above happened."""
 
     def handle_writable(self) -> None:
-        """Output is taken again after a write that was cut short."""
+        """The chardev takes output again, after a write that was cut short."""
 
 
 class Chardev(Passenger):
@@ -55,7 +55,7 @@ class Chardev(Passenger):
 
     :param id: the name given on the command line
     :param loop: serves the descriptors
-    :param handover: its parcel there is the chardev of that id
+    :param handover: has the parcel of the chardev of that id
     """
 
     #: Whether a person sits at the other end (colour, line editing).
@@ -101,11 +101,12 @@ class Chardev(Passenger):
         self.accept_input()
 
     def write(self, data: bytes) -> int:
-        """Write without blocking; how many bytes were taken.
+        """Write without blocking; return how many bytes were taken.
 
-        What was taken has reached the kernel: it cannot be lost by an exec. With no peer
-        all are taken and dropped; what a peer or a file refuses is so, too, and counted.
-        After a short write the front end's ``handle_writable`` comes once. Any thread.
+        What was taken has reached the kernel: it cannot be lost by an exec. Without a peer
+        all bytes are taken and dropped; those that a peer or a file refuses likewise, and they
+        are counted. After a short write the front end's ``handle_writable`` is called once.
+        Any thread.
         """
         raise NotImplementedError
 
@@ -127,7 +128,7 @@ class Chardev(Passenger):
         """Block until a peer is there, if the options ask for that (``wait=on``)."""
 
     def window_size(self) -> tuple[int, int]:
-        """Rows and columns of the terminal."""
+        """Return rows and columns of the terminal."""
         return 24, 80
 
     def save_state(self) -> bytes:
@@ -174,7 +175,7 @@ class Outbox:
             self._flush()
 
     def pending(self) -> bytes:
-        """What is still queued, for a save."""
+        """Return what is still queued, for a save."""
         with self._lock:
             return bytes(self._pending)
 

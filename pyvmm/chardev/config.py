@@ -68,25 +68,25 @@ class ChardevConfig(KeyedOption):
         self._check()
 
     def number(self, key: str, default: int = 0) -> int:
-        """A port, or a number of seconds."""
+        """Return a port, or a number of seconds; *default* if it is not given."""
         value = self.options.get(key)
         largest = 65535 if key == "port" else 86400
         return default if value is None else parse_int(value, self.option, key, 0, largest)
 
     def size(self, key: str, default: int) -> int:
-        """A number of bytes."""
+        """Return a number of bytes; *default* if it is not given."""
         value = self.options.get(key)
         if value is None:
             return default
         return parse_size(value, f"{self.option}: {key}", maximum=_LARGEST_SIZE)
 
     def line(self) -> str:
-        """As the value of ``-chardev``."""
+        """Return the value of ``-chardev`` that asks for the same."""
         items = [self.kind, f"id={self.id}", *(f"{k}={v}" for k, v in self.options.items())]
         return ",".join(item.replace(",", ",,") for item in items)
 
     def shape(self) -> str:
-        """What has to stay the same over a live update, for its descriptors to fit."""
+        """Return what has to stay the same over a live update, for the descriptors to fit."""
         family = ("unix " if "path" in self.options else "tcp ") if self.kind == "socket" else ""
         return f"{family}{self.kind}{',mux=on' if self.flag('mux') else ''}"
 
@@ -130,7 +130,7 @@ class ChardevConfig(KeyedOption):
 
 
 def parse_chardev(text: str, option: str = "-chardev") -> ChardevConfig:
-    """Read the value of ``-chardev``: ``KIND,id=ID,key=value``.
+    """Return what the value of ``-chardev`` asks for: ``KIND,id=ID,key=value``.
 
     :raises ConfigError: naming the option, the value and the mend
     """
@@ -222,7 +222,7 @@ def check_chardevs(configs: Iterable[ChardevConfig]) -> None:
 
 
 def _parse_address(kind: str, text: str, option: str) -> dict[str, str]:
-    """``PATH,key=value`` or ``HOST:PORT,key=value``."""
+    """Return the options in ``PATH,key=value`` or ``HOST:PORT,key=value``."""
     values = parse_keyval(text, option, implied_key="address", flags=_flags([KINDS["socket"]]))
     address = values.pop("address", "")
     for key in ("path", "host", "port"):

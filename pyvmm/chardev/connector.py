@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STREAM, LISTENER = 0, 1
 _CONNECT_TIMEOUT_S = 10
-_PATIENCE_MS = 100  # if the guest runs
+_PATIENCE_MS = 100  # for an answer, while the guest runs
 _RETRY_S = 1.0  # after an accept that failed for want of descriptors or memory
 
 
@@ -45,7 +45,7 @@ class Connector:
     :param reconnect_s: for a client: call again so many seconds after a loss; 0 for never,
         but for one attempt after an update
     :param nodelay: send small TCP segments at once
-    :param running: whether the guest runs: what takes long goes on behind its back
+    :param running: whether the guest runs: a call that takes long goes on in the background
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Connector:
         self._closed = False
 
     def open(self) -> bool:
-        """Listen or call, or go on with what was inherited; whether a connection was.
+        """Listen or call, or go on with what was inherited; return whether a connection was.
 
         :raises ConfigError: if the address cannot be used; for a client that does not
             reconnect, also if nobody answers
@@ -146,7 +146,10 @@ class Connector:
         self._stop_calling()
 
     def _take(self, index: int, *, listening: bool) -> _socket.socket | None:
-        """The inherited socket of that index, once it is known to be one."""
+        """Return the inherited socket of that index; None if there is none.
+
+        :raises VmStateError: it is not the socket it should be
+        """
         fd = self._parcel.take(index)
         if fd is None:
             return None
@@ -167,7 +170,7 @@ class Connector:
         return sock
 
     def _answered(self, sock: _socket.socket) -> None:
-        """A peer is there."""
+        """Give the owner a connection: a peer is there."""
         sock.setblocking(False)
         if self._nodelay and sock.family != _socket.AF_UNIX:
             sock.setsockopt(_socket.IPPROTO_TCP, _socket.TCP_NODELAY, 1)

@@ -56,7 +56,8 @@ class ChardevSet:
         self.stdio: StdioChardev | None = None
 
     def create(self, config: ChardevConfig) -> Chardev:
-        """Make a chardev. With ``mux=on`` it is two: the mux, and ``ID-base`` under it.
+        """Make a chardev and return it. With ``mux=on`` it makes two: the mux, which it returns,
+        and ``ID-base`` under it.
 
         :raises ConfigError: if the name or stdio is taken, or what it names cannot be opened
         :raises HostError: if the host has no room for it
@@ -77,7 +78,7 @@ class ChardevSet:
         return chardev
 
     def claim(self, config: ChardevConfig) -> Chardev:
-        """The chardev for one front end: made now, or by ``-chardev`` before.
+        """Return the chardev for one front end: made now, or by ``-chardev`` before.
 
         Front ends of a mux get the focus in the order in which they claim it.
 
@@ -102,7 +103,7 @@ class ChardevSet:
         return chardev
 
     def add(self, config: ChardevConfig) -> Chardev:
-        """Make a chardev while the machine runs; updates keep it.
+        """Make a chardev while the machine runs, and return it; updates keep it.
 
         :raises PyvmmError: as :meth:`create`
         """
@@ -134,11 +135,11 @@ class ChardevSet:
         chardev.close()
 
     def get(self, id: str) -> Chardev | None:
-        """The chardev of that name."""
+        """Return the chardev of that name; None if there is none."""
         return self._chardevs.get(id)
 
     def items(self) -> list[tuple[str, Chardev]]:
-        """Names and chardevs, for ``info chardev``."""
+        """Return names and chardevs, for ``info chardev``."""
         return list(self._chardevs.items())
 
     def wait_connected(self) -> None:

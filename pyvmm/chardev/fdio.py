@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.handover import Handover
 
-# One read of one wake-up: a flood on one chardev must not keep the loop from the others.
+# Bytes that one wake-up reads: a flood on one chardev must not keep the loop from the others.
 CHUNK = 4096
 _RECOVER_S = 1.0
 # The host is short of memory, while poll(2) says that there is room: looked at again by time.
@@ -46,7 +46,7 @@ class FdChardev(Chardev):
         self._out = -1
         self._connected = False
         self._output_full = False  # a write was cut short, and handle_writable is owed
-        self._resting = False  # and not for want of room
+        self._resting = False  # for want of the host's memory: poll(2) would not wait
         self._hung_up = False  # the peer is gone, but not all it wrote has been read
         self._input_ended = False  # the peer will send no more, but is owed output
         self._input_wanted = False
@@ -66,8 +66,8 @@ class FdChardev(Chardev):
                 taken = 0
             except OSError as error:
                 if error.errno not in _SHORT:
-                    # Of a peer that reads and writes on one descriptor it says that nobody
-                    # is there, or will be in a moment.
+                    # With one descriptor for both directions the error says that the peer is
+                    # gone, or that reading will find it gone in a moment.
                     if self._in != self._out:
                         self.drop(len(data), error.strerror or str(error))
                     return len(data)
@@ -122,7 +122,7 @@ class FdChardev(Chardev):
     # For the kinds of chardev.
 
     def _open_stream(self, in_fd: int, out_fd: int) -> None:
-        """A peer is there. -1 for a direction that does not exist."""
+        """Begin with a peer, which is there. -1 stands for a direction that does not exist."""
         with self.lock:
             self._in, self._out = in_fd, out_fd
             self._output_full = False
@@ -169,7 +169,7 @@ class FdChardev(Chardev):
 
     def _watch(self, fd: int, events: int) -> None:
         # A hang-up cannot be masked: polling for nothing else would spin. That nobody reads
-        # is of no use before there is something to write.
+        # matters only once there is something to write.
         if not events and (fd != self._in or self._hung_up):
             self.loop.remove(fd)
         elif fd >= 0:
@@ -248,7 +248,8 @@ class FdChardev(Chardev):
 
 
 def read_socket(frontend: Frontend | None, fd: int, count: int) -> bytes:
-    """Read from a socket, together with the descriptors that come along if they are wanted."""
+    """Return up to ``count`` bytes from a socket. Descriptors that come along go to the front
+    end's ``rights``, if it has any."""
     rights = frontend.rights if frontend is not None else None
     return os.read(fd, count) if rights is None else rights.receive(fd, count)
 

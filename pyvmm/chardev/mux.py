@@ -61,7 +61,7 @@ class MuxChardev(Chardev, Frontend):
         base.attach(self)
 
     def frontend_chardev(self, index: int) -> MuxPort:
-        """The chardev for the front end of that number; number 0 begins with the focus.
+        """Return the chardev for the front end of that number; number 0 begins with the focus.
 
         :raises ConfigError: if there are too many
         """
@@ -248,7 +248,7 @@ class MuxChardev(Chardev, Frontend):
             self._flush_own()
 
     def _flush_own(self) -> bool:
-        """Whether all of the mux's own output is out."""
+        """Write the mux's own output; return whether all of it is out."""
         if self._own:
             del self._own[: self.base.write(bytes(self._own))]
         return not self._own
@@ -316,7 +316,7 @@ class MuxPort(Chardev):
             self.frontend.handle_event(event)
 
     def handle_writable(self) -> None:
-        """Output is taken again: pass it on if a write was cut short."""
+        """Tell the front end that output is taken again, if a write of its was cut short."""
         if self._cut_short:
             self._cut_short = False
             if self.frontend is not None:

@@ -131,8 +131,8 @@ class PtyChardev(FdChardev):
         return f"/dev/pts/{int.from_bytes(number, sys.byteorder)}"
 
     def _link(self, option: str, inherited: bool) -> None:
-        """Make the link, unless it is there already, by the image before us. If that was removed
-        and cannot be made again (its folder is gone, too), an update goes on without."""
+        """Make the link, unless the image before us has made it. If that link was removed and
+        cannot be made again (its folder is gone, too), an update goes on without."""
         present = _read_link(self._path)
         if present != self._terminal:
             try:

@@ -31,7 +31,7 @@ class Rights:
             self._add(fd)
 
     def receive(self, fd: int, count: int) -> bytes:
-        """Read like read(2), and keep what descriptors come along.
+        """Return what read(2) would, and keep the descriptors that come along.
 
         :raises OSError: as of recvmsg(2)
         """
@@ -50,7 +50,7 @@ class Rights:
         return bytes(data)
 
     def take(self) -> int | None:
-        """Return the oldest one; the caller owns it."""
+        """Return the oldest descriptor, which the caller owns then; None if none waits."""
         if not self._waiting:
             return None
         fd = self._waiting.pop(0)

@@ -40,7 +40,7 @@ class RingbufChardev(Chardev):
         return len(data)
 
     def read(self, count: int) -> bytes:
-        """Take up to ``count`` bytes out, oldest first."""
+        """Return up to ``count`` bytes, oldest first, and forget them."""
         with self.lock:
             data = bytes(self._data[:count])
             del self._data[:count]

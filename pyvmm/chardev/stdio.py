@@ -111,7 +111,7 @@ class StdioChardev(FdChardev):
         super().close()
 
     def _own(self, index: int, inherited: int | None) -> int:
-        """A descriptor of our own, to be preserved, for the caller's; -1 if that is closed.
+        """Return a descriptor of our own for the caller's, to be preserved; -1 if that is closed.
 
         A terminal or pipe is opened anew. A socket cannot be (it is used with MSG_DONTWAIT);
         a regular file would lose its position, and neither it nor /dev/null ever blocks.

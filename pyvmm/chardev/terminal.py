@@ -58,7 +58,7 @@ def raw_modes(modes: Modes, *, signals: bool, output: bool) -> Modes:
 
 
 def get_modes(fd: int) -> Modes:
-    """The present modes.
+    """Return the present modes.
 
     :raises OSError: if it is no terminal, or no more
     """
@@ -80,7 +80,7 @@ def set_modes(fd: int, modes: Modes) -> None:
 
 
 def makes_signals(fd: int) -> bool:
-    """Whether Ctrl-C makes a signal now; False for what is no terminal any more."""
+    """Return whether Ctrl-C makes a signal now; False for what is no terminal any more."""
     try:
         return bool(get_modes(fd)[_LFLAG] & termios.ISIG)
     except OSError:
@@ -88,13 +88,13 @@ def makes_signals(fd: int) -> bool:
 
 
 def pack_modes(modes: Modes) -> bytes:
-    """Modes as bytes, for :func:`unpack_modes` in another image."""
+    """Return modes as bytes, for :func:`unpack_modes` in another image."""
     keys = bytes(key if isinstance(key, int) else key[0] for key in modes[_CC])
     return _LAYOUT.pack(*modes[:_CC], keys.ljust(_NCCS, b"\0"))
 
 
 def unpack_modes(state: bytes, path: str) -> Modes:
-    """Modes from bytes that need not be trusted.
+    """Return the modes in bytes that need not be trusted.
 
     :param path: names the state in errors
     :raises VmStateError: if they are of another size
@@ -111,7 +111,7 @@ def unpack_modes(state: bytes, path: str) -> Modes:
 
 
 def window_size(fd: int) -> tuple[int, int]:
-    """Rows and columns; 24 and 80 for what has no size."""
+    """Return rows and columns; 24 and 80 for what has no size."""
     if not is_terminal(fd):
         return 24, 80
     try:
@@ -123,12 +123,12 @@ def window_size(fd: int) -> tuple[int, int]:
 
 
 def is_hung_up(fd: int) -> bool:
-    """Whether nobody is at the other end any more."""
+    """Return whether nobody is at the other end any more."""
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))
 
 
 def is_terminal(fd: int) -> bool:
-    """Whether a descriptor is a terminal; False for a closed one."""
+    """Return whether a descriptor is a terminal; False for a closed one."""
     return os.isatty(fd)

@@ -2,7 +2,7 @@
 
 Called from vCPU threads. A region's device is entered under the device's lock, so a device
 never sees two accesses at once. An address where nobody answers reads as all ones and
-ignores writes, as on a PC; unless it is RAM, which the host could not back when the guest
+ignores writes, as on a PC; unless it is RAM that the host could not back when the guest
 touched it: that access is made here.
 
 Regions come, go and move while vCPUs run (a BAR that the guest moves). A vCPU's thread looks at
@@ -39,7 +39,7 @@ class BusDevice:
     lock: LockType
 
     def on_read(self, offset: int, size: int) -> int:
-        """Answer a read. The result is cut to ``size`` bytes."""
+        """Return what a read gives; the bus cuts it to ``size`` bytes."""
         return (1 << 8 * size) - 1
 
     def on_write(self, offset: int, size: int, value: int) -> None:
@@ -76,7 +76,7 @@ class Bus:
         self.size = size
         self._ram = ram
         self._changing = Lock()
-        # Their first addresses, and the regions, in rising order; replaced as one.
+        # The regions' first addresses, and the regions, in rising order; replaced as one.
         self._map: tuple[tuple[int, ...], tuple[Region, ...]] = ((), ())
 
     @property
@@ -87,7 +87,8 @@ class Bus:
     def add(
         self, start: int, length: int, device: BusDevice, name: str, *, width: int = 1
     ) -> Region:
-        """Give ``device`` the addresses ``start`` to ``start + length - 1``. Any thread.
+        """Give ``device`` the addresses ``start`` to ``start + length - 1``; return the region.
+        Any thread.
 
         :param width: widest access the device takes, in bytes; wider ones are split into
             consecutive accesses of this width, lowest address first
@@ -108,7 +109,7 @@ class Bus:
 
     def move(self, region: Region, start: int) -> Region:
         """Put a region elsewhere and return it as it is there: every access finds it at the one
-        place or the other, and never at both. Likewise.
+        place or the other, and never at both. Threads as with :meth:`remove`.
 
         :raises InternalError: it is not there, or overlaps another, or leaves the bus; it stays
         """
@@ -145,9 +146,9 @@ class Bus:
         return None
 
     def read(self, address: int, size: int) -> int:
-        """Read ``size`` bytes as a little-endian integer.
+        """Return ``size`` bytes as a little-endian integer.
 
-        :raises RamError: it is RAM, and the host still cannot back it
+        :raises RamError: the address is RAM that the host still cannot back
         """
         region = self.find(address)
         if region is None or not _fits(region, address, size):
@@ -159,7 +160,7 @@ class Bus:
     def write(self, address: int, size: int, value: int) -> None:
         """Write the low ``size`` bytes of ``value``.
 
-        :raises RamError: it is RAM, and the host still cannot back it
+        :raises RamError: the address is RAM that the host still cannot back
         """
         region = self.find(address)
         if region is None or not _fits(region, address, size):

@@ -28,7 +28,7 @@ HANGUP = select.POLLHUP | select.POLLERR
 # poll(2) takes an int.
 LONGEST_WAIT_MS = (1 << 31) - 1
 
-# How soon poll(2) is called again that failed: the host had no memory for it, or a limit on
+# How soon poll(2) is called again after it failed: the host had no memory for it, or a limit on
 # descriptors was lowered below their number.
 _RETRY_S = 0.05
 _WAKE_ATTEMPTS = 3
@@ -62,10 +62,11 @@ class EventLoop:
         #: Whether :meth:`stop` was called.
         self.stopping = False
         #: Called with the exception that a handler, timer or call raised, and with that
-        #: function, whose descriptor is no longer served. None: it leaves :meth:`run`.
+        #: function; a handler's descriptor is no longer served. None: it leaves :meth:`run`.
         self.on_error: Callable[[Exception, Callable[..., None]], None] | None = None
         self._signal_fds: tuple[int, ...] = ()
-        # Against close(). A signal handler may wake the loop in the middle of either.
+        # Keeps _wake from a descriptor that close() has closed. Reentrant, because a signal handler
+        # may wake the loop in the middle of either.
         self._wake_lock = _thread.RLock()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.add(self._wake_fd, READABLE, self._handle_wake)
@@ -85,7 +86,7 @@ class EventLoop:
             self._poll.unregister(fd)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        """Call once, ``delay_s`` seconds from now."""
+        """Call once, ``delay_s`` seconds from now; return the timer, to cancel it."""
         timer = Timer(time.monotonic() + delay_s, callback)
         heappush(self._timers, timer)
         return timer
@@ -162,7 +163,7 @@ class EventLoop:
         except Exception as error:
             if self.on_error is None:
                 raise
-            # It is ready still, and would fail again without end.
+            # The descriptor is still ready: its handler would fail again without end.
             if self._handlers.get(fd) is function:
                 self.remove(fd)
             self.on_error(error, function)
@@ -193,7 +194,7 @@ def _drain(fd: int) -> None:
 
 
 def _signal_eventfd(fd: int) -> None:
-    # One that is full wakes the loop all the same; any other failure is the moment's.
+    # An eventfd that is full wakes the loop all the same; any other failure may pass at once.
     for _ in range(_WAKE_ATTEMPTS):
         try:
             os.eventfd_write(fd, 1)

@@ -91,7 +91,7 @@ class RunState:
             observer(old, new)
 
     def allows(self, new: str) -> bool:
-        """Whether ``new`` may follow the present state."""
+        """Return whether ``new`` may follow the present state."""
         return new in TRANSITIONS[self.state]
 
     @property
@@ -100,5 +100,5 @@ class RunState:
         return self.state == RUNNING
 
     def needs_reset(self) -> bool:
-        """Whether only a reset leads back to a running guest."""
+        """Return whether only a reset leads back to a running guest."""
         return self.state in (SHUTDOWN, INTERNAL_ERROR)

@@ -37,7 +37,7 @@ class Event:
         self._is_set = False
 
     def is_set(self) -> bool:
-        """Whether :meth:`set` came since the last :meth:`clear`."""
+        """Return whether :meth:`set` came since the last :meth:`clear`."""
         return self._is_set
 
     def set(self) -> None:
@@ -55,7 +55,8 @@ class Event:
                 self._lock.acquire()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Block until set, for ``timeout_s`` at most (None: for ever); whether it is set."""
+        """Block until the flag is set, for ``timeout_s`` at most (None: for ever); return whether
+        it is set."""
         # A deadline that has passed gives less than 0, which a lock does not accept.
         if self._lock.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0)):
             self._lock.release()
@@ -66,9 +67,10 @@ class Event:
 def spawn(target: Callable[[], None], on_crash: Callable[[BaseException], None]) -> None:
     """Start a daemon thread. An exception that leaves ``target`` goes to ``on_crash``.
 
-    Signals are the main thread's affair: what another thread took right before an execve
-    would be gone with it, while the main thread has those that end the VMM wait for it. But
-    SIGBUS is what the thread itself did, and a blocked one would end the process.
+    Signals are the main thread's affair: one that another thread took right before an execve
+    would be gone with that thread, while the main thread blocks those that end the VMM, so that
+    they wait. But SIGBUS is for what the thread itself did, and the kernel ends a process that
+    gets it blocked.
 
     :raises HostError: the host allows no further thread
     """

@@ -59,7 +59,7 @@ class Workers:
         return self._unfinished
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until all calls have returned; whether they have. One thread at a time."""
+        """Wait until all calls have ended; return whether they have. One thread at a time."""
         return self._idle.wait(timeout_s)
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Workers:
                 call()
             except Exception as error:
                 report_crash(error)
-            # Before anybody is told: it may hold views of guest memory.
+            # The call may hold views of guest memory, which must go before anybody is told.
             del call
             with self._lock:
                 self._unfinished -= 1

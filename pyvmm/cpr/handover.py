@@ -51,10 +51,10 @@ class Passenger:
     """What has host-side state that goes over an exec."""
 
     def quiesce(self) -> None:
-        """The exec is about to come; the guest runs."""
+        """An exec is about to come; the guest runs."""
 
     def restart(self) -> None:
-        """It did not come: go on."""
+        """The exec did not come: go on."""
 
     def save_state(self) -> bytes:
         """Return what the next image has to know; the guest stands."""
@@ -80,7 +80,7 @@ class Handover:
         self._states = dict(states or {})
         self._kept: dict[Key, int] = {}
         self._given: dict[str, bytes] = {}
-        # What must not be closed yet, and of that what is to be closed as soon as it may be.
+        # Descriptors that must not be closed yet, and those of them that are closed once they may.
         self._lent = set(self._fds.values())
         self._dropped: list[int] = []
         for fd in self._lent:
@@ -106,7 +106,7 @@ class Handover:
         return dict(self._kept)
 
     def kept_of(self, kind: str) -> dict[Key, int]:
-        """Return those of a kind, by id and index."""
+        """Return the kept descriptors of a kind, by id and index."""
         return {
             (name.removeprefix(f"{kind}/"), index): fd
             for (name, index), fd in self._kept.items()
@@ -125,31 +125,41 @@ class Handover:
 
     def close(self, fd: int) -> None:
         """Close a descriptor that is not preserved any more; one that was inherited not before
-        :meth:`settle`."""
+        :meth:`release`."""
         if fd in self._lent:
             self._lent.discard(fd)
             self._dropped.append(fd)
         else:
             os.close(fd)
 
-    def settle(self) -> list[Key]:
-        """The guest runs, and all that is wanted was taken: close the rest. Return the names and
-        indices of what nobody asked for."""
-        names = list(self._fds)
-        for fd in (*self._fds.values(), *self._dropped):
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # Linux has closed it even so; the guest runs
-        self._fds.clear()
-        self._dropped.clear()
+    def release(self) -> None:
+        """The guest runs, and the image before does not come back: close what is of no use, from
+        now on at once."""
         self._lent.clear()
+        while self._dropped:
+            _close(self._dropped.pop())
+
+    def settle(self) -> list[Key]:
+        """The same, and all that is wanted was taken: close the rest, too. Return the names and
+        indices of what nobody asked for."""
+        self.release()
+        names = list(self._fds)
+        for fd in self._fds.values():
+            _close(fd)
+        self._fds.clear()
         return names
 
     def set_inheritable(self, inheritable: bool) -> None:
         """Clear (or set again) close-on-exec on exactly the preserved descriptors."""
         for fd in self._kept.values():
             os.set_inheritable(fd, inheritable)
+
+
+def _close(fd: int) -> None:
+    try:
+        os.close(fd)
+    except OSError:
+        pass  # Linux has closed it even so; the guest runs
 
 
 class Parcel:
@@ -177,9 +187,9 @@ class Parcel:
         return self._handover._fds.pop((self.name, index), None)
 
     def require(self, what: str, index: int = 0) -> int | None:
-        """Return the same; None only in an image that no exec made.
+        """Do as :meth:`take`, but return None only in an image that no exec made.
 
-        :param what: it is, with the object's name
+        :param what: what the descriptor is, with the object's name, for the error
         :raises MigrationError: the image before did not hand it over, and a fresh one would be
             another
         """
@@ -212,11 +222,11 @@ class Parcel:
             raise InternalError(f"two descriptors are to be preserved as {self.name}[{index}]")
 
     def kept(self, index: int = 0) -> int | None:
-        """Return what is to be preserved."""
+        """Return the descriptor that is to be preserved; None if none is."""
         return self._handover._kept.get((self.name, index))
 
     def forget(self, index: int = 0) -> None:
-        """No longer preserve that; it is the caller's to close."""
+        """No longer preserve the descriptor, which the caller closes."""
         self._handover._kept.pop((self.name, index), None)
 
     def close(self, fd: int, index: int = 0) -> None:
@@ -236,9 +246,9 @@ class Parcel:
 
     @property
     def is_boarded(self) -> bool:
-        """Whether somebody is asked for it."""
+        """Whether somebody is asked for the state."""
         return self.name in self._handover.passengers
 
     def leave(self) -> None:
-        """Nobody is asked for it any more."""
+        """Have nobody asked for the state any more."""
         self._handover.passengers.pop(self.name, None)

@@ -39,13 +39,13 @@ class Task:
         self.name = name
 
     def environment(self) -> dict[str, str]:
-        """The variable for the probe."""
+        """Return the variable for the probe's environment."""
         numbers = ",".join(map(str, self.fds))
         return {ENVIRONMENT: f"{ANSWER_FD} {numbers} {self.inode} {self.fresh} {self.name}"}
 
     @classmethod
     def told(cls) -> Task | None:
-        """In the probe: the task; None if the old image is of a version that gives none."""
+        """In the probe: return the task; None if the old image is of a version that gives none."""
         words = os.environ.get(ENVIRONMENT, "").split()
         if len(words) != 5:
             return None
@@ -102,10 +102,10 @@ def check_free_descriptors(count: int, who: str) -> None:
 
 
 def check_environment() -> None:
-    """In an image without the variables of a probe: see that it is none that lost them.
+    """In an image without the variables of a probe: see that it is not a probe that lost them.
 
-    :raises MigrationError: it is one, and its guest would be a second one; the old image was told
-        if that can be
+    :raises MigrationError: it is one, and would start the guest a second time; the old image was
+        told, if it can be reached
     """
     is_answered = _leads_to_an_old_image()
     if not is_answered and not _is_marked(2):
@@ -122,7 +122,7 @@ def check_environment() -> None:
 
 
 def can_answer() -> bool:
-    """Whether the way to the old image is open."""
+    """Return whether the way to the old image is open."""
     try:
         return stat.S_ISSOCK(os.fstat(ANSWER_FD).st_mode)
     except OSError:

@@ -13,7 +13,8 @@ import os
 import struct
 
 from pyvmm.errors import VmStateError
-from pyvmm.vmstate.fields import SUBSECTION, Cursor
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import SUBSECTION
 
 ENVIRONMENT = "PYVMM_CPR_EXEC_STATE"
 MAGIC = 0x51435052  # "QCPR"
@@ -40,7 +41,7 @@ class CprState:
 
 
 def encode(state: CprState) -> bytes:
-    """The bytes of the memfd."""
+    """Return the bytes of the memfd."""
     out = bytearray(struct.pack(">II", MAGIC, VERSION))
     for (name, index), fd in state.fds.items():
         raw = name.encode() + b"\0"
@@ -55,7 +56,7 @@ def encode(state: CprState) -> bytes:
 
 
 def decode(data: bytes) -> CprState:
-    """Read what :func:`encode` wrote.
+    """Return the state that :func:`encode` wrote.
 
     :raises VmStateError: on anything else
     """
@@ -88,7 +89,7 @@ def decode(data: bytes) -> CprState:
 
 
 def inherit(*, keep: bool = False) -> CprState | None:
-    """The state that this process was born with, or None if it was started afresh.
+    """Return the state that this process was born with, or None if it was started afresh.
 
     The variable leaves the environment, so that neither helpers nor the next update see it.
 
@@ -124,7 +125,7 @@ def inherit(*, keep: bool = False) -> CprState | None:
 
 
 def publish(fds: dict[tuple[str, int], int], values: dict[str, bytes]) -> int:
-    """Write the state for the next image into a memfd; its descriptor, which exec closes
+    """Write the state for the next image into a memfd; return its descriptor, which exec closes
     unless the caller makes it inheritable.
 
     :raises VmStateError: if it is nothing that the next image could read

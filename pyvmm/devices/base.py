@@ -55,6 +55,9 @@ class Device(BusDevice):
     #: Section name in the stream and node name in ``info qtree``.
     name = "device"
 
+    #: Where it is, for its section's name: bus and address; empty if the name alone says it.
+    place = ""
+
     #: What ``-device ...,id=`` called it.
     id = ""
 
@@ -69,14 +72,14 @@ class Device(BusDevice):
         self.lock = Lock()
 
     def properties(self) -> dict[str, Any]:
-        """What ``info qtree`` prints of the device, in QEMU's property names."""
+        """Return what ``info qtree`` prints of the device, in QEMU's property names."""
         return {}
 
     def reset(self) -> None:
         """Go to the power-on state. The vCPUs are stopped."""
 
     def save(self) -> Any:
-        """The object whose attributes ``vmstate`` names. The vCPUs are stopped."""
+        """Return the object whose attributes ``vmstate`` names. The vCPUs are stopped."""
         return self
 
     def load(self, state: Record) -> None:
@@ -104,8 +107,8 @@ class Device(BusDevice):
         it asks for meanwhile is done then. Does not wait for what is under way. Idempotent."""
 
     def busy(self) -> str:
-        """What is under way, and whose fault that is, for the operator; empty once there is
-        nothing. Does not wait."""
+        """Return what is under way, and whose fault that is, for the operator; empty once there
+        is nothing. Does not wait."""
         return ""
 
     def unquiesce(self) -> None:

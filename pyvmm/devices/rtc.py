@@ -85,7 +85,7 @@ class Rtc(Device):
 
     :param irq: its interrupt line
     :param loop: runs its timer
-    :param clock: the time that a guest finds which never sets it, in seconds since the epoch
+    :param clock: returns the time of a guest that has not set it, in seconds since the epoch
     """
 
     name = "mc146818rtc"
@@ -163,8 +163,8 @@ class Rtc(Device):
             wait = self._next_wait()
         if wait is None:
             return
-        # A timer that comes too early only looks. One that a sooner one has taken the place of
-        # does not, or each would be followed by another, and a guest could make ever more.
+        # A timer that comes too early only looks. One that a sooner timer has replaced does
+        # nothing, or each would start another, and a guest could make ever more of them.
         due = time.monotonic() + wait
         if self._due is None or due < self._due:
             self._due = due

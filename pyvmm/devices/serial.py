@@ -318,7 +318,7 @@ class Serial(Device, Frontend):
     # The front end of the chardev
 
     def can_receive(self) -> int:
-        """Room in the receive FIFO; none in loopback, where the line is cut off."""
+        """Return the room in the receive FIFO; 0 in loopback, where the line is cut off."""
         # Without the lock, as the chardev may ask while a vCPU is in here: the answer is old
         # as soon as it is given anyway.
         if self.mcr & MCR_LOOP:
@@ -410,8 +410,8 @@ class Serial(Device, Frontend):
         return FIFO_DEPTH if self.fcr & FCR_ENABLE else 1
 
     def _take(self, byte: int) -> None:
-        # Full only in loopback, or if the guest went to it, or switched the FIFO off, after
-        # the chardev had asked: then the byte was on a line that nobody listened to.
+        # Full only in loopback, or if the guest turned loopback on or the FIFO off after the
+        # chardev had asked for room: then the byte was on a line that nobody listened to.
         if len(self.received) < self._depth():
             self.received.append(byte)
         else:

@@ -144,14 +144,15 @@ class Decoder:
         self._mmio_data = memoryview(ffi.buffer(self._mmio.data))
 
     def decode(self) -> Exit:
-        """The exit, most frequent reasons first."""
+        """Return why KVM_RUN came back; the most frequent reasons are looked at first."""
         run = self._run
         reason = run.exit_reason
         if reason == lib.KVM_EXIT_IO:
             return Io(self._io, self._mapping)
         if reason == lib.KVM_EXIT_MMIO:
             return Mmio(self._mmio, self._mmio_data)
-        # With the irqchip in the kernel nobody asks for the window; either way all is complete.
+        # With the irqchip in the kernel nobody asks for an interrupt window. After either exit no
+        # access waits for its completion.
         if reason in (lib.KVM_EXIT_INTR, lib.KVM_EXIT_IRQ_WINDOW_OPEN):
             return INTERRUPTED
         if reason == lib.KVM_EXIT_SHUTDOWN:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class IrqRouting:
-    """The owner, of one VM. Main loop thread, but for what it gives out.
+    """The owner, for one VM. Called on the main loop thread; what it returns, on any.
 
     :param vm: with its irqchip, by the time that anything is delivered
     """
@@ -70,6 +70,7 @@ class IrqRouting:
         """
         self.claim(gsi, user)
         vm = self._vm
+        # Up and down again: of an edge-triggered input that is up KVM drops a second rise.
         ends = ffi.new("struct kvm_irq_level[2]")
         ends[0].irq = ends[1].irq = gsi
         ends[0].level = True
@@ -83,7 +84,7 @@ class IrqRouting:
     def kick(self, gpa: int, value: int, fd: int, user: str) -> None:
         """Have the guest's 32-bit writes of ``value`` to ``gpa`` signal an eventfd.
 
-        :raises KvmError: another's are the same, or KVM has no room
+        :raises KvmError: another kick has this address and value (EEXIST), or KVM has no room
         """
         self._vm.ioeventfd(gpa, fd, value)
         self._kicks[gpa, value] = fd, user

@@ -49,7 +49,7 @@ class System:
 
     @classmethod
     def open(cls, path: str = "/dev/kvm") -> System:
-        """Open the device and see that it can do what is needed.
+        """Open the device, see that it can do what is needed, and return it.
 
         :raises HostError: saying what is missing and how to mend it
         """
@@ -81,19 +81,19 @@ class System:
                 raise HostError(f"{path} lacks {name}, which Linux has since {release}")
 
     def get_api_version(self) -> int:
-        """KVM_GET_API_VERSION."""
+        """KVM_GET_API_VERSION: return the version, 12 in every Linux since 2.6.22."""
         return ioctl_value(self.fd, "KVM_GET_API_VERSION")
 
     def check_extension(self, name: str) -> int:
-        """KVM_CHECK_EXTENSION: 0 if the capability ``name`` is absent, else its value."""
+        """KVM_CHECK_EXTENSION: return 0 if the capability ``name`` is absent, else its value."""
         return ioctl_value(self.fd, "KVM_CHECK_EXTENSION", getattr(lib, name), name)
 
     def get_vcpu_mmap_size(self) -> int:
-        """KVM_GET_VCPU_MMAP_SIZE: bytes of a vCPU's kvm_run mapping."""
+        """KVM_GET_VCPU_MMAP_SIZE: return the bytes of a vCPU's kvm_run mapping."""
         return ioctl_value(self.fd, "KVM_GET_VCPU_MMAP_SIZE")
 
     def get_supported_cpuid(self) -> Any:
-        """KVM_GET_SUPPORTED_CPUID: a ``struct kvm_cpuid2`` with what this host can offer."""
+        """KVM_GET_SUPPORTED_CPUID: return a ``struct kvm_cpuid2`` with what this host can offer."""
         cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": MAX_CPUID_ENTRIES})
         # How much room there is; KVM puts the number of entries there, or fails with E2BIG.
         cpuid.nent = MAX_CPUID_ENTRIES
@@ -101,8 +101,8 @@ class System:
         return cpuid
 
     def get_msr_index_list(self) -> list[int]:
-        """KVM_GET_MSR_INDEX_LIST: the MSRs that are part of a vCPU's state."""
-        # A list that is too short KVM refuses, and says in it how long it must be.
+        """KVM_GET_MSR_INDEX_LIST: return the MSRs that are part of a vCPU's state."""
+        # KVM refuses a list that is too short, and writes into it how long it must be.
         count = ffi.new("struct kvm_msr_list *", {"indices": 0})
         try:
             ioctl(self.fd, "KVM_GET_MSR_INDEX_LIST", count)
@@ -116,7 +116,7 @@ class System:
 
     @property
     def msr_indices(self) -> list[int]:
-        """:meth:`get_msr_index_list`, asked for once."""
+        """:meth:`get_msr_index_list`, which KVM is asked for once."""
         if self._msr_indices is None:
             self._msr_indices = self.get_msr_index_list()
         return self._msr_indices

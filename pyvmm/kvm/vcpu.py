@@ -47,7 +47,7 @@ class Vcpu:
 
     :param fd: from KVM_CREATE_VCPU, owned from now on
     :param index: its number and APIC id
-    :param event_flags: of its events what the VM tells and takes besides
+    :param event_flags: as the VM's ``event_flags``
     :ivar listed_msrs: what KVM lists as a vCPU's state
     :ivar state_msrs: what was found to be the state of this one; None until somebody looked
     """
@@ -72,12 +72,17 @@ class Vcpu:
         self.state_msrs: MsrBlock | None = None
 
     def run(self) -> exits.Exit:
-        """KVM_RUN: enter the guest until something wants attention. Never retried here.
+        """KVM_RUN: enter the guest until something wants attention; return what that is. Never
+        retried here.
+
+        An access (Io, Mmio) is only completed by the next KVM_RUN, which takes what a read is
+        answered with: before that the registers are not those of a whole instruction, and no
+        state may be saved (section 5).
 
         :raises KvmError: if KVM refuses
         """
         result = lib.pyvmm_run(self.fd)
-        # Only then the mapping tells why: after EINTR it may hold the reason of an earlier exit.
+        # Only now the mapping tells why: after EINTR it may hold the reason of an earlier exit.
         if result == 0:
             return self._exits.decode()
         # EAGAIN: a vCPU that waited for its start-up message was woken.
@@ -86,28 +91,30 @@ class Vcpu:
         raise KvmError("KVM_RUN", -result, f"vCPU {self.index}")
 
     def set_immediate_exit(self, value: bool) -> None:
-        """Make the next KVM_RUN complete pending accesses and return without entering."""
+        """Set or clear immediate_exit: while it is set, KVM_RUN completes a pending access and
+        comes back with EINTR without entering the guest."""
         self._run.immediate_exit = value
 
     def get_regs(self) -> Any:
-        """KVM_GET_REGS."""
+        """KVM_GET_REGS: return a ``struct kvm_regs``."""
         return self._get("KVM_GET_REGS", "struct kvm_regs *")
 
     def set_regs(self, regs: Any) -> None:
-        """KVM_SET_REGS; drops pending exceptions."""
+        """KVM_SET_REGS; drops pending exceptions, so the events are set after it."""
         ioctl(self.fd, "KVM_SET_REGS", regs)
 
     def get_sregs(self) -> Any:
-        """KVM_GET_SREGS."""
+        """KVM_GET_SREGS: return a ``struct kvm_sregs``."""
         return self._get("KVM_GET_SREGS", "struct kvm_sregs *")
 
     def set_sregs(self, sregs: Any) -> None:
-        """KVM_SET_SREGS; carries APIC_BASE, which selects xAPIC or x2APIC."""
+        """KVM_SET_SREGS; carries APIC_BASE, which selects xAPIC or x2APIC, so the LAPIC is set
+        after it."""
         ioctl(self.fd, "KVM_SET_SREGS", sregs)
 
     def get_pdptrs(self) -> list[int] | None:
-        """Of KVM_GET_SREGS2 what KVM_GET_SREGS lacks: the page-directory-pointer registers, None
-        unless PAE paging is on (or the host's Linux is older than 5.14)."""
+        """KVM_GET_SREGS2: return what KVM_GET_SREGS lacks, the page-directory-pointer registers;
+        None unless PAE paging is on (or if the host's Linux is older than 5.14)."""
         sregs = ffi.new("struct kvm_sregs2 *")
         try:
             ioctl(self.fd, "KVM_GET_SREGS2", sregs)
@@ -116,8 +123,8 @@ class Vcpu:
         return list(sregs.pdptrs) if sregs.flags & lib.KVM_SREGS2_FLAGS_PDPTRS_VALID else None
 
     def set_sregs_and_pdptrs(self, sregs: Any, pdptrs: list[int]) -> None:
-        """KVM_SET_SREGS2. KVM_SET_SREGS reads these four from memory, where by now may be others
-        than the CPU has read."""
+        """KVM_SET_SREGS2. KVM_SET_SREGS would read the four pointers from guest memory, which by
+        now may hold others than the CPU has loaded."""
         both = ffi.new("struct kvm_sregs2 *")
         # The two begin alike. What follows differs: SREGS2 lacks the bitmap of the interrupt that
         # is being injected, which KVM_SET_VCPU_EVENTS gives.
@@ -127,7 +134,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_SREGS2", both)
 
     def get_one_reg(self, id: int) -> int:
-        """KVM_GET_ONE_REG: a register of 64 bits.
+        """KVM_GET_ONE_REG: return a register of 64 bits.
 
         :raises KvmError: EINVAL if the vCPU has no such register
         """
@@ -141,7 +148,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_ONE_REG", _one_reg(id, new), f"register {id:#x}")
 
     def get_debugregs(self) -> Any:
-        """KVM_GET_DEBUGREGS."""
+        """KVM_GET_DEBUGREGS: return a ``struct kvm_debugregs``."""
         return self._get("KVM_GET_DEBUGREGS", "struct kvm_debugregs *")
 
     def set_debugregs(self, debugregs: Any) -> None:
@@ -149,7 +156,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_DEBUGREGS", debugregs)
 
     def get_xcrs(self) -> Any:
-        """KVM_GET_XCRS."""
+        """KVM_GET_XCRS: return a ``struct kvm_xcrs``."""
         return self._get("KVM_GET_XCRS", "struct kvm_xcrs *")
 
     def set_xcrs(self, xcrs: Any) -> None:
@@ -157,7 +164,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_XCRS", xcrs)
 
     def get_lapic(self) -> bytes:
-        """KVM_GET_LAPIC: the 1 KiB register page."""
+        """KVM_GET_LAPIC: return the 1 KiB register page."""
         return bytes(ffi.buffer(self._get("KVM_GET_LAPIC", "struct kvm_lapic_state *")))
 
     def set_lapic(self, page: bytes) -> None:
@@ -167,7 +174,8 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_LAPIC", state)
 
     def get_mp_state(self) -> int:
-        """KVM_GET_MP_STATE. Delivers a pending INIT or SIPI, which may change registers."""
+        """KVM_GET_MP_STATE: return a KVM_MP_STATE number. Delivers a pending INIT or SIPI, which
+        may change registers, so it is read before them."""
         return int(self._get("KVM_GET_MP_STATE", "struct kvm_mp_state *").mp_state)
 
     def set_mp_state(self, mp_state: int) -> None:
@@ -175,7 +183,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_MP_STATE", ffi.new("struct kvm_mp_state *", [mp_state]))
 
     def get_vcpu_events(self) -> Any:
-        """KVM_GET_VCPU_EVENTS."""
+        """KVM_GET_VCPU_EVENTS: return a ``struct kvm_vcpu_events``."""
         return self._get("KVM_GET_VCPU_EVENTS", "struct kvm_vcpu_events *")
 
     def set_vcpu_events(self, events: Any) -> None:
@@ -183,7 +191,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_VCPU_EVENTS", events)
 
     def get_xsave(self) -> bytes:
-        """KVM_GET_XSAVE2 (or KVM_GET_XSAVE): FPU, SSE, AVX, PKRU, ... in XSAVE layout."""
+        """KVM_GET_XSAVE2 (or KVM_GET_XSAVE): return FPU, SSE, AVX, PKRU, ... in XSAVE layout."""
         area = ffi.new("char[]", self._xsave_size)
         ioctl(self.fd, "KVM_GET_XSAVE2" if self._has_xsave2 else "KVM_GET_XSAVE", area)
         return bytes(ffi.buffer(area))
@@ -200,7 +208,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_XSAVE", buffer)
 
     def get_msrs(self, indices: Iterable[int] | None = None) -> dict[int, int]:
-        """KVM_GET_MSRS: values by index; those that KVM cannot read are left out.
+        """KVM_GET_MSRS: return values by index, without those that KVM cannot read.
 
         :param indices: which; by default all that KVM lists as vCPU state
         """
@@ -217,8 +225,8 @@ class Vcpu:
         return values
 
     def get_msr_block(self, block: MsrBlock) -> Iterable[tuple[int, int]]:
-        """KVM_GET_MSRS of a block: index and value of each; those that KVM cannot read are left
-        out."""
+        """KVM_GET_MSRS of a block: return index and value of each, without those that KVM cannot
+        read."""
         values: list[int] = []
         for request in block.requests:
             buffer = bytearray(request)
@@ -230,8 +238,8 @@ class Vcpu:
         return zip(block.indices, values, strict=True)
 
     def set_msrs(self, values: dict[int, int]) -> list[int]:
-        """KVM_SET_MSRS: the indices that KVM refused. It drops some writes in silence, so
-        what matters is read back."""
+        """KVM_SET_MSRS: return the indices that KVM refused. It drops some writes in silence, so
+        the caller reads back what matters."""
         refused = []
         todo = list(values)
         while todo:
@@ -246,7 +254,7 @@ class Vcpu:
         return refused
 
     def get_cpuid2(self) -> Any:
-        """KVM_GET_CPUID2."""
+        """KVM_GET_CPUID2: return the ``struct kvm_cpuid2`` that was set."""
         cpuid = ffi.new("struct kvm_cpuid2 *", {"entries": 256})
         cpuid.nent = 256
         ioctl(self.fd, "KVM_GET_CPUID2", cpuid)
@@ -258,7 +266,7 @@ class Vcpu:
         ioctl(self.fd, "KVM_SET_CPUID2", cpuid)
 
     def get_tsc_khz(self) -> int:
-        """KVM_GET_TSC_KHZ."""
+        """KVM_GET_TSC_KHZ: return the frequency of the guest's TSC, in kHz."""
         return ioctl_value(self.fd, "KVM_GET_TSC_KHZ")
 
     def set_tsc_khz(self, khz: int) -> None:
@@ -266,7 +274,7 @@ class Vcpu:
         ioctl_value(self.fd, "KVM_SET_TSC_KHZ", khz)
 
     def get_tsc_offset(self) -> int | None:
-        """The KVM_VCPU_TSC_OFFSET attribute: guest TSC minus host TSC, modulo 2^64.
+        """Return the attribute KVM_VCPU_TSC_OFFSET: guest TSC minus host TSC, modulo 2^64.
 
         :returns: None where the host has no such attribute (before Linux 5.16)
         """
@@ -292,11 +300,11 @@ class Vcpu:
                 raise
 
     def nmi(self) -> None:
-        """KVM_NMI."""
+        """KVM_NMI: have the guest get a non-maskable interrupt."""
         ioctl_value(self.fd, "KVM_NMI")
 
     def translate(self, gva: int) -> int | None:
-        """KVM_TRANSLATE: the guest-physical address, or None where nothing is mapped."""
+        """KVM_TRANSLATE: return the guest-physical address, None where nothing is mapped."""
         found = ffi.new("struct kvm_translation *")
         found.linear_address = gva
         ioctl(self.fd, "KVM_TRANSLATE", found)

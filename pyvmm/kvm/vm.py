@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         def view(self) -> memoryview: ...
 
 
-#: Without these KVM says of an exception that waits that it is being delivered, and nothing of a
-#: triple fault that waits.
+#: Without the first KVM reports a pending exception as one that is being delivered; without the
+#: second it does not report a pending triple fault.
 EVENTS = {
     "KVM_CAP_EXCEPTION_PAYLOAD": "KVM_VCPUEVENT_VALID_PAYLOAD",
     "KVM_CAP_X86_TRIPLE_FAULT_EVENT": "KVM_VCPUEVENT_VALID_TRIPLE_FAULT",
@@ -51,7 +51,8 @@ class Vm:
         self.system = system
         # KVM holds the address of each slot's memory: the views keep it mapped.
         self._memory: dict[int, Any] = {}
-        #: Of a vCPU's events what KVM tells and takes besides, as flags of kvm_vcpu_events.
+        #: Flags of kvm_vcpu_events: what KVM_GET_VCPU_EVENTS and its counterpart carry of
+        #: :data:`EVENTS`.
         self.event_flags = 0
         for capability, flag in EVENTS.items():
             if self.enable_cap(capability):
@@ -59,11 +60,11 @@ class Vm:
 
     @classmethod
     def create(cls, system: System) -> Vm:
-        """KVM_CREATE_VM: a VM without memory or CPUs, tied to this address space."""
+        """KVM_CREATE_VM: return a VM without memory or CPUs, tied to this address space."""
         return cls(ioctl_value(system.fd, "KVM_CREATE_VM"), system)
 
     def enable_cap(self, name: str) -> bool:
-        """KVM_ENABLE_CAP: whether this host has the capability, which now is on."""
+        """KVM_ENABLE_CAP: return whether this host has the capability, which now is on."""
         request = ffi.new("struct kvm_enable_cap *")
         request.cap = getattr(lib, name)
         request.args[0] = 1
@@ -102,11 +103,12 @@ class Vm:
         del self._memory[slot]
 
     def set_tss_addr(self, gpa: int) -> None:
-        """KVM_SET_TSS_ADDR: three pages that Intel hosts need for real mode."""
+        """KVM_SET_TSS_ADDR: give Intel hosts three pages, which they need for real mode, at an
+        address below 4 GiB where no slot is."""
         ioctl_value(self.fd, "KVM_SET_TSS_ADDR", gpa)
 
     def set_identity_map_addr(self, gpa: int) -> None:
-        """KVM_SET_IDENTITY_MAP_ADDR: one page, likewise; before any vCPU."""
+        """KVM_SET_IDENTITY_MAP_ADDR: give Intel hosts one more page, likewise; before any vCPU."""
         ioctl(self.fd, "KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", gpa))
 
     def create_irqchip(self) -> None:
@@ -114,14 +116,15 @@ class Vm:
         ioctl_value(self.fd, "KVM_CREATE_IRQCHIP")
 
     def create_pit2(self) -> None:
-        """KVM_CREATE_PIT2: the i8254, with the speaker port answered by the kernel."""
+        """KVM_CREATE_PIT2: the i8254, with the speaker port answered by the kernel; after the
+        irqchip, which takes its interrupts."""
         config = ffi.new("struct kvm_pit_config *")
         # Port 0x61, too: it has the gate and the output of channel 2, which are the PIT's.
         config.flags = lib.KVM_PIT_SPEAKER_DUMMY
         ioctl(self.fd, "KVM_CREATE_PIT2", config)
 
     def create_vcpu(self, index: int) -> Vcpu:
-        """KVM_CREATE_VCPU: the vCPU with APIC id ``index``; 0 is the bootstrap processor."""
+        """KVM_CREATE_VCPU: return the vCPU with APIC id ``index``; 0 is the bootstrap processor."""
         # The vCPU's descriptor keeps the VM, whose own one may be closed before it.
         fd = ioctl_value(self.fd, "KVM_CREATE_VCPU", index, f"vCPU {index}")
         return Vcpu(fd, index, self.system, self.event_flags)
@@ -152,18 +155,19 @@ class Vm:
         ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")
 
     def get_irqchip(self, chip: str) -> Any:
-        """KVM_GET_IRQCHIP: the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""
+        """KVM_GET_IRQCHIP: return the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""
         state = ffi.new("struct pyvmm_irqchip *")
         state.chip_id = getattr(lib, chip)
         ioctl(self.fd, "KVM_GET_IRQCHIP", state, chip)
         return state
 
     def set_irqchip(self, state: Any) -> None:
-        """KVM_SET_IRQCHIP."""
+        """KVM_SET_IRQCHIP. An IOAPIC sends what is pending in its state to the LAPICs at once, so
+        the vCPUs are set before it."""
         ioctl(self.fd, "KVM_SET_IRQCHIP", state)
 
     def get_pit2(self) -> Any:
-        """KVM_GET_PIT2: a ``struct kvm_pit_state2``."""
+        """KVM_GET_PIT2: return a ``struct kvm_pit_state2``."""
         state = ffi.new("struct kvm_pit_state2 *")
         ioctl(self.fd, "KVM_GET_PIT2", state)
         return state
@@ -173,7 +177,7 @@ class Vm:
         ioctl(self.fd, "KVM_SET_PIT2", state)
 
     def get_clock(self) -> int:
-        """KVM_GET_CLOCK: the guest's kvmclock, in ns."""
+        """KVM_GET_CLOCK: return the guest's kvmclock, in ns."""
         data = ffi.new("struct kvm_clock_data *")
         ioctl(self.fd, "KVM_GET_CLOCK", data)
         return int(data.clock)

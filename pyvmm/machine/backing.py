@@ -33,7 +33,7 @@ class Backing:
         self._is_shown = False
 
     def explain(self, exit: exits.Exit | None) -> RamError | None:
-        """The error behind an exit (None: KVM_RUN failed with EFAULT), if it is one of the host's.
+        """Return the host's error behind an exit (None: KVM_RUN failed with EFAULT), or None.
 
         Code that cannot be fetched is an emulation failure, a stack that an exception cannot be
         pushed to a triple fault; both leave the vCPU as it was.
@@ -68,8 +68,8 @@ class Backing:
             self._is_shown = True
 
     def retract(self, exit: exits.Exit) -> bool:
-        """Whether an exit comes of :meth:`probe` alone, which is undone: where KVM has it emulated,
-        the emulator need not know the instruction."""
+        """Return whether an exit comes of :meth:`probe` alone, and undo the probe then: where KVM
+        has the instruction emulated, the emulator need not know it."""
         if not self._is_shown or not isinstance(exit, exits.KvmInternalError):
             return False
         self._is_shown = False
@@ -83,8 +83,8 @@ class Backing:
         self._vcpu.set_vcpu_events(events)
 
     def _find(self) -> RamError | None:
-        """What is missing of all that the processor touches by itself: the code, the stacks and
-        the tables that lead to a handler."""
+        """Return what is missing of all that the processor touches by itself: the code, the stacks
+        and the tables that lead to a handler."""
         memory = self._memory
         try:
             regs, sregs = self._vcpu.get_regs(), self._vcpu.get_sregs()
@@ -108,7 +108,7 @@ class Backing:
         return None
 
     def _physical(self, address: int) -> int | None:
-        """Where in memory a linear address is, if there is any."""
+        """Return where in memory a linear address is; None if it is in none."""
         gpa = self._vcpu.translate(address & (1 << 64) - 1)
         if gpa is None or not self._memory.contains(gpa, 1, writable=False):
             return None

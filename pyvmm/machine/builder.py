@@ -109,8 +109,8 @@ def build(
 
 
 def block_name(config: MachineConfig, id: str) -> str:
-    """What the memory of the object ``id`` is called in states and in what an exec hands over:
-    the id, unless that is a name of the machine's own."""
+    """Return the name of an object's memory in states and in what an exec hands over: the object's
+    ``id``, or ``ram/ID`` if the machine itself uses that name."""
     own = [*RESERVED, ROM_BLOCK]
     if not config.memory_backend:
         own.append(RAM_BLOCK)
@@ -118,7 +118,7 @@ def block_name(config: MachineConfig, id: str) -> str:
 
 
 def open_system(handover: Handover) -> System:
-    """/dev/kvm: the inherited descriptor, or a fresh one."""
+    """Return /dev/kvm: the inherited descriptor, or a fresh one."""
     parcel = handover.parcel(OWN, KVM)
     inherited = parcel.take()
     if inherited is None:
@@ -133,8 +133,8 @@ def open_system(handover: Handover) -> System:
 def make_memory(
     config: MachineConfig, handover: Handover, opened: Opened
 ) -> tuple[GuestMemory, list[RamBackend]]:
-    """RAM from the objects (or one made for ``-m``), and the ROM; with all the host's memory that
-    is behind them."""
+    """Make RAM from the objects (or one object for ``-m``) and the ROM; return guest memory, and
+    all the host's memory that is behind it."""
     memory = GuestMemory()
     blocks = []
     ram = None
@@ -155,7 +155,7 @@ def make_memory(
 
 
 def make_drives(config: MachineConfig, handover: Handover, opened: Opened) -> dict[str, BlockFile]:
-    """The disk images by id."""
+    """Open the disk images; return them by id."""
     if not config.drives:
         return {}
     from pyvmm.backends.block import BlockFile
@@ -166,7 +166,7 @@ def make_drives(config: MachineConfig, handover: Handover, opened: Opened) -> di
 def make_netdevs(
     config: MachineConfig, loop: EventLoop, handover: Handover, opened: Opened
 ) -> NetdevSet | None:
-    """The network back ends."""
+    """Make the network back ends; return None if there are none."""
     if not config.netdevs:
         return None
     from pyvmm.backends.net.factory import NetdevSet

@@ -136,7 +136,7 @@ class Cpu:
         self._kick()
 
     def wait_stopped(self, timeout_s: float = STOP_TIMEOUT_S) -> bool:
-        """Wait until the thread is at its waiting place; False if it does not come. A vCPU
+        """Wait until the thread is at its waiting place; return False if it does not come. A vCPU
         without a thread is there."""
         return not self._ident or self._stopped.wait(timeout_s)
 
@@ -215,7 +215,7 @@ class Cpu:
         return self._unfinished is not None
 
     def abandon(self) -> None:
-        """Forget such an access of the stopped vCPU: it is about to be reset."""
+        """Forget the unfinished access of the stopped vCPU, which is about to be reset."""
         if self._unfinished is not None:
             self.call(self._drop)
 
@@ -333,7 +333,8 @@ class Cpu:
             pass  # a help that the guest mostly does not need; whoever asked asks again
 
     def _explain(self, exit: exits.Exit | None) -> bool:
-        """Whether an exit (None: EFAULT) is for want of the host's memory; that is told then."""
+        """Return whether KVM_RUN ended with ``exit`` (None: with EFAULT) for want of the host's
+        memory, which is then reported, or by our own probe."""
         if self._memory is None:
             return False
         backing = self._look()

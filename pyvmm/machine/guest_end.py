@@ -140,7 +140,7 @@ class GuestEnd(CpuEvents):
         The main loop does so by itself. An update does it before it saves: what waits here
         would not survive the exec.
         """
-        # One that has to wait puts itself there again.
+        # Each once: a request that has to wait queues itself again (:meth:`postpone`).
         for _ in range(len(self._requests)):
             if self._requests and not self.ended and self._control is not None:
                 self._requests.pop(0)()
@@ -152,7 +152,7 @@ class GuestEnd(CpuEvents):
 
     def postpone(self, request: Callable[[], None], delay_s: float) -> None:
         """Make that request, which cannot be served yet, ``delay_s`` seconds from now."""
-        # It waits among the others, which an update does not forget.
+        # It waits among the other requests, which an update serves before it saves.
         self._requests.append(request)
         self._loop.call_later(delay_s, self.serve)
 
@@ -173,7 +173,7 @@ class GuestEnd(CpuEvents):
 
     def on_io_error(self) -> None:
         """A request to the host failed, and is made again when the guest goes on. Main loop."""
-        # It may stand already, or have gone on meanwhile, and with it the request.
+        # Only a guest that runs is halted: it may be paused by now.
         if self.control.runstate.running:
             self.control.halt(runstate.IO_ERROR)
 

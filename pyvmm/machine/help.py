@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe(option: str, kind: str) -> str:
-    """The text for an option; empty for all options.
+    """Return the text for an option; for all options if it is empty.
 
     :param kind: what stood before ``,help``; empty for the option itself
     :raises ConfigError: there is no such kind
@@ -58,7 +58,7 @@ def _drivers() -> str:
 
 
 def _kinds(option: str) -> dict[str, Iterable[str]]:
-    """The keys of each kind that an option has."""
+    """Return the keys of each kind that an option has."""
     if option == "device":
         from pyvmm.machine import drivers
 

@@ -14,7 +14,7 @@ from pyvmm.core.runstate import RunState
 from pyvmm.errors import HostError, InternalError, PyvmmError, StateError, place
 from pyvmm.machine.cpu import STOP_TIMEOUT_S, Cpu
 from pyvmm.machine.parts import report_bug
-from pyvmm.vmstate.section import Section
+from pyvmm.vmstate.section import Section, section_names
 from pyvmm.x86.irqchip import PicWatch
 
 TYPE_CHECKING = False
@@ -128,14 +128,15 @@ class Machine:
             raise error
 
     def _reset(self, reason: str) -> Exception | None:
-        """Do that; return why the guest cannot be started anew, once it was acted on."""
+        """Reset, or do so later if the host is busy; return the error, which was acted on, if the
+        guest cannot be started anew."""
         if self.runstate.state == runstate.INMIGRATE:
             return None
         running = self.runstate.running
         try:
             if running:
                 self._stop_cpus()
-            # Of a guest that stopped by itself something may be under way, too.
+            # The host may still work for a guest that stopped by itself, too.
             self._drain(RESET_PATIENCE_S)
         except HostError as error:
             self._reset_later(reason, error)
@@ -337,11 +338,11 @@ class Machine:
         end = time.monotonic() + ENTRY_PATIENCE_S
         for cpu in self.cpus:
             cpu.wait_entered(end - time.monotonic())
-        # The guest runs by now: it is no part of a pause.
+        # The guest runs by now: this is no part of a pause.
         self._pic_watch.start()
 
     def _start_device(self, device: Device, told: bool = False) -> None:
-        # There may be no way back any more: one that cannot start does not keep the others from it.
+        # There may be no way back any more: a device that cannot start does not hold up the others.
         try:
             device.start()
         except Exception as error:
@@ -372,9 +373,11 @@ class Machine:
     # ---- state -----------------------------------------------------------------------------
 
     def sections_to_save(self) -> list[Section]:
-        """All state, in the order in which it must be read: devices first, since one that
-        finishes its work may raise an interrupt, which must be in the irqchip's state; then
-        the vCPUs, the chips, and the clock."""
+        """Return all sections in the order in which they are saved.
+
+        Devices come first, since one that finishes its work may raise an interrupt, which must be
+        in the irqchip's state; then the vCPUs, the chips, and the clock.
+        """
         return [
             *self._device_sections(),
             *self.platform.cpu_sections(),
@@ -383,9 +386,11 @@ class Machine:
         ]
 
     def sections_to_load(self) -> list[Section]:
-        """The same in the order in which it must be loaded: vCPUs with their LAPICs, then the
-        chips, which deliver to them, then the devices, which drive the chips; the clock right
-        before the guest runs."""
+        """Return all sections in the order in which they are loaded.
+
+        The vCPUs with their LAPICs come before the chips, which deliver to them, and these before
+        the devices, which drive the chips; the clock comes right before the guest runs.
+        """
         return [
             *self.platform.cpu_sections(),
             *self.platform.chip_sections(),
@@ -396,8 +401,9 @@ class Machine:
     # ---- the host's faults, and bugs -------------------------------------------------------
 
     def handle_error(self, error: Exception, function: Callable[..., None]) -> None:
-        """A call of the main loop failed, by a bug. Whose it was makes a new start if it can
-        (``recover``); the guest goes on, unless the machine itself is at a loss."""
+        """A call of the main loop failed, by a bug. In the machine itself that is an internal error
+        (``-action``); elsewhere the owner of ``function`` recovers if it can; the guest goes on.
+        """
         if getattr(function, "__self__", None) in (self, self.end):
             self.end.fail(f"internal error in {place(error)}: {error!r}")
         else:
@@ -439,16 +445,13 @@ class Machine:
         self._parts.opened.close(stuck=stuck)
 
     def _device_sections(self) -> list[Section]:
-        counts: dict[str, int] = {}
-        sections = []
-        for device in self.devices:
-            if device.vmstate is not None:
-                instance = counts.get(device.name, 0)
-                counts[device.name] = instance + 1
-                sections.append(
-                    Section(device.name, instance, device.vmstate, device.save, device.load)
-                )
-        return sections
+        stateful = [device for device in self.devices if device.vmstate is not None]
+        names = section_names([(device.place, device.name) for device in stateful])
+        return [
+            Section(*key, device.vmstate, device.save, device.load, former)
+            for device, (key, former) in zip(stateful, names, strict=True)
+            if device.vmstate is not None
+        ]
 
 
 def _shown(error: Exception) -> str:

@@ -71,7 +71,7 @@ class Options:
         self._block: BlockOptions | None = None
 
     def parse(self) -> MachineConfig:
-        """Read and check everything.
+        """Read and check all options; return the machine that they ask for.
 
         :raises ConfigError: naming the option, the value and the mend
         :raises HelpRequested: if help is asked for
@@ -358,7 +358,7 @@ class Options:
             drivers.settle(config.devices)
 
     def _named(self, kind: str) -> list[str]:
-        """The ids of that kind that devices sit on."""
+        """Return the ids of the back ends of that kind that devices use."""
         return [id for device in self.config.devices for id in device.refers(kind)]
 
     def _complete_block(self) -> None:
@@ -497,7 +497,7 @@ OPTIONS["M"] = OPTIONS["machine"]
 
 
 def parse(argv: list[str]) -> MachineConfig:
-    """What ``pyvmm run ARGV`` asks for.
+    """Return the machine that ``pyvmm run ARGV`` asks for.
 
     :raises ConfigError: naming the option, the value and the mend
     :raises HelpRequested: if help is asked for

@@ -173,7 +173,7 @@ class Parts:
 
 
 def report_bug(error: Exception, function: Callable[..., None]) -> None:
-    """A call failed, by a bug: say so. Whose it was makes a new start if it can (``recover``)."""
+    """A call failed, by a bug: say so, and have the owner of ``function`` recover if it can."""
     log.say(f"internal error in {place(error)}: {error!r}")
     recover = getattr(getattr(function, "__self__", None), "recover", None)
     if recover is not None:

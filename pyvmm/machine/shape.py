@@ -9,6 +9,7 @@ from __future__ import annotations
 from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
+from pyvmm.vmstate.section import section_names
 from pyvmm.x86 import irqchip, vcpu_state
 
 TYPE_CHECKING = False
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.drivers import DeviceConfig
     from pyvmm.vmstate.fields import Description
+    from pyvmm.vmstate.section import Key
 
 
 def describe(config: MachineConfig) -> dict[str, str]:
@@ -45,7 +47,7 @@ def chardev_kinds(config: MachineConfig) -> dict[str, str]:
     return {one.id: one.shape() for one in places if one is not None and one.kind != "chardev"}
 
 
-def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
+def descriptions(config: MachineConfig) -> dict[Key, Description]:
     """Return what a machine of this configuration writes into a state, by section and instance."""
     found = {(Serial.name, number): Serial.vmstate for number in range(len(config.serials))}
     for model in (Rtc, i8042.I8042, i8042.Port92, acpi_pm.AcpiPm):
@@ -55,16 +57,31 @@ def descriptions(config: MachineConfig) -> dict[tuple[str, int], Description]:
     for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
         found[(chip.name, 0)] = chip
     found[(irqchip.I8259.name, 1)] = irqchip.I8259
+    return found | {key: description for description, key, _ in _device_sections(config)}
+
+
+def former_names(config: MachineConfig) -> dict[Key, Key]:
+    """Return, from what images before call a section to what it is called, where that differs."""
+    return {former: key for _, key, former in _device_sections(config) if former != key}
+
+
+def _device_sections(config: MachineConfig) -> list[tuple[Description, Key, Key]]:
+    """Return the sections of ``-device``: description, what it is called, and was before."""
+    found, places = [], []
+    on_bus: dict[str, int] = {}
     for device in config.devices:
-        description = device.driver.description()
+        driver = device.driver
+        number = on_bus.get(driver.bus, 0)
+        on_bus[driver.bus] = number + 1
+        description = driver.description()
         if description is not None:
-            instance = sum(name == description.name for name, _ in found)
-            found[(description.name, instance)] = description
-    return found
+            found.append(description)
+            places.append((driver.place(number), description.name))
+    return [(one, *names) for one, names in zip(found, section_names(places), strict=True)]
 
 
 def _told(device: DeviceConfig) -> str:
-    """Which disk or network is which, and all that the guest was told."""
+    """Return a device's driver, its back ends, and its properties that the guest sees, as text."""
     behind = [*device.refers("drive"), *device.refers("netdev")]
     told = {one.name for one in device.driver.properties if not one.host}
     words = [f"{key}={text}" for key, text in sorted(device.given.items()) if key in told]

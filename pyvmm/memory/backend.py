@@ -107,7 +107,7 @@ class RamBackend:
             raise HostError(self.explain(offset)) from None
 
     def explain(self, offset: int | None = None, where: str = "") -> str:
-        """Say that a page could not be had, why, as far as can be told, and what mends it.
+        """Return a message: a page could not be had, why, as far as can be told, and what mends it.
 
         :param offset: of the page, if it is known
         :param where: what is said of it beside the object's name
@@ -141,7 +141,7 @@ class RamBackend:
         return self.fd is not None and (bool(self.config.mem_path) or self.config.hugetlb)
 
     def may_lack(self) -> bool:
-        """Whether the host may be unable to back a page now."""
+        """Return whether the host may be unable to back a page now."""
         if self.fd is None or not self.is_limited:
             return False
         try:

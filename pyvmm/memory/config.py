@@ -54,7 +54,7 @@ class RamConfig:
 
     @classmethod
     def from_options(cls, kind: str, options: dict[str, str]) -> RamConfig:
-        """Build from ``-object KIND,key=value,...`` as text.
+        """Return what ``-object KIND,key=value,...`` asks for.
 
         :raises ConfigError: unknown kind or key, missing id or size, impossible value
         """

@@ -283,19 +283,23 @@ class GuestMemory:
         """
         if gpa < 0 or size < 0 or gpa + size > _END:
             raise GuestMemoryError(gpa, size)
-        found = []
+        found: list[memoryview] = []
+        if not size:
+            return found
         at, end = gpa, gpa + size
         for region in self.regions:
-            if at < end and region.gpa <= at < region.end:
+            limit = region.end
+            if region.gpa <= at < limit:
                 if writable and region.readonly:
                     raise GuestMemoryError(gpa, size, "only ROM")
-                stop = min(end, region.end)
                 delta = region.offset - region.gpa
-                found.append(memoryview(region.backend.view)[at + delta : stop + delta])
-                at = stop
-        if at < end:
-            raise GuestMemoryError(gpa, size)
-        return found
+                whole = memoryview(region.backend.view)
+                if end <= limit:
+                    found.append(whole[at + delta : end + delta])
+                    return found
+                found.append(whole[at + delta : limit + delta])
+                at = limit
+        raise GuestMemoryError(gpa, size)
 
     def host(self, gpa: int, size: int, *, writable: bool = True) -> int:
         """Return the host address of *size* bytes in one region, for ``_native``.
@@ -308,7 +312,7 @@ class GuestMemory:
         return pieces[0][0]
 
     def contains(self, gpa: int, size: int, *, writable: bool = True) -> bool:
-        """Whether an access of *size* bytes would succeed."""
+        """Return whether an access of *size* bytes would succeed."""
         for start, end, _, readonly in self._spans:
             if start <= gpa and gpa + size <= end and size >= 0:
                 return not (writable and readonly)

@@ -102,7 +102,7 @@ class CprExec:
     def _restart_guest(self) -> None:
         machine = self._machine
         if machine.runstate.state != runstate.FINISH_MIGRATE:
-            # It did not get as far, or the guest ended by itself.
+            # The update did not get as far as the stop, or the guest ended by itself.
             if machine.runstate.running and not machine.ended:
                 machine.resume_cpus()
         elif self._before == runstate.RUNNING:

@@ -21,7 +21,7 @@ _ROUNDS = 8
 
 
 def find(mark: bytes) -> list[int]:
-    """Ids of the processes that have ``mark`` in their environment."""
+    """Return the ids of the processes that have ``mark`` in their environment."""
     try:
         names = os.listdir("/proc")
     except OSError:
@@ -49,8 +49,8 @@ def kill(mark: bytes) -> None:
 
 
 def holder(mark: bytes, file: int, fds: Iterable[int]) -> int | None:
-    """One of them that has the file behind our descriptor ``file`` open under one of the numbers
-    ``fds``; None if there is none."""
+    """Return the id of a process with ``mark`` that has the file behind our descriptor ``file``
+    open under one of the numbers ``fds``; None if there is none."""
     status = os.fstat(file)
     for pid in find(mark):
         for fd in fds:

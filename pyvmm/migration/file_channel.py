@@ -39,7 +39,7 @@ class FileChannel(Channel):
         self._fd = self._uri.open_write()
 
     def write(self, data: bytes, handover: Handover) -> None:
-        """The same. By a thread, which is left alone with it if the disk hangs."""
+        """Write the state, by a thread, which is left alone with the file if the disk hangs."""
         fd, self._fd = self._fd, -1
         ended, is_wanted = Event(), True
         failures: list[MigrationError] = []
@@ -72,8 +72,8 @@ class FileChannel(Channel):
             self._fd = -1
 
     def read(self, handover: Handover) -> bytes:
-        """The same. The way back's copy tells whether others reached the file: a bit that was
-        flipped in a register's value looks like any other state."""
+        """Return the whole state, if it is the same as the way back's copy. Others may have reached
+        the file, and a bit that was flipped in a register's value looks like any other state."""
         data = self._uri.read()
         copy_fd = memory(handover).peek()
         if copy_fd is not None and data != read_memory(copy_fd):
@@ -81,7 +81,7 @@ class FileChannel(Channel):
         return data
 
     def release(self, handover: Handover) -> None:
-        # The copy. The file stays.
+        # The way back's copy is given up; the file stays.
         fd = memory(handover).take()
         if fd is not None:
             memory(handover).close(fd)

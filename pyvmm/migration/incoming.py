@@ -122,13 +122,14 @@ class Incoming:
             state = runstate.PAUSED
         machine.runstate.set(state)
         # All that can fail came before (the threads were started with the machine). Behind the
-        # next line nothing opens, allocates, starts a thread or waits: the guest changes its
-        # memory from there on.
+        # next line nothing opens, allocates, starts a thread or waits for more than the vCPUs'
+        # threads: the guest changes its memory from there on.
         state_fd = wayback.close()
         if state == runstate.RUNNING:
             self._try(machine.set_running)
         status.mark("running")
         # The rest is not in the pause, and the guest does not end for want of it.
+        self._try(machine.handover.release)
         self._try(machine.attach_devices)
         self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
         self._try(lambda: source.release(machine.handover))

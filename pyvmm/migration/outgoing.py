@@ -78,11 +78,12 @@ class Outgoing:
                 end(None)
                 return
             status.mark("quiesce")
-            self._quiesce = Quiesce(machine, quiesced)
+            former = not preflight.reads_places(result)
+            self._quiesce = Quiesce(machine, lambda error: quiesced(error, former))
 
-        def quiesced(error: MigrationError | None) -> None:
+        def quiesced(error: MigrationError | None, former: bool) -> None:
             if error is None:
-                self._update(argv, path, channel)
+                self._update(argv, path, channel, former)
             else:
                 self._quiesce = None
                 end(error)
@@ -121,8 +122,11 @@ class Outgoing:
         if self._quiesce is not None:
             self._quiesce.close()
 
-    def _update(self, argv: list[str], path: str, channel: Channel) -> None:
-        """The recipe, from the running guest to the exec."""
+    def _update(self, argv: list[str], path: str, channel: Channel, former: bool) -> None:
+        """The recipe, from the running guest to the exec.
+
+        :param former: the next image knows sections by their former names only
+        """
         machine, status, handover = self._machine, self._status, self._machine.handover
         before = machine.runstate.state
         undo: list[Callable[[], None]] = []
@@ -144,7 +148,7 @@ class Outgoing:
             status.enter("device")
             status.mark("save")
             undo.append(lambda: channel.discard(handover))
-            state = savevm.save(machine, before, *boot_id)
+            state = savevm.save(machine, before, *boot_id, former=former)
             channel.write(state, handover)
             if channel.is_lasting:
                 # The way back does not depend on a file that others can reach.

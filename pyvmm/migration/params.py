@@ -75,7 +75,7 @@ class Settings:
         self._words = words or {}
 
     def names(self) -> list[str]:
-        """All names, in the order of ``info``."""
+        """Return all names, in the order of ``info``."""
         return list(self._values)
 
     def get(self, name: str) -> Any:
@@ -83,7 +83,7 @@ class Settings:
         return self._values[name]
 
     def words(self, name: str) -> tuple[str, ...]:
-        """The legal values of a name, if they can be listed (for completion)."""
+        """Return the legal values of a name, if they can be listed (for completion)."""
         if name in self._values and isinstance(self.get(name), bool):
             return ("on", "off")
         return self._words.get(name, ())
@@ -186,7 +186,7 @@ def parameters() -> Settings:
 
 
 def split_command(text: str) -> list[str]:
-    """Split a command line as a shell does.
+    """Return the words of a command line, split as a shell does.
 
     :raises CommandError: for quotes that do not close
     """

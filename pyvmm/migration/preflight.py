@@ -48,7 +48,7 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 def describe(config: MachineConfig) -> dict[str, Any]:
-    """What has to agree between two images, as JSON values."""
+    """Return what has to agree between two images, as JSON values."""
     return {
         "version": __version__,
         "machine": MACHINE_TYPE,
@@ -60,15 +60,29 @@ def describe(config: MachineConfig) -> dict[str, Any]:
         "incoming": config.incoming,
         "shape": shape.describe(config),
         "chardevs": shape.chardev_kinds(config),
-        "sections": {
-            f"{name}[{instance}]": [description.minimum_version, description.version]
-            for (name, instance), description in shape.descriptions(config).items()
-        },
+        **_sections(config),
     }
 
 
+def _sections(config: MachineConfig) -> dict[str, dict[str, list[int]]]:
+    """Return the versions of each section that are read, and written: by what the section is
+    called, and by what images before call it."""
+    former = {key: name for name, key in shape.former_names(config).items()}
+    places, sections = {}, {}
+    for key, description in shape.descriptions(config).items():
+        versions = [description.minimum_version, description.version]
+        places["{}[{}]".format(*key)] = versions
+        sections["{}[{}]".format(*former.get(key, key))] = versions
+    return {"places": places, "sections": sections}
+
+
+def reads_places(new: dict[str, Any]) -> bool:
+    """Return whether an image that describes itself as ``new`` knows sections by their places."""
+    return "places" in new
+
+
 def answer(argv: list[str]) -> int:
-    """In the probe: describe the machine of ``argv`` on :data:`ANSWER_FD`; the exit code."""
+    """In the probe: describe the machine of ``argv`` on :data:`ANSWER_FD`; return the exit code."""
     try:
         task = probe.Task.told()
         if task is not None:
@@ -126,13 +140,14 @@ def compare(own: dict[str, Any], new: dict[str, Any], channel: Channel) -> None:
     formats = new.get("cpr", {})
     for name, (_, version) in own["cpr"].items():
         _check_version(new, name, formats.get(name, [1, 1]), version)
-    sections = new.get("sections", {})
-    for section, (_, version) in own["sections"].items():
+    names = "places" if reads_places(new) else "sections"
+    sections = new.get(names, {})
+    for section, (_, version) in own[names].items():
         if section not in sections:
             raise MigrationError(f"the new version {new.get('version')} has no device {section}")
         _check_version(new, section, sections[section], version)
     for section in sections:
-        if section not in own["sections"]:
+        if section not in own[names]:
             raise MigrationError(f"this machine has no device {section}, the new command does")
 
 
@@ -234,7 +249,7 @@ class Probe:
                 argv,
                 os.environ | self._task.environment(),
                 file_actions=[
-                    # They first: none of the others has one of their numbers here.
+                    # The stand-ins first: the descriptors below have none of their numbers here.
                     *((os.POSIX_SPAWN_DUP2, self._stand_in, fd) for fd in self._task.fds),
                     (os.POSIX_SPAWN_DUP2, null, 0),
                     (os.POSIX_SPAWN_DUP2, null, 1),
@@ -272,7 +287,7 @@ class Probe:
         self._receive()
 
     def _receive(self) -> bool:
-        """Take a piece of the answer; whether there may be more."""
+        """Take a piece of the answer; return whether there may be more."""
         if self._socket is None:
             return False
         try:
@@ -376,11 +391,11 @@ class Probe:
 
 
 def _needs(kept: Iterable[int]) -> tuple[list[int], int]:
-    """The numbers that have to reach the new image, that of the CPR state among them; and how
-    many descriptors it opens besides, being of the shape of this one."""
+    """Return the numbers that have to reach the new image, that of the CPR state among them; and
+    how many descriptors an image of this one's shape opens besides."""
     numbers = set(kept)
     try:
-        # But the one that lists them, and the standard streams.
+        # Without the descriptor that lists them, and without the standard streams.
         count = len(os.listdir("/proc/self/fd")) - 4
     except OSError:
         count = len(numbers)

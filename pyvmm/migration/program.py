@@ -9,7 +9,7 @@ from pyvmm.errors import MigrationError
 
 
 def find(name: str) -> str:
-    """The path of the program that execve is to be given.
+    """Return the path of the program that execve is to be given.
 
     :raises MigrationError: if there is none that can be executed
     """

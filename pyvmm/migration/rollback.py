@@ -35,7 +35,7 @@ _DEFERRED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 
 
 def own_command(incoming: str) -> list[str]:
-    """The command that this process was started with, made to load its state.
+    """Return the command that this process was started with, made to load its state.
 
     Without -S: whether the guest runs is part of the state.
 

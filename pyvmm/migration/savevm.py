@@ -14,6 +14,7 @@ from pyvmm.vmstate.section import Section
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.machine.machine import Machine
+    from pyvmm.vmstate.section import Key
 
 _STATE_SIZE = 32
 BOOT_ID_FILE = "/proc/sys/kernel/random/boot_id"
@@ -42,13 +43,16 @@ GLOBALSTATE = Description(
 )
 
 
-def save(machine: Machine, state: str, boot_id: bytes = _NO_BOOT_ID) -> bytes:
-    """The stream of a stopped machine.
+def save(
+    machine: Machine, state: str, boot_id: bytes = _NO_BOOT_ID, *, former: bool = False
+) -> bytes:
+    """Return the stream of a stopped machine.
 
     :param state: the run state that the guest shall be in after a load
     :param boot_id: :func:`read_boot_id`, if it may be loaded after the host was started again
+    :param former: call sections as images before do, one of which will load it
     """
-    writer = stream.Writer(MACHINE_TYPE, blocks(machine))
+    writer = stream.Writer(MACHINE_TYPE, blocks(machine), former=former)
     for section in machine.sections_to_save():
         writer.add(section)
     writer.add(_globalstate(state, boot_id))
@@ -56,12 +60,13 @@ def save(machine: Machine, state: str, boot_id: bytes = _NO_BOOT_ID) -> bytes:
 
 
 def read(machine: Machine, data: bytes) -> stream.Loaded:
-    """Read and check a stream; nothing is changed.
+    """Return a stream's content, read and checked; the machine stays as it is.
 
     :raises VmStateError: naming what does not fit this machine
     """
-    known = _descriptions(machine)
-    loaded = stream.read(data, lambda name, instance: known.get((name, instance)), MACHINE_TYPE)
+    sections = machine.sections_to_load()
+    former = {section.former: section.key for section in sections}
+    loaded = stream.read(data, _descriptions(sections), MACHINE_TYPE, former)
     if (GLOBALSTATE.name, 0) not in loaded.records:
         raise VmStateError("", "the stream has no section globalstate[0]")
     for (name, size), (own_name, own_size) in zip(loaded.blocks, blocks(machine), strict=False):
@@ -77,7 +82,8 @@ def read(machine: Machine, data: bytes) -> stream.Loaded:
 
 
 def read_boot_id() -> bytes:
-    """The 16 bytes that tell this boot of the kernel from all others; zeros if it does not say."""
+    """Return the 16 bytes that tell this boot of the kernel from all others; zeros if it does not
+    say."""
     try:
         fd = os.open(BOOT_ID_FILE, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -108,7 +114,7 @@ def settle_clocks(machine: Machine, loaded: stream.Loaded) -> None:
 
 
 def apply(machine: Machine, loaded: stream.Loaded) -> str:
-    """Give the machine its state; the run state that it shall go to.
+    """Load the state into the machine; return the run state to enter.
 
     :raises PyvmmError: naming the device or vCPU that does not take its state
     """
@@ -118,18 +124,22 @@ def apply(machine: Machine, loaded: stream.Loaded) -> str:
 
 
 def describe(machine: Machine, loaded: stream.Loaded) -> bytes:
-    """What to append to the state that was loaded, so that tools can read it; empty if it
+    """Return what to append to the state that was loaded, so that tools can read it; empty if it
     has that already. Takes milliseconds: the guest runs meanwhile."""
-    return b"" if loaded.is_described else stream.describe(loaded, _descriptions(machine))
+    return (
+        b""
+        if loaded.is_described
+        else stream.describe(loaded, _descriptions(machine.sections_to_load()))
+    )
 
 
 def blocks(machine: Machine) -> stream.Blocks:
-    """Name and size of each RAM block."""
+    """Return name and size of each RAM block."""
     return [(backend.name, backend.size) for backend in machine.ram_blocks]
 
 
-def _descriptions(machine: Machine) -> dict[tuple[str, int], Description]:
-    known = {section.key: section.description for section in machine.sections_to_load()}
+def _descriptions(sections: list[Section]) -> dict[Key, Description]:
+    known = {section.key: section.description for section in sections}
     return known | {(GLOBALSTATE.name, 0): GLOBALSTATE}
 
 

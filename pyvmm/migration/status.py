@@ -87,7 +87,7 @@ class Status:
         self.emit("MIGRATION", {"status": state, **(self._failure() if state == "failed" else {})})
 
     def fail(self, error: str) -> None:
-        """It failed, for this reason."""
+        """The migration failed; ``error`` says why."""
         self.error = error
         self.enter("failed")
 

@@ -65,7 +65,10 @@ class FileUri:
         return hash((os.path.abspath(self.path), self.offset))
 
     def open_write(self) -> int:
-        """See whether :meth:`write` can succeed, and open what it needs. Nothing changes yet.
+        """Check that :meth:`write` can succeed, and return the descriptor that it needs.
+
+        Nothing changes yet. The descriptor is the folder's if the state gets a new file there, else
+        the file's.
 
         :raises MigrationError: with QEMU's text
         """
@@ -115,7 +118,7 @@ class FileUri:
             raise MigrationError(f"Could not open '{self.path}': {error.strerror}") from None
 
     def read(self) -> bytes:
-        """The whole state.
+        """Return the whole state.
 
         :raises MigrationError: with QEMU's text, or if no state can be that large
         """
@@ -138,8 +141,8 @@ class FileUri:
         return b"".join(chunks)
 
     def append(self, data: bytes) -> bool:
-        """Add to the file that :meth:`read` has read, if it is still the same and can be
-        written to; whether it was.
+        """Add to the file that :meth:`read` has read, if it is unchanged; return whether that
+        worked.
 
         What is added is of use to tools only, so nothing is said if it cannot be.
         """
@@ -182,7 +185,8 @@ class FileUri:
         return path if same else ""
 
     def _open_folder(self, path: str) -> int | None:
-        """The folder to write in; None if the file there has to be written in place."""
+        """Return a descriptor of the folder to write in; None if the file there has to be written
+        in place."""
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if self._can_replace(fd):
@@ -194,7 +198,7 @@ class FileUri:
         return None
 
     def _can_replace(self, folder_fd: int) -> bool:
-        """Whether a file can be put into the place of the one there, if there is one.
+        """Return whether a new file can take the place at the path, where one may be already.
 
         :raises OSError: no file can be made, and none is there to be written in place
         """
@@ -216,7 +220,8 @@ class FileUri:
         return True
 
     def _create(self, folder_fd: int) -> tuple[int, str]:
-        """Make a file beside the one to be replaced, with its owner and mode."""
+        """Make a file beside the one to be replaced, with its owner and mode; return its descriptor
+        and its name."""
         name = f".pyvmm-{os.urandom(8).hex()}"
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
         # An O_PATH descriptor keeps the folder, whatever it is renamed to meanwhile.

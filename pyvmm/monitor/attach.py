@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def open_monitors(
     machine: Machine, migration: Migration, specs: list[tuple[MonitorConfig, Chardev]]
 ) -> list[MonitorFrontend]:
-    """Attach a monitor to each chardev; main loop thread.
+    """Attach a monitor to each chardev and return the monitors; main loop thread.
 
     Each goes on with what the image before left for it, and is a passenger of the next exec. The
     caller closes them at the end.

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def take_failure(migration: Any) -> str:
-    """The reply to a command that waited for an update which failed after the exec; empty if
-    there is none, or somebody had it already."""
+    """Return the reply to a command that waited for an update which failed after the exec; empty if
+    none failed, or another command has had the reply."""
     error = migration.take_error()
     return f"Error: {error}\n" if error else ""
 

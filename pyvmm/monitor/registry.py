@@ -118,7 +118,7 @@ class Registry:
         self.commands = {command.name: command for command in commands}
 
     def execute(self, context: Context, name: str, arguments: dict[str, Any]) -> Any:
-        """Check the arguments, in QMP's types and names, and run the command.
+        """Check the arguments, in QMP's types and names, run the command, and return its result.
 
         :raises CommandNotFound: no such command
         :raises PyvmmError: it was refused; the text is for the user
@@ -168,11 +168,11 @@ class Context:
         self.cpu_index = 0
 
     def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a command; see :meth:`Registry.execute`."""
+        """Run a command and return its result; see :meth:`Registry.execute`."""
         return self.registry.execute(self, name, arguments or {})
 
     def cpu(self, index: int | None = None) -> Any:
-        """The vCPU with that index, by default the monitor's own.
+        """Return the vCPU with that index, by default the monitor's own.
 
         :raises CommandError: there is none
         """

@@ -37,7 +37,7 @@ exit codes: 0 fine, equal, accepted; 1 different, refused; 2 error
 
 
 def main(argv: list[str]) -> int:
-    """Run ``pyvmm state ARGV``; the exit code."""
+    """Run ``pyvmm state ARGV``; return the exit code."""
     at = argv.index("--") if "--" in argv else len(argv)
     words = _parser().parse_args(argv[:at])
     try:

@@ -14,15 +14,16 @@ from pyvmm.machine.config import MACHINE_TYPE, MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.state.outline import Outline
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 #: The options that decide how many there are of a section.
 _MENDS = {"kvm-vcpu": "-smp", "serial": "-serial"}
 
 
 def reasons(data: bytes, config: MachineConfig) -> list[str]:
-    """Why the state would be refused, one line each; none if it would be taken."""
+    """Return why the state would be refused, one line each; none if it would be taken."""
     own = shape.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
+    former = shape.former_names(config)
     try:
         outline = Outline(data)
     except VmStateError as error:
@@ -33,10 +34,12 @@ def reasons(data: bytes, config: MachineConfig) -> list[str]:
     known = dict(own)
     found += _block_reasons(outline.blocks, config)
     found += _count_reasons(
-        Counter(part.name for part in outline.parts), Counter(name for name, _ in known)
+        Counter(part.device for part in outline.parts),
+        Counter(name.rpartition("/")[2] for name, _ in known),
     )
     for part in outline.parts:
-        description = known.pop((part.name, part.instance), None)
+        key = part.name, part.instance
+        description = known.pop(former.get(key, key), None)
         if description is None:
             continue  # counted above
         source = Cursor(data[part.start : part.end])
@@ -52,7 +55,7 @@ def reasons(data: bytes, config: MachineConfig) -> list[str]:
         found.append(outline.problem)
     if not found:
         try:
-            stream.read(data, lambda name, instance: own.get((name, instance)), MACHINE_TYPE)
+            stream.read(data, own, MACHINE_TYPE, former)
         except VmStateError as error:
             found.append(str(error))
     return found

@@ -11,7 +11,7 @@ from pyvmm.state.show import keyed, text
 
 
 def compare(a: bytes, b: bytes, ignore: list[str]) -> Iterator[str]:
-    """A line for each value that is not the same in both.
+    """Return a line for each value that is not the same in both.
 
     :param ignore: shell patterns of paths that are left out
     :raises VmStateError: if one of them is no whole state
@@ -29,7 +29,7 @@ def compare(a: bytes, b: bytes, ignore: list[str]) -> Iterator[str]:
 
 
 def flatten(data: bytes) -> dict[str, Value]:
-    """Every value of a state by its path, ``section[instance]/field/...``.
+    """Return every value of a state by its path, ``section[instance]/field/...``.
 
     :raises VmStateError: if it is no whole state
     """

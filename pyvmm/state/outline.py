@@ -15,7 +15,8 @@ from pyvmm.machine import shape
 from pyvmm.machine.config import MachineConfig
 from pyvmm.migration import savevm
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import SUBSECTION, Cursor, Description
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import SUBSECTION, Description
 
 #: int, bool or bytes; a list of values; or a dict of them by field name
 Value = Any
@@ -52,6 +53,11 @@ class Part:
         self.version = version
         self.start = self.end = start
         self.tree: Tree = {}
+
+    @property
+    def device(self) -> str:
+        """The name of the device, without its place."""
+        return self.name.rpartition("/")[2]
 
     @property
     def key(self) -> str:
@@ -154,7 +160,7 @@ class Outline:
         source.at = part.end = end
 
     def _describe(self, data: bytes, part: Part) -> dict[str, Any] | None:
-        description = self._known.get(part.name)
+        description = self._known.get(part.device)
         try:
             if description is not None:
                 record = description.load(Cursor(data, part.start), part.version)
@@ -176,7 +182,7 @@ class Decoder:
         self._budget = budget
 
     def struct(self, described: dict[str, Any], depth: int = 0) -> Tree:
-        """Fields and subsections.
+        """Return fields and subsections by name.
 
         :raises VmStateError: if the description makes no sense, or not for these bytes
         """
@@ -199,7 +205,7 @@ class Decoder:
         return tree | self.subsections(described, depth)
 
     def subsections(self, described: dict[str, Any], depth: int) -> Tree:
-        """The subsections, by name; all those that are described must be there."""
+        """Return the subsections by name; all those that are described must be there."""
         tree: Tree = {}
         parts = described.get("subsections", [])
         for part in parts if isinstance(parts, list) else ():
@@ -227,7 +233,7 @@ class Decoder:
 
 
 def find_description(data: bytes) -> dict[str, Any] | None:
-    """The JSON description at the end of a stream, None if there is none that can be read.
+    """Return the JSON description at the end of a stream, None if there is none that can be read.
 
     It is found as other tools find it: behind the last NUL, from the first brace on.
     """
@@ -243,7 +249,7 @@ def find_description(data: bytes) -> dict[str, Any] | None:
 
 
 def known() -> dict[str, Description]:
-    """This build's own descriptions, by section name."""
+    """Return this build's own descriptions, by section name."""
     config = MachineConfig()
     config.serials = [None]
     own = {name: found for (name, _), found in shape.descriptions(config).items()}

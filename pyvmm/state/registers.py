@@ -142,12 +142,13 @@ for _pair in range(10):
 
 
 def msr_name(index: int) -> str:
-    """What the SDM, the APM or KVM's documentation calls an MSR; its number if nothing does."""
+    """Return what the SDM, the APM or KVM's documentation calls an MSR; its number if none names
+    it."""
     return MSR_NAMES.get(index, f"{index:#x}")
 
 
 def xsave(raw: bytes) -> dict[str, Any]:
-    """The registers in an XSAVE area; empty if it is too small for one."""
+    """Return the registers in an XSAVE area; empty if it is too small for one."""
     found = _parse(XSAVE, raw)
     for name in ("st", "xmm"):
         for number, value in enumerate(found.pop(name, ())):
@@ -156,7 +157,7 @@ def xsave(raw: bytes) -> dict[str, Any]:
 
 
 def lapic(raw: bytes) -> dict[str, Any]:
-    """The registers of a local APIC; its bitmaps as lists of vectors."""
+    """Return the registers of a local APIC; its bitmaps as lists of vectors."""
     found = _parse(LAPIC, raw)
     for name in ("isr", "tmr", "irr"):
         if name in found:

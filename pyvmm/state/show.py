@@ -34,7 +34,7 @@ class Document:
         self.problem = problem
 
     def lines(self, *, fold: bool) -> list[str]:
-        """As text; ``fold`` shortens buffers and long arrays."""
+        """Return the lines of the text; ``fold`` shortens buffers and long arrays."""
         lines = [printable(self.head)]
         for title, tree in self.trees:
             lines.append(printable(title))
@@ -42,12 +42,12 @@ class Document:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON values; bytes are hexadecimal text."""
+        """Return JSON values; bytes are hexadecimal text."""
         return self.facts | ({"problem": self.problem} if self.problem else {})
 
 
 def document(data: bytes, patterns: list[str]) -> Document:
-    """What is in a file: a state, or the CPR state that an update hands over.
+    """Return what is in a file: a state, or the CPR state that an update hands over.
 
     :param patterns: the sections to show, all if there are none
     :raises VmStateError: if it is neither
@@ -88,7 +88,7 @@ def document(data: bytes, patterns: list[str]) -> Document:
 
 
 def explain(name: str, tree: Tree) -> Tree:
-    """A section's tree with what a person wants to see instead of the kernel's buffers."""
+    """Return a section's tree with what a person wants to see instead of the kernel's buffers."""
     if name != VCPU.name:
         return tree
     tree = keyed(name, tree)
@@ -101,7 +101,7 @@ def explain(name: str, tree: Tree) -> Tree:
 
 
 def keyed(name: str, tree: Tree) -> Tree:
-    """A section's tree with a vCPU's MSRs by name instead of by place."""
+    """Return a section's tree with a vCPU's MSRs by name instead of by place."""
     msrs = tree.get("msrs")
     if name != VCPU.name or not isinstance(msrs, list):
         return tree
@@ -112,7 +112,7 @@ def keyed(name: str, tree: Tree) -> Tree:
 
 
 def text(value: Value, *, fold: bool = True) -> str:
-    """One value that is no struct."""
+    """Return the text of one value that is no struct."""
     if isinstance(value, (str, bool)):
         return str(value)
     if isinstance(value, int):
@@ -126,7 +126,7 @@ def text(value: Value, *, fold: bool = True) -> str:
 
 
 def printable(name: str) -> str:
-    """Text that may come from a file; a terminal obeys control characters."""
+    """Return text with control characters escaped: it may be a file's, and terminals obey them."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
 
 

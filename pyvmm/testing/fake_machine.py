@@ -53,27 +53,27 @@ class FakeVcpu:
         self.pages: dict[int, int] | None = None
 
     def get_regs(self) -> Any:
-        """The general registers."""
+        """Return the general registers."""
         return self.regs
 
     def get_sregs(self) -> Any:
-        """The system registers."""
+        """Return the system registers."""
         return self.sregs
 
     def get_debugregs(self) -> Any:
-        """The debug registers."""
+        """Return the debug registers."""
         return self.debugregs
 
     def get_xsave(self) -> bytes:
-        """The XSAVE area."""
+        """Return the XSAVE area."""
         return bytes(self.xsave)
 
     def get_mp_state(self) -> int:
-        """Running (0) or halted (3)."""
+        """Return the run state: running (0) or halted (3)."""
         return self.mp_state
 
     def translate(self, gva: int) -> int | None:
-        """Look a page up in ``pages``."""
+        """Return the physical address by ``pages``; None if the page is not there."""
         if self.pages is None:
             return gva
         page = self.pages.get(gva & ~0xFFF)
@@ -81,7 +81,7 @@ class FakeVcpu:
 
 
 def segment(type: int, *, s: int = 1, limit: int = 0xFFFFFFFF, **fields: int) -> Any:
-    """A present segment of ring 0, shaped as struct kvm_segment."""
+    """Return a present segment of ring 0, shaped as struct kvm_segment."""
     names = ("selector", "base", "dpl", "avl", "l", "db", "g", "unusable")
     known = dict.fromkeys(names, 0) | fields
     return SimpleNamespace(type=type, s=s, limit=limit, present=1, **known)
@@ -97,7 +97,7 @@ class FakeCpu:
         self.is_unfinished = False
 
     def call(self, function: Callable[[Any], Any]) -> Any:
-        """Run ``function`` on the vCPU."""
+        """Run ``function`` on the vCPU and return its result."""
         return function(self.vcpu)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def fake_platform() -> Any:
-    """A VM with one vCPU that does nothing."""
+    """Return a VM with one vCPU that does nothing."""
     vcpu = SimpleNamespace(index=0, set_immediate_exit=lambda _on: None)
     return SimpleNamespace(vcpus=[vcpu], vm=None, close=lambda: None)
 

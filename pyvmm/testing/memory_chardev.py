@@ -81,7 +81,7 @@ class MemoryChardev(Chardev):
         self._tell(CLOSED)
 
     def take_output(self) -> bytes:
-        """What was written since the last call."""
+        """Return what was written since the last call."""
         with self.lock:
             data = bytes(self.output)
             self.output.clear()

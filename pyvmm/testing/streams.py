@@ -32,17 +32,17 @@ ROM_SIZE = 64 << 10
 
 
 def machine_config(*arguments: str) -> MachineConfig:
-    """A machine with a serial port and nothing else, and what ``arguments`` add."""
+    """Return a machine with a serial port, what ``arguments`` add, and nothing else."""
     return options.parse(["-serial", "null", *arguments])
 
 
 def descriptions(config: MachineConfig) -> Descriptions:
-    """What the machine writes, by section and instance."""
+    """Return the descriptions of what the machine writes, by section and instance."""
     return shape.descriptions(config) | {(savevm.GLOBALSTATE.name, 0): savevm.GLOBALSTATE}
 
 
 def record(description: Description, seed: int = 0) -> Record:
-    """A record that the description accepts: zeros, or numbers that count up from ``seed``
+    """Return a record that the description accepts: zeros, or numbers that count up from ``seed``
     where they need not mean anything."""
     found = Record()
     for field in description.fields:
@@ -68,7 +68,7 @@ def make(
     own: Descriptions | None = None,
     machine: str = MACHINE_TYPE,
 ) -> bytes:
-    """The stream of a machine.
+    """Return the stream of a machine.
 
     :param described: whether the JSON description is there
     :param own: other sections than the machine's
@@ -89,8 +89,8 @@ def make(
 
 
 def describe(data: bytes, sections: Descriptions) -> bytes:
-    """The description of a stream."""
-    loaded = stream.read(data, lambda name, instance: sections.get((name, instance)))
+    """Return the description of a stream."""
+    loaded = stream.read(data, sections)
     return stream.describe(loaded, sections)
 
 

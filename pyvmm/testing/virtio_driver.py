@@ -36,7 +36,7 @@ from pyvmm.devices.virtio.transport import (
 from pyvmm.memory.backend import RamBackend
 from pyvmm.memory.config import RamConfig
 from pyvmm.memory.guest import GuestMemory
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Request:
         self.writable = writable
 
     def data(self, size: int | None = None) -> bytes:
-        """What the writable buffers hold, the first ``size`` bytes of it."""
+        """Return what the writable buffers hold, the first ``size`` bytes of it."""
         whole = b"".join(self._memory.read(*buffer) for buffer in self.writable)
         return whole if size is None else whole[:size]
 
@@ -105,7 +105,7 @@ class DriverQueue:
         *,
         indirect: bool = False,
     ) -> Request:
-        """Make a chain available, without a kick.
+        """Make a chain available, without a kick; return it as a request.
 
         :param readable: contents of buffers to be made, or ``(gpa, length)`` as it is
         :param writable: sizes of buffers to be made, or ``(gpa, length)`` as it is
@@ -150,7 +150,7 @@ class DriverQueue:
         self.memory.write_u16(self.avail + 2, self.avail_idx)
 
     def wants_kick(self, since: int) -> bool:
-        """Whether the device asked for a kick for what was made available after ``since``."""
+        """Return whether the device asked for a kick for what became available after ``since``."""
         if self.driver.event_idx:
             event = self.memory.read_u16(self.used + 4 + 8 * self.size)
             return (self.avail_idx - event - 1) & 0xFFFF < (self.avail_idx - since) & 0xFFFF
@@ -161,7 +161,7 @@ class DriverQueue:
         self.driver.notify(self.index)
 
     def reap(self) -> list[tuple[Request, int]]:
-        """What the device returned since the last call: the requests and what was written."""
+        """Return the requests that the device used since the last call, and the bytes written."""
         found = []
         while self.used_idx != self.memory.read_u16(self.used + 2):
             at = self.used + 4 + 8 * (self.used_idx % self.size)
@@ -236,14 +236,14 @@ class VirtioDriver:
         return bool(self.features & F_INDIRECT_DESC)
 
     def allocate(self, size: int, align: int = 16) -> int:
-        """Address of ``size`` bytes of RAM that nothing else uses. Never given back."""
+        """Return the address of ``size`` bytes of RAM that nothing else uses. Never given back."""
         gpa = -(-self._heap // align) * align
         self._heap = gpa + max(size, 1)
         assert self._heap <= self.backend.size, "the driver's memory is used up"
         return gpa
 
     def read(self, register: int, size: int = 0) -> int:
-        """Read a register, as a vCPU does; all of it unless a size in bytes is given."""
+        """Return a register, read as a vCPU does; all of it unless a size in bytes is given."""
         return self.bus.read(BASE + register, size or self.width)
 
     def write(self, register: int, value: int, size: int = 0) -> None:
@@ -253,13 +253,13 @@ class VirtioDriver:
     # ---- registers -------------------------------------------------------------------------
 
     def make_transport(self, device: VirtioDevice, kick_fds: list[int]) -> Transport:
-        """The transport of a device, with the registers that are written below."""
+        """Return the transport of a device, with the registers that are written below."""
         return VirtioMmio(
             device, self.memory, base=BASE, gsi=GSI, kick_fds=kick_fds, pulse=self._interrupt
         )
 
     def config(self, offset: int, size: int) -> bytes:
-        """Part of the configuration space, byte by byte."""
+        """Return part of the configuration space, read byte by byte."""
         return bytes(self.read(mmio.CONFIG + offset + at, 1) for at in range(size))
 
     @property
@@ -272,7 +272,7 @@ class VirtioDriver:
         self.write(mmio.STATUS, value)
 
     def offered(self) -> int:
-        """The feature bits that the device offers."""
+        """Return the feature bits that the device offers."""
         found = 0
         for word in (0, 1):
             self.write(mmio.DEVICE_FEATURES_SEL, word)
@@ -286,7 +286,7 @@ class VirtioDriver:
             self.write(mmio.DRIVER_FEATURES, features >> 32 * word & 0xFFFFFFFF)
 
     def max_size(self, index: int) -> int:
-        """Most entries of a queue."""
+        """Return the largest size of a queue, in entries."""
         self.write(mmio.QUEUE_SEL, index)
         return self.read(mmio.QUEUE_SIZE_MAX)
 
@@ -311,7 +311,7 @@ class VirtioDriver:
 
     def negotiate(self, features: int | None = None) -> bool:
         """Reset the device and agree on features (all that are offered by default), up to
-        FEATURES_OK; whether the device accepts them."""
+        FEATURES_OK; return whether the device accepts them."""
         self.set_status(0)
         self.set_status(S_ACKNOWLEDGE)
         self.set_status(S_ACKNOWLEDGE | S_DRIVER)
@@ -321,7 +321,8 @@ class VirtioDriver:
         return bool(self.status & S_FEATURES_OK)
 
     def set_up_queue(self, index: int, size: int | None = None) -> DriverQueue:
-        """Give the device a queue, of its maximum size by default; added to ``queues``."""
+        """Give the device a queue, of its maximum size by default; add it to ``queues`` and return
+        it."""
         queue = DriverQueue(self, index, size or self.max_size(index))
         self.enable(queue)
         self.queues.append(queue)
@@ -349,7 +350,7 @@ class VirtioDriver:
             self.device.loop.run_once(0)
 
     def interrupts(self) -> int:
-        """How many interrupts came since the last call."""
+        """Return how many interrupts came since the last call."""
         count, self._interrupts = self._interrupts, 0
         return count
 
@@ -357,7 +358,7 @@ class VirtioDriver:
         self._interrupts += 1
 
     def encode(self) -> bytes:
-        """The state of device and transport, drained."""
+        """Return the state of device and transport, drained."""
         self.transport.drain()
         out = bytearray()
         assert self.transport.vmstate is not None

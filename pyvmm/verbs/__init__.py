@@ -17,7 +17,7 @@ _EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def main(verb: str, arguments: list[str]) -> int:
-    """Run ``pyvmm VERB ARGUMENTS``; the exit code."""
+    """Run ``pyvmm VERB ARGUMENTS``; return the exit code."""
     parser = argparse.ArgumentParser(prog=f"pyvmm {verb}", allow_abbrev=False)
     # argparse has no fixed opinion on "--"; what is behind it is a command to be handed on.
     at = arguments.index("--") if "--" in arguments and verb == "update" else len(arguments)

@@ -25,7 +25,7 @@ class UnresponsiveError(HostError):
 
 
 def find(name: str) -> str:
-    """The directory of the running VM of that name.
+    """Return the directory of the running VM of that name.
 
     :raises HostError: there is none; the message names those that run
     """
@@ -37,7 +37,7 @@ def find(name: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name as a terminal may have it: it may contain any characters."""
+    """Return a name with ``?`` for what a terminal must not get: it may have any characters."""
     return "".join(char if char.isprintable() else "?" for char in name)
 
 
@@ -120,7 +120,7 @@ class Client:
         return UnresponsiveError(f"{self.name}: the VM does not answer in {self.timeout_s:g} s")
 
     def disconnected(self) -> DisconnectedError:
-        """The error that says so."""
+        """Return the error that says that the VM closed the connection."""
         return DisconnectedError(f"{self.name}: the VM closed the connection")
 
 
@@ -135,7 +135,7 @@ class HmpClient(Client):
         super().__init__(path, rundir.HMP_SOCKET, timeout_s)
 
     def run(self, line: str) -> str:
-        """Run one line; what it prints, with plain newlines.
+        """Run one line; return what it prints, with plain newlines.
 
         :raises DisconnectedError: the VM ended meanwhile, as quit makes it
         :raises UnresponsiveError: no answer in time
@@ -168,7 +168,7 @@ class QmpClient(Client):
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a command; what it returns.
+        """Run a command; return its result.
 
         :raises CommandError: it was refused
         :raises HostError: no answer

@@ -16,7 +16,7 @@ _COLUMNS = ("name", "pid", "state", "memory", "vcpus", "uptime", "updates")
 
 
 def show(*, as_json: bool) -> int:
-    """Print them; the exit code."""
+    """Print the VMs that run; return the exit code."""
     names = rundir.names()
     # One that does not answer must not hold up the others.
     with ThreadPoolExecutor(max_workers=32) as pool:
@@ -36,9 +36,9 @@ def show(*, as_json: bool) -> int:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One VM: ``name``, ``pid``, ``state`` (QMP's RunState; ``unknown`` if it does not answer),
-    ``memory`` (bytes), ``vcpus``, ``uptime`` (seconds), ``updates``, ``version``; what is not
-    known is None."""
+    """Return what is known of one VM: ``name``, ``pid``, ``state`` (QMP's RunState; ``unknown`` if
+    it does not answer), ``memory`` (bytes), ``vcpus``, ``uptime`` (seconds), ``updates``,
+    ``version``; what is not known is None."""
     path = rundir.directory(name)
     info = rundir.read_info(path)
     try:
@@ -74,7 +74,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """For people, in the two largest units: ``5s``, ``3m 20s``, ``2d 4h``."""
+    """Return a duration in its two largest units: ``5s``, ``3m 20s``, ``2d 4h``."""
     left = max(int(seconds), 0)
     parts: list[str] = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):

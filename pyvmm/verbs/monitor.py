@@ -25,7 +25,7 @@ _QUIT = ("quit", "q")
 
 
 def talk(name: str, command: str) -> int:
-    """Run ``command`` in the monitor of a VM, or what a person or a script types; the exit
+    """Run ``command`` in the monitor of a VM, or what a person or a script types; return the exit
     code: 1 if a command failed, or the VM went away unasked."""
     if "\n" in command or "\r" in command:
         raise ConfigError("COMMAND has more than one line; give several to standard input")
@@ -40,7 +40,7 @@ def talk(name: str, command: str) -> int:
 
 
 def run(client: HmpClient, lines: Iterable[str]) -> int:
-    """Run lines and print what they print; the exit code."""
+    """Run lines and print their output; return the exit code."""
     code = 0
     for line in lines:
         try:
@@ -55,13 +55,13 @@ def run(client: HmpClient, lines: Iterable[str]) -> int:
 
 
 def failed(text: str) -> bool:
-    """Whether the output of a command says that it was not done."""
+    """Return whether the output of a command says that it was not done."""
     last = text.rstrip("\n").rpartition("\n")[2]
     return text.startswith(("Error: ", "unknown command: ")) or last.startswith('Try "help ')
 
 
 def interact(client: HmpClient) -> int:
-    """A session on the terminal, until Ctrl-D or the end of the VM; the exit code."""
+    """Hold a session on the terminal until Ctrl-D or the VM's end; return the exit code."""
     session = _session(client)
     print(f"{client.banner}Ctrl-D leaves; the VM runs on.")
     while True:
@@ -100,7 +100,7 @@ def _session(client: HmpClient) -> PromptSession[str]:
 
 
 def _names(text: str, skip: str = "") -> list[str]:
-    """The commands that ``help`` lists."""
+    """Return the commands that ``help`` lists."""
     heads = [line.removeprefix(skip).partition(" ")[0] for line in text.splitlines()]
     return [name for head in heads for name in head.split("|") if name]
 

@@ -16,8 +16,9 @@ _STOP = "stop"
 
 
 def update(name: str, command: list[str], timeout_s: float) -> int:
-    """Update the VM ``name``; the exit code: 0 if the new pyvmm runs the guest, 1 if the old
-    one goes on.
+    """Update the VM ``name``; return the exit code.
+
+    It is 0 if the new pyvmm runs the guest, 1 if the old one goes on.
 
     :param command: a ``pyvmm run`` command; empty for the VM's own
     :raises HostError: the VM does not run, or ended
@@ -45,7 +46,7 @@ def update(name: str, command: list[str], timeout_s: float) -> int:
 
 
 def downtime(info: dict[str, Any]) -> float:
-    """How long the guest stood still, in ms, from what query-migrate returned."""
+    """Return how long the guest stood still, in ms, by query-migrate's answer."""
     phases = info.get("phases", {})
     if _STOP not in phases:
         return float(info.get("downtime", 0))
@@ -54,7 +55,7 @@ def downtime(info: dict[str, Any]) -> float:
 
 
 def _wait(client: QmpClient, name: str, deadline: float) -> dict[str, Any]:
-    """Poll until the update has ended; what query-migrate returns then."""
+    """Poll until the update has ended; return query-migrate's last answer."""
     cancelled = False
     while True:
         info: dict[str, Any] = client.execute("query-migrate")

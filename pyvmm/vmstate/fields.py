@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 
 from pyvmm.errors import VmStateError
+from pyvmm.vmstate.cursor import Cursor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,71 +40,6 @@ class Record:
         return f"Record({inner})"
 
 
-class Cursor:
-    """A position in a stream of bytes that must not be trusted.
-
-    :param data: the whole stream
-    """
-
-    __slots__ = ("at", "data", "path")
-
-    def __init__(self, data: bytes, at: int = 0) -> None:
-        self.data = data
-        self.at = at
-        self.path: list[str] = []
-
-    def take(self, size: int) -> bytes:
-        """The next ``size`` bytes.
-
-        :raises VmStateError: if there are fewer
-        """
-        end = self.at + size
-        if end > len(self.data):
-            raise self.error(f"truncated: {size} bytes wanted, {len(self.data) - self.at} left")
-        chunk = self.data[self.at : end]
-        self.at = end
-        return chunk
-
-    def u8(self) -> int:
-        """The next byte."""
-        return self.take(1)[0]
-
-    def u16(self) -> int:
-        """The next two bytes."""
-        return int.from_bytes(self.take(2), "big")
-
-    def u32(self) -> int:
-        """The next four bytes."""
-        return int.from_bytes(self.take(4), "big")
-
-    def u64(self) -> int:
-        """The next eight bytes."""
-        return int.from_bytes(self.take(8), "big")
-
-    def unpack(self, pack: struct.Struct, fields: Iterable[Field]) -> tuple[Any, ...]:
-        """The values of the next ``fields``, which are of fixed size.
-
-        :param pack: all of them
-        :raises VmStateError: with the path of the first that is not there as a whole
-        """
-        at = self.at
-        if at + pack.size > len(self.data):
-            _skip(self, fields)
-        self.at = at + pack.size
-        return pack.unpack_from(self.data, at)
-
-    def string(self) -> str:
-        """A length byte and that many bytes of text."""
-        raw = self.take(self.u8())
-        if not raw.isascii():
-            raise self.error(f"name is not ASCII: {raw!r}")
-        return raw.decode("ascii")
-
-    def error(self, problem: str) -> VmStateError:
-        """An error that names the present path."""
-        return VmStateError("/".join(self.path), problem)
-
-
 class Field:
     """One attribute. ``name`` is the attribute and the name in the stream's description."""
 
@@ -127,7 +63,7 @@ class Field:
         source.path.pop()
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
-        """The field's entries in the stream's JSON description; ``state`` was loaded."""
+        """Return the field's entries in the stream's JSON description; ``state`` was loaded."""
         raise NotImplementedError
 
     @property
@@ -185,7 +121,7 @@ class _Run:
         out += self._pack.pack(*[getattr(state, name) for name in self._names])
 
     def load_named(self, source: Cursor, into: Record) -> None:
-        values = source.unpack(self._pack, self._fields)
+        values = _unpack(source, self._pack, self._fields)
         into.__dict__.update(zip(self._names, values, strict=True))
 
 
@@ -262,7 +198,8 @@ class Struct(Field):
         setattr(into, self.name, self.inner.load(source, self.inner.version))
 
     def describe(self, state: Any) -> list[dict[str, Any]]:
-        return [_describe_struct(self.name, self.inner, getattr(state, self.name))]
+        # What is of fixed size is described without looking at it.
+        return [_describe_struct(self.name, self.inner, getattr(state, self.name, None))]
 
     @property
     def is_fixed(self) -> bool:
@@ -303,7 +240,7 @@ class CStruct(Struct):
 
     def load(self, source: Cursor, into: Record) -> None:
         made = self.make()
-        values = source.unpack(self.pack, self.inner.fields)
+        values = _unpack(source, self.pack, self.inner.fields)
         self.layout.pack_into(self.view(made), 0, *values)
         setattr(into, self.name, made)
 
@@ -353,8 +290,10 @@ class StructArray(Field):
 
 
 class Table(StructArray):
-    """The same with the values of all records one after the other, in a tuple: hundreds of
-    records would be hundreds of objects. The records are of fixed size."""
+    """A :class:`StructArray` as one tuple: the values of all records, one after the other.
+
+    Hundreds of records would be hundreds of objects. The records are of fixed size.
+    """
 
     __slots__ = ("row",)
 
@@ -428,7 +367,7 @@ class Description:
             part.save(out, state)
 
     def load(self, source: Cursor, version: int) -> Record:
-        """Read a record of the given version and check it.
+        """Return a record of the given version, read and checked.
 
         :raises VmStateError: with the path of the field that cannot be
         """
@@ -443,7 +382,7 @@ class Description:
         return record
 
     def describe(self, state: Any) -> dict[str, Any]:
-        """The JSON description that QEMU's stream carries (``vmsd_name``, fields, ...).
+        """Return the JSON description that QEMU's stream carries (``vmsd_name``, fields, ...).
 
         :param state: a record that was loaded: what it holds is what the stream held
         """
@@ -521,6 +460,19 @@ def _codes(fields: Iterable[Field]) -> str:
     return "".join([field.codes for field in fields])
 
 
+def _unpack(source: Cursor, pack: struct.Struct, fields: Iterable[Field]) -> tuple[Any, ...]:
+    """Return the values of the next ``fields``, which are of fixed size.
+
+    :param pack: all of them
+    :raises VmStateError: with the path of the first that is not there as a whole
+    """
+    at = source.at
+    if at + pack.size > len(source.data):
+        _skip(source, fields)
+    source.at = at + pack.size
+    return pack.unpack_from(source.data, at)
+
+
 def _skip(source: Cursor, fields: Iterable[Field]) -> None:
     # Field by field, to where the stream ends: the error names the one that it ends in.
     for field in fields:
@@ -569,40 +521,40 @@ def _size(described: dict[str, Any]) -> int:
 
 
 def u8(name: str) -> Scalar:
-    """An unsigned 8-bit field."""
+    """Return an unsigned 8-bit field."""
     return Scalar(name, "uint8")
 
 
 def u16(name: str) -> Scalar:
-    """An unsigned 16-bit field."""
+    """Return an unsigned 16-bit field."""
     return Scalar(name, "uint16")
 
 
 def u32(name: str) -> Scalar:
-    """An unsigned 32-bit field."""
+    """Return an unsigned 32-bit field."""
     return Scalar(name, "uint32")
 
 
 def u64(name: str) -> Scalar:
-    """An unsigned 64-bit field."""
+    """Return an unsigned 64-bit field."""
     return Scalar(name, "uint64")
 
 
 def i32(name: str) -> Scalar:
-    """A signed 32-bit field."""
+    """Return a signed 32-bit field."""
     return Scalar(name, "int32")
 
 
 def i64(name: str) -> Scalar:
-    """A signed 64-bit field."""
+    """Return a signed 64-bit field."""
     return Scalar(name, "int64")
 
 
 def boolean(name: str) -> Scalar:
-    """A byte that is 0 or 1."""
+    """Return a field of one byte that is 0 or 1."""
     return Scalar(name, "bool")
 
 
 def each(make: Callable[[str], Scalar], names: str) -> list[Scalar]:
-    """One field per word of ``names``."""
+    """Return one field per word of ``names``."""
     return [make(name) for name in names.split()]

@@ -11,13 +11,14 @@ from __future__ import annotations
 import struct
 
 from pyvmm.errors import VmStateError
-from pyvmm.vmstate.fields import Cursor, Description, Record
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Description, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
-    from pyvmm.vmstate.section import Section
+    from pyvmm.vmstate.section import Key, Section
 
 MAGIC = 0x5145564D  # "QEVM"
 VERSION = 3
@@ -50,16 +51,18 @@ class Loaded:
 
     :ivar machine: the machine type it was written by
     :ivar blocks: the RAM blocks that the guest has
-    :ivar records: decoded state by (section name, instance), as in the stream
+    :ivar records: decoded state by section
+    :ivar spelled: how the stream calls a section that has a former name there
     :ivar is_described: whether something follows the end mark, which is not looked at
     """
 
-    __slots__ = ("blocks", "is_described", "machine", "records")
+    __slots__ = ("blocks", "is_described", "machine", "records", "spelled")
 
     def __init__(self, machine: str) -> None:
         self.machine = machine
         self.blocks: Blocks = []
-        self.records: dict[tuple[str, int], Record] = {}
+        self.records: dict[Key, Record] = {}
+        self.spelled: dict[Key, Key] = {}
         self.is_described = False
 
 
@@ -68,9 +71,11 @@ class Writer:
 
     :param machine: machine type, for the configuration section
     :param blocks: the guest's RAM blocks
+    :param former: call sections as images before do, one of which will read it
     """
 
-    def __init__(self, machine: str, blocks: Blocks) -> None:
+    def __init__(self, machine: str, blocks: Blocks, *, former: bool = False) -> None:
+        self._former = former
         self._out = bytearray(struct.pack(">II", MAGIC, VERSION))
         self._next_id = RAM_SECTION_ID + 1
         name = machine.encode()
@@ -82,16 +87,17 @@ class Writer:
 
         :raises VmStateError: if its state does not fit its description
         """
-        name = section.name.encode()
+        key = section.former if self._former else section.key
+        name = key[0].encode()
         description = section.description
         self._out += struct.pack(">BIB", SECTION_FULL, self._next_id, len(name)) + name
-        self._out += struct.pack(">II", section.instance, description.version)
+        self._out += struct.pack(">II", key[1], description.version)
         description.save(self._out, section.save())
         self._footer(self._next_id)
         self._next_id += 1
 
     def finish(self) -> bytes:
-        """The stream, all that a loader needs; :func:`describe` gives what tools want."""
+        """Return the stream, all that a loader needs; :func:`describe` gives what tools want."""
         self._out.append(EOF)
         return bytes(self._out)
 
@@ -113,8 +119,8 @@ class Writer:
         self._out += struct.pack(">BI", FOOTER, section_id)
 
 
-def describe(loaded: Loaded, descriptions: Mapping[tuple[str, int], Description]) -> bytes:
-    """What may follow the end mark: JSON that explains the sections' bytes, for tools.
+def describe(loaded: Loaded, descriptions: Mapping[Key, Description]) -> bytes:
+    """Return what may follow the end mark: JSON that explains the sections' bytes, for tools.
 
     Whoever has loaded a stream has the time to write this, whoever saves one has not.
 
@@ -126,10 +132,10 @@ def describe(loaded: Loaded, descriptions: Mapping[tuple[str, int], Description]
         {"name": "len", "type": "uint32", "size": 4},
         {"name": "name", "type": "buffer", "size": len(loaded.machine)},
     ]
-    devices = [
-        {"name": key[0], "instance_id": key[1]} | descriptions[key].describe(record)
-        for key, record in loaded.records.items()
-    ]
+    devices = []
+    for key, record in loaded.records.items():
+        name, instance = loaded.spelled.get(key, key)
+        devices.append({"name": name, "instance_id": instance} | descriptions[key].describe(record))
     whole = {
         "configuration": {"vmsd_name": "configuration", "version": 1, "fields": configuration},
         "page_size": PAGE_SIZE,
@@ -143,12 +149,16 @@ def describe(loaded: Loaded, descriptions: Mapping[tuple[str, int], Description]
 
 
 def read(
-    data: bytes, lookup: Callable[[str, int], Description | None], machine: str | None = None
+    data: bytes,
+    descriptions: Mapping[Key, Description],
+    machine: str | None = None,
+    former: Mapping[Key, Key] | None = None,
 ) -> Loaded:
-    """Read a stream as a whole.
+    """Read a stream as a whole and return what it holds.
 
-    :param lookup: the description of a section of this name and instance, None if unknown
+    :param descriptions: of the sections that there may be
     :param machine: the machine type that it must come from; None for any
+    :param former: from what images before call a section to what it is called
     :raises VmStateError: with the path of what is wrong; nothing was changed
     """
     source = Cursor(data)
@@ -168,7 +178,7 @@ def read(
             ram_done = True
         elif kind == SECTION_FULL:
             section_id = source.u32()
-            _read_section(source, loaded, lookup)
+            _read_section(source, loaded, descriptions, former or {})
         elif kind == COMMAND:
             command, size = source.u16(), source.u16()
             if (command, size) != (COMMAND_SWITCHOVER_START, 0):
@@ -198,7 +208,7 @@ def apply(loaded: Loaded, sections: Iterable[Section]) -> None:
 
 
 def read_header(source: Cursor, machine: str | None) -> Loaded:
-    """Read what comes before the first section; see :func:`read`."""
+    """Read up to the first section; return the machine's type as a :class:`Loaded` to be filled."""
     if source.u32() != MAGIC:
         raise source.error("not a migration stream (bad magic)")
     version = source.u32()
@@ -245,15 +255,21 @@ def read_blocks(source: Cursor, loaded: Loaded) -> None:
 
 
 def _read_section(
-    source: Cursor, loaded: Loaded, lookup: Callable[[str, int], Description | None]
+    source: Cursor,
+    loaded: Loaded,
+    descriptions: Mapping[Key, Description],
+    former: Mapping[Key, Key],
 ) -> None:
     name = source.string()
-    instance, version = source.u32(), source.u32()
-    source.path.append(f"{name}[{instance}]")
-    if (name, instance) in loaded.records:
+    spelled, version = (name, source.u32()), source.u32()
+    source.path.append(f"{name}[{spelled[1]}]")
+    key = former.get(spelled, spelled)
+    if key in loaded.records:
         raise source.error("the section is there twice")
-    description = lookup(name, instance)
+    description = descriptions.get(key)
     if description is None:
         raise source.error("this machine has no such device")
-    loaded.records[(name, instance)] = description.load(source, version)
+    if key != spelled:
+        loaded.spelled[key] = spelled
+    loaded.records[key] = description.load(source, version)
     source.path.pop()

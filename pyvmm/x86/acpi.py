@@ -56,12 +56,12 @@ def build(hardware: Hardware, base: int) -> tuple[bytes, bytes]:
 
 
 def facs() -> bytes:
-    """The FACS (5.2.10), which holds the global lock; has to stay where it is while the OS runs."""
+    """Return the FACS (5.2.10), which holds the global lock; it must not move while the OS runs."""
     return struct.pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2)
 
 
 def checksum(data: bytes | bytearray) -> int:
-    """The byte that makes the sum of *data* and itself 0 (modulo 256)."""
+    """Return the byte that makes the sum of *data* and itself 0 (modulo 256)."""
     return -sum(data) & 0xFF
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def integer(value: int) -> bytes:
-    """A constant in its shortest form, 0 to 2^64 - 1 (20.2.3)."""
+    """Return a constant in its shortest form, 0 to 2^64 - 1 (20.2.3)."""
     if value in (0, 1):
         return bytes((value,))
     for prefix, size in ((0x0A, 1), (0x0B, 2), (0x0C, 4), (0x0E, 8)):
@@ -18,12 +18,12 @@ def integer(value: int) -> bytes:
 
 
 def string(text: str) -> bytes:
-    """An ASCII string (20.2.3)."""
+    """Return an ASCII string (20.2.3)."""
     return b"\x0d" + text.encode("ascii") + b"\0"
 
 
 def eisa_id(text: str) -> bytes:
-    """A plug and play id of three letters and four digits, packed into an integer (19.3.4)."""
+    """Return a plug and play id (three letters, four digits), packed into an integer (19.3.4)."""
     letters = 0
     for letter in text[:3]:
         letters = letters << 5 | ord(letter) - 0x40
@@ -32,32 +32,32 @@ def eisa_id(text: str) -> bytes:
 
 
 def package(*elements: bytes) -> bytes:
-    """A list of up to 255 objects (20.2.5.4)."""
+    """Return a list of up to 255 objects (20.2.5.4)."""
     return b"\x12" + _with_length(bytes((len(elements),)) + b"".join(elements))
 
 
 def buffer(data: bytes) -> bytes:
-    """Raw bytes (20.2.5.4)."""
+    """Return a buffer of raw bytes (20.2.5.4)."""
     return b"\x11" + _with_length(integer(len(data)) + data)
 
 
 def name(segment: str, value: bytes) -> bytes:
-    """``Name (segment, value)``."""
+    """Return ``Name (segment, value)``."""
     return b"\x08" + path(segment) + value
 
 
 def scope(segment: str, *terms: bytes) -> bytes:
-    """``Scope (segment) {terms}``."""
+    """Return ``Scope (segment) {terms}``."""
     return b"\x10" + _with_length(path(segment) + b"".join(terms))
 
 
 def device(segment: str, *terms: bytes) -> bytes:
-    """``Device (segment) {terms}``."""
+    """Return ``Device (segment) {terms}``."""
     return b"\x5b\x82" + _with_length(path(segment) + b"".join(terms))
 
 
 def path(segment: str) -> bytes:
-    """A name of up to four characters, which is padded with ``_`` (20.2.2)."""
+    """Return a name of up to four characters, which is padded with ``_`` (20.2.2)."""
     return segment.ljust(4, "_").encode("ascii")
 
 
@@ -65,28 +65,28 @@ def path(segment: str) -> bytes:
 
 
 def resources(*descriptors: bytes) -> bytes:
-    """``ResourceTemplate () {descriptors}``; an end tag without checksum closes it."""
+    """Return ``ResourceTemplate () {descriptors}``; an end tag without checksum closes it."""
     return buffer(b"".join(descriptors) + b"\x79\0")
 
 
 def io(first: int, count: int) -> bytes:
-    """``IO (Decode16, ...)``: a fixed range of ports."""
+    """Return ``IO (Decode16, ...)``: a fixed range of ports."""
     start = first.to_bytes(2, "little")
     return b"\x47\x01" + start + start + bytes((1, count))
 
 
 def irq(number: int) -> bytes:
-    """``IRQNoFlags``: an ISA interrupt, 0 to 15: edge, active high, not shared."""
+    """Return ``IRQNoFlags``: an ISA interrupt, 0 to 15: edge, active high, not shared."""
     return b"\x22" + (1 << number).to_bytes(2, "little")
 
 
 def interrupt(gsi: int, *, edge: bool) -> bytes:
-    """``Interrupt (ResourceConsumer, Edge or Level, ActiveHigh, Exclusive)`` by its GSI."""
+    """Return ``Interrupt (ResourceConsumer, Edge or Level, ActiveHigh, Exclusive)`` by its GSI."""
     return b"\x89\x06\0" + bytes((0x03 if edge else 0x01, 1)) + gsi.to_bytes(4, "little")
 
 
 def memory32(base: int, size: int) -> bytes:
-    """``Memory32Fixed (ReadWrite, base, size)``.
+    """Return ``Memory32Fixed (ReadWrite, base, size)``.
 
     :raises OverflowError: it lies above 4 GiB
     """

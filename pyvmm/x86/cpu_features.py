@@ -83,7 +83,7 @@ CET_COMPONENTS = 1 << 11 | 1 << 12
 
 
 def parse(value: str, option: str) -> dict[str, bool]:
-    """What ``-cpu host,...`` asks to change: features by name, in alphabetical order.
+    """Return what ``-cpu host,...`` asks to change: features by name, in alphabetical order.
 
     :raises ConfigError: the model or a feature is unknown, or one is given twice
     """
@@ -111,7 +111,7 @@ def parse(value: str, option: str) -> dict[str, bool]:
 
 
 def find(name: str) -> Iterator[tuple[int, int, str, int]]:
-    """The bits that *name* stands for: leaf, subleaf, register, mask."""
+    """Return the bits that *name* stands for: leaf, subleaf, register, mask."""
     for (leaf, subleaf, register), names in WORDS.items():
         words = names.split()
         if name in words and name != "-":
@@ -120,7 +120,7 @@ def find(name: str) -> Iterator[tuple[int, int, str, int]]:
 
 
 def without_dependents(names: list[str]) -> list[str]:
-    """*names* with all that goes when they go."""
+    """Return *names* and all features that cannot be had without them."""
     gone = list(dict.fromkeys(names))
     for name in gone:  # grows as it is walked
         gone += [each for each in DEPENDENT.get(name, "").split() if each not in gone]
@@ -128,6 +128,6 @@ def without_dependents(names: list[str]) -> list[str]:
 
 
 def known() -> list[str]:
-    """All features that can be named, in alphabetical order."""
+    """Return all features that can be named, in alphabetical order."""
     words = {word for names in WORDS.values() for word in names.split()} | set(GROUPS)
     return sorted(words - {"-"})

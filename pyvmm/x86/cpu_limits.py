@@ -98,8 +98,8 @@ def limit(entries: Entries, system: System) -> set[tuple[int, int]]:
 
 
 def limit_components(entries: Entries, user: int, supervisor: int) -> set[tuple[int, int]]:
-    """Offer no other components of XSAVE than those in the two masks; the subleaves of leaf 0xd
-    to be removed."""
+    """Offer no other components of XSAVE than those in the two masks; return the keys of the
+    subleaves of leaf 0xd to be removed."""
     if (XSAVE, 0) not in entries:
         return set()
     main = entries[XSAVE, 0]

@@ -89,7 +89,7 @@ class Topology:
 def host_cpuid(
     system: System, topology: Topology, changes: Mapping[str, bool], tsc_khz: int = 0
 ) -> Any:
-    """What all vCPUs have in common: a ``struct kvm_cpuid2``.
+    """Return what all vCPUs have in common: a ``struct kvm_cpuid2``.
 
     :param changes: features that ``-cpu`` wants or does not want
     :param tsc_khz: frequency of the TSC, if it is known
@@ -114,8 +114,8 @@ def host_cpuid(
 
 
 def identity(cpuid: Any, topology: Topology) -> Callable[[int], None]:
-    """What makes ``cpuid`` that of a vCPU: to be called with its number, which is its APIC id
-    too, for one vCPU after the other."""
+    """Return a function that makes ``cpuid`` that of one vCPU. Call it for one vCPU after the
+    other, with the vCPU's number, which is its APIC id too."""
     leaves = (FEATURES, *TOPOLOGY, AMD_TOPOLOGY)
     places = [at for at in range(cpuid.nent) if cpuid.entries[at].function in leaves]
 

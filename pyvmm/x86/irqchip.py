@@ -122,7 +122,7 @@ KVMCLOCK = Description(
 
 
 def save_pic(vm: Vm, chip: str) -> Record:
-    """The state of one PIC, as :data:`I8259` describes it."""
+    """Return the state of one PIC, as :data:`I8259` describes it."""
     pic = vm.get_irqchip(chip).chip.pic
     return Record(
         elcr=pic.elcr, single_mode=0, **{name: getattr(pic, name) for name in _PIC_NAMES.split()}
@@ -139,7 +139,7 @@ def load_pic(vm: Vm, chip: str, state: Record) -> None:
 
 
 def save_ioapic(vm: Vm) -> Record:
-    """The state of the IOAPIC, as :data:`IOAPIC` describes it."""
+    """Return the state of the IOAPIC, as :data:`IOAPIC` describes it."""
     ioapic = vm.get_irqchip("KVM_IRQCHIP_IOAPIC").chip.ioapic
     return Record(
         id=ioapic.id & 0xFF,
@@ -163,7 +163,7 @@ def load_ioapic(vm: Vm, state: Record) -> None:
 
 
 def save_pit(vm: Vm) -> Record:
-    """The state of the PIT, as :data:`I8254` describes it."""
+    """Return the state of the PIT, as :data:`I8254` describes it."""
     pit = vm.get_pit2()
     channels = [
         Record(
@@ -194,7 +194,7 @@ def load_pit(vm: Vm, state: Record) -> None:
 
 
 def save_clock(vm: Vm) -> Record:
-    """kvmclock, and what the host's boot clock said when it was read."""
+    """Return kvmclock, and what the host's boot clock said when kvmclock was read."""
     clock, boottime = _read_clocks(vm)
     return Record(clock=clock, boottime=boottime)
 
@@ -223,7 +223,7 @@ def load_clock(vm: Vm, state: Record) -> None:
 
 
 def is_ahead(state: Record) -> bool:
-    """Whether the state's boot clock is one that this boot of the host has not reached."""
+    """Return whether the state's boot clock is one that this boot of the host has not reached."""
     return bool(getattr(state, "boottime", 0) > time.clock_gettime_ns(time.CLOCK_BOOTTIME))
 
 

@@ -54,25 +54,25 @@ MTRR_WRITE_BACK = 6
 
 
 def is_carried(index: int) -> bool:
-    """Whether a register is written back."""
+    """Return whether a register is written back."""
     return not (
         index in WALL_CLOCK or index == ASYNC_PF_ACK or index in HYPER_V or index in VMX_FEATURES
     )
 
 
 def carried(listed: Iterable[int]) -> list[int]:
-    """What to read of a vCPU: of the registers that KVM lists those that are written back, and
-    the unlisted ones."""
+    """Return what to read of a vCPU: of the registers that KVM lists those that are written back,
+    and the unlisted ones."""
     return list(dict.fromkeys((*filter(is_carried, listed), *UNLISTED)))
 
 
 def present(vcpu: Vcpu) -> MsrBlock:
-    """Of these the registers that a vCPU, whose CPUID is set, has."""
+    """Return those registers of :func:`carried` that a vCPU, whose CPUID is set, has."""
     return MsrBlock(list(vcpu.get_msrs(carried(vcpu.listed_msrs))))
 
 
 def at_power_on(vcpu: Vcpu) -> dict[int, int]:
-    """What a vCPU, whose CPUID is set, has otherwise than KVM makes it."""
+    """Return the values in which a vCPU, whose CPUID is set, differs from what KVM makes it."""
     # What firmware leaves: memory is cacheable wherever no range says otherwise.
     values = {MTRR_DEF_TYPE: MTRR_ENABLE | MTRR_WRITE_BACK}
     performance = vcpu.get_msrs((PERF_CAPABILITIES,)).get(PERF_CAPABILITIES, 0)

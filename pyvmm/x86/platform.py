@@ -91,7 +91,7 @@ class Platform:
             section.load(state)
 
     def cpu_sections(self) -> list[Section]:
-        """The vCPUs' state."""
+        """Return the sections of the vCPUs' state."""
         return [
             Section(
                 vcpu_state.VCPU.name,
@@ -104,8 +104,8 @@ class Platform:
         ]
 
     def chip_sections(self) -> list[Section]:
-        """The state of PICs, IOAPIC and PIT. Loaded after the LAPICs, to which a pending
-        input of the IOAPIC is delivered at once."""
+        """Return the sections of PICs, IOAPIC and PIT. They are loaded after the LAPICs, to which a
+        pending input of the IOAPIC is delivered at once."""
         vm = self.vm
         pics = [
             Section(
@@ -136,7 +136,7 @@ class Platform:
         ]
 
     def clock_section(self) -> Section:
-        """kvmclock. Loaded last of all, right before the vCPUs run."""
+        """Return the section of kvmclock. It is loaded last of all, right before the vCPUs run."""
         vm = self.vm
         return Section(
             irqchip.KVMCLOCK.name,
@@ -147,7 +147,7 @@ class Platform:
         )
 
     def is_ahead(self, records: Mapping[tuple[str, int], Record]) -> bool:
-        """Whether a state was written at a time that this boot of the host has not reached."""
+        """Return whether a state's time is one that this boot of the host has not reached."""
         clock = records.get((irqchip.KVMCLOCK.name, 0))
         return clock is not None and irqchip.is_ahead(clock)
 

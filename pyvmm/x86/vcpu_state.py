@@ -164,7 +164,7 @@ VCPU = Description(
 
 
 def read(vcpu: Vcpu) -> Record:
-    """The state of a stopped vCPU, as :data:`VCPU` describes it."""
+    """Return the state of a stopped vCPU, as :data:`VCPU` describes it."""
     state = Record()
     # First: reading it delivers a pending INIT or SIPI, which changes CS, RIP and the LAPIC.
     state.mp_state = vcpu.get_mp_state()
@@ -200,8 +200,10 @@ def read(vcpu: Vcpu) -> Record:
 
 
 def power_on(vcpus: list[Vcpu]) -> list[Record]:
-    """What a reset gives back to each of a machine's vCPUs, which have not run yet: all but CPUID
-    and a register that is a part of it, which cannot change any more, and the TSC, which goes on.
+    """Return what a reset gives back to each of a machine's vCPUs, which have not run yet.
+
+    That is all but CPUID and a register that is a part of it, which cannot change any more, and the
+    TSC, which goes on.
 
     Only the first, which boots, and the second are read: the others are as the second but for
     their numbers, which are in their LAPICs.
@@ -254,7 +256,7 @@ def _write(vcpu: Vcpu, state: Any) -> None:
     else:
         vcpu.set_sregs(state.sregs)
     vcpu.set_xcrs(_xcrs(state.xcrs))
-    # After XCR0, which says what may be in it.
+    # What may be in it follows from CPUID, which is set by now.
     vcpu.set_xsave(state.xsave)
     vcpu.set_debugregs(state.debugregs)
     vcpu.set_lapic(state.lapic)

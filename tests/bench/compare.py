@@ -15,19 +15,27 @@ def bench(benchmark, plan, other, turn):
     :param turn: samples of one version before it is the other's turn
     """
     found = {}
+    try:
+        for result, version in _measured(benchmark, plan, other, turn):
+            own = found.setdefault(result.name, {})
+            if version in own:
+                own[version].samples += result.samples
+            else:
+                own[version] = result
+    finally:
+        # Keeps what was found before one of them failed.
+        for results in found.values():
+            yield from _rows(results, plan.version, other)
+
+
+def _measured(benchmark, plan, other, turn):
     pair = [plan.version, other]
     for start in range(0, plan.runs, turn):
         runs = min(turn, plan.runs - start)
         for version in pair:
             for result in benchmark(plan.but(version=version, runs=runs)):
-                own = found.setdefault(result.name, {})
-                if version in own:
-                    own[version].samples += result.samples
-                else:
-                    own[version] = result
+                yield result, version
         pair.reverse()
-    for results in found.values():
-        yield from _rows(results, plan.version, other)
 
 
 def _rows(results, this, other):

@@ -21,6 +21,7 @@ LARGE_EXTRA_MS = 10.0
 QEMU_NEEDED = (10, 2)
 QEMU_ABSENT = "qemu: not found or older than 10.2"
 TOUCH_TIMEOUT_S = 300.0
+GUEST_CPUS = 32  # the most that the built-in guest uses
 REST_S = 0.2  # between updates, in which the jitter floor is taken
 
 
@@ -94,7 +95,7 @@ def _costs(name, measured):
 def _phases(plan, smp=1, suffix=""):
     updates = []
     qmp = ("-qmp", "unix:qmp.sock,server=on,wait=off")
-    with Vmm(*qmp, append="counter", smp=smp, version=plan.version) as vm:
+    with Vmm(*qmp, append=_counter(smp), smp=smp, version=plan.version) as vm:
         vm.expect("counter ready")
         for _ in range(plan.runs):
             time.sleep(REST_S)
@@ -107,6 +108,11 @@ def _phases(plan, smp=1, suffix=""):
     together = [sum(update[step] for step in pause) for update in updates]
     note = "the pause by pyvmm's own marks"
     yield Result(f"phases from stop on{suffix}", together, "ms", note=note)
+
+
+def _counter(smp):
+    """The guest's program; of more vCPUs than it has use for the rest are halted."""
+    return f"counter pyvmm.cpus={min(smp, GUEST_CPUS)}" if smp > 1 else "counter"
 
 
 def _large(backend, plan, small):
@@ -130,7 +136,7 @@ def _pause(name, plan, size, backend="memfd", smp=1, kind=Vmm):
     if backend == "file":
         memory = f"memory-backend-file,id=ram0,size={size // MIB}M,mem-path={path},share=on"
         options += ["-object", memory]
-    guest = {"append": "counter touch=all", "smp": smp}
+    guest = {"append": f"{_counter(smp)} touch=all", "smp": smp}
     try:
         with kind(*options, size=size, version=plan.version, **guest) as vm:
             vm.expect("counter ready", TOUCH_TIMEOUT_S)

@@ -7,7 +7,7 @@ import pytest
 from faults.tools import faulty
 from harness import lives
 
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 from pyvmm.x86 import irqchip
 
 APPEND = "timers period=50 rounds=0"

@@ -45,7 +45,7 @@ STEPS = [
     "pyvmm.cpr.handover:Handover.__init__",
     "pyvmm.machine.builder:build",
     "pyvmm.machine.builder:open_system",
-    "pyvmm.machine.builder:add_memory",
+    "pyvmm.machine.builder:make_memory",
     "pyvmm.memory.backend:RamBackend.__init__",
     "pyvmm.x86.platform:Platform.__init__",
     "pyvmm.kvm.vm:Vm.set_user_memory_region",

@@ -26,18 +26,8 @@ CACHE = ROOT / "build" / "versions"
 #: The versions that this one can be updated from and to: a commit and a comment a line.
 PREDECESSORS = ROOT / "tests" / "upgrade" / "predecessors"
 
-#: Writes the extension's C source as the version's own build does, and tells which images it has.
-#: Of setuptools, which is in no environment, build.py takes base classes only.
-_WRITE_SOURCE = """
-import json, runpy, sys, types
-names = ("", ".errors", ".command", *(".command." + n for n in ("build_ext", "build_py", "sdist")))
-for name in names:
-    module = sys.modules["setuptools" + name] = types.ModuleType("setuptools" + name)
-    module.__getattr__ = lambda name: type(name, (Exception,), {})
-build = runpy.run_path("pyvmm/_native/build.py")
-build["emit_c"]()
-print(json.dumps(build["IMAGES"]))
-"""
+#: The program that builds a version's extension.
+BUILD_EXTENSION = Path(__file__).with_name("build_extension.py")
 
 
 class VersionError(Exception):
@@ -113,7 +103,7 @@ def commit(revision):
     full = _resolve(revision)
     folder = CACHE / f"{full[:12]}-{Path(sys.prefix).name}"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
+    with open(CACHE / f"{folder.name}.lock", "w") as lock:
         # Inherited by the build's processes: as long as one of them runs, nobody else begins.
         fcntl.flock(lock, fcntl.LOCK_EX)
         ready = folder / "ready"
@@ -141,7 +131,8 @@ def _resolve(revision):
 
 def _recipe():
     """Changes with all that what was built depends on beside the commit."""
-    facts = (Path(__file__).read_bytes(), sys.prefix.encode(), sys.version.encode())
+    programs = (Path(__file__).read_bytes(), BUILD_EXTENSION.read_bytes())
+    facts = (*programs, sys.prefix.encode(), sys.version.encode())
     return hashlib.sha256(b"\0".join(facts)).hexdigest()
 
 
@@ -163,29 +154,13 @@ class _Build:
         self._run(["git", "archive", "-o", archive, self._commit], cwd=ROOT)
         self._run(["tar", "-xf", archive, "-C", self._tree])
         archive.unlink()
-        images = json.loads(self._run([sys.executable, "-c", _WRITE_SOURCE]).splitlines()[-1])
+        images = json.loads(self._run([sys.executable, "-P", BUILD_EXTENSION]).splitlines()[-1])
         for image, folder in images.items():
             jobs = f"-j{os.cpu_count()}"
             self._run(["make", "-s", jobs, "-C", self._tree / folder, f"build/{image}"])
         settings = tomllib.loads((self._tree / "pyproject.toml").read_text())["tool"]["setuptools"]
-        self._compile(*settings["ext-modules"])
         self._make_environment(settings["script-files"])
         self._run([self._venv / "bin" / "python", "-m", "compileall", "-q", "pyvmm"])
-
-    def _compile(self, extension):
-        """As setuptools does it, which takes the flags that Python was compiled with."""
-        flags = (shlex.split(sysconfig.get_config_var(name)) for name in _COMPILER)
-        macros = [f"-D{name}={value}" for name, value in extension.get("define-macros", ())]
-        folders = (sysconfig.get_path("include"), *extension.get("include-dirs", ()))
-        output = extension["name"].replace(".", "/") + ".abi3.so"
-        self._run(
-            [
-                *(word for words in flags for word in words),
-                *(*macros, *extension.get("extra-compile-args", ())),
-                *(f"-I{folder}" for folder in folders),
-                *("-o", output, *extension["sources"], *extension.get("extra-link-args", ())),
-            ]
-        )
 
     def _make_environment(self, scripts):
         """Like one that ``make build`` makes, down to the number of folders on Python's path: what
@@ -195,7 +170,7 @@ class _Build:
         packages = Path(sysconfig.get_path("purelib", "venv", paths))
         for path in Path(sysconfig.get_path("purelib")).iterdir():
             if not path.name.startswith(("pyvmm", "__")) and path.suffix != ".pth":
-                (packages / path.name).symlink_to(path)
+                (packages / path.name).symlink_to(path.resolve())
         (packages / "pyvmm.pth").write_text(f"{self._tree}\n")
         for script in scripts:
             _, _, text = (self._tree / script).read_text().partition("\n")
@@ -217,6 +192,3 @@ class _Build:
             words = shlex.join(str(word) for word in command)[:200]
             raise BuildError(f"{self._commit[:12]} cannot be built: {words}: {done.stderr}")
         return done.stdout
-
-
-_COMPILER = ("LDSHARED", "CFLAGS", "CCSHARED")

@@ -12,7 +12,7 @@ from pyvmm.errors import KvmError, MigrationError
 from pyvmm.kvm import exits
 from pyvmm.kvm import vcpu as vcpu_module
 from pyvmm.kvm.vcpu import REG_GUEST_SSP, MsrBlock
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 from pyvmm.x86 import msrs, vcpu_state
 from pyvmm.x86.cpu_limits import SHSTK
 

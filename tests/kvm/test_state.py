@@ -63,7 +63,7 @@ def test_description_says_the_same_as_this_build(machine_state, tmp_path):
     options, path = machine_state
     data = path.read_bytes()
     own = streams.descriptions(streams.options.parse(options))
-    loaded = stream.read(data, lambda name, instance: own.get((name, instance)))
+    loaded = stream.read(data, own)
     if loaded.is_described:
         data = data[: data.rindex(b"\0\6", 0, data.index(b'{"configuration"')) + 1]
     bare, described = tmp_path / "bare", tmp_path / "described"

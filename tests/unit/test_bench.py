@@ -150,6 +150,20 @@ def test_versions_are_measured_in_turns():
     assert {row.limit for row in rows[1:]} == {None}
 
 
+def test_what_was_measured_before_a_failure_is_told():
+    own, other = (Version(name, ".", "python", "pyvmm") for name in ("own", "other"))
+
+    def bench(plan):
+        yield report.Result("it", [1.0], "ms")
+        if plan.version is other:
+            raise BenchError("why")
+
+    rows = compare.bench(bench, Plan(1, version=own), other, turn=1)
+    assert [next(rows).name for _ in range(3)] == ["it", "  other", "  own/other"]
+    with pytest.raises(BenchError, match="why"):
+        next(rows)
+
+
 def test_pause_by_vcpus_tells_what_each_costs(monkeypatch):
     monkeypatch.setattr(
         pause,

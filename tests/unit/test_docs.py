@@ -1,9 +1,12 @@
-"""Every module, and every public class, function and method, says what it is."""
+"""Modules and public names say what they are, and functions what they return."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+#: Pages that tell of what was, or of what somebody is to write.
+UNBOUND = ("CHANGELOG.md", "devices.md")
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -26,16 +29,71 @@ def undocumented(tree, qualified="module"):
         yield from undocumented(node, node.name)
 
 
-def test_public_names_have_docstrings():
-    missing = [
+def silent_about_returns(tree):
+    """Functions below ``tree`` whose docstring does not say what they return: (name, line).
+
+    Private and inner functions are looked at, too. Properties may be noun phrases.
+    """
+    for node in ast.walk(tree):
+        if not isinstance(node, FUNCTIONS) or node.returns is None:
+            continue
+        if ast.unparse(node.returns) in ("None", "NoReturn", "Never"):
+            continue
+        if any(ast.unparse(one).endswith("property") for one in node.decorator_list):
+            continue
+        text = ast.get_docstring(node)
+        if text is not None and not re.search(r"\b[Rr]eturns?\b", text):
+            yield node.name, node.lineno
+
+
+def in_package(find):
+    """What ``find`` finds in every module, as lines for a person."""
+    return [
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path in sorted((ROOT / "pyvmm").rglob("*.py"))
-        for name, line in undocumented(ast.parse(path.read_bytes(), str(path)))
+        for name, line in find(ast.parse(path.read_bytes(), str(path)))
     ]
+
+
+def test_public_names_have_docstrings():
+    missing = in_package(undocumented)
     assert not missing, "no docstring:\n" + "\n".join(missing)
+
+
+def test_docstrings_say_what_is_returned():
+    silent = in_package(silent_about_returns)
+    assert not silent, 'no "Return ..." or ":returns:":\n' + "\n".join(silent)
+
+
+def test_pages_name_files_that_are_there():
+    """As they stand in the tree, or in the package or the tests."""
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    named = {
+        (page.name, path)
+        for page in pages
+        if page.name not in UNBOUND
+        for path in re.findall(r"`([\w./]+/[\w-]+\.(?:py|c|h|md))`", page.read_text())
+    }
+    assert len(named) > 10
+    places = [ROOT, ROOT / "pyvmm", ROOT / "tests"]
+    assert [one for one in sorted(named) if not any((at / one[1]).exists() for at in places)] == []
 
 
 def test_missing_docstrings_are_found():
     source = "class A:\n    def f(self): ...\nclass B(A):\n    'b'\n    def f(self): ...\n"
     found = list(undocumented(ast.parse(source)))
     assert found == [("module", 1), ("A", 1), ("f", 2)]
+
+
+def test_silence_about_returns_is_found():
+    source = (
+        "class A:\n"
+        "    def f(self) -> int:\n        'The size.'\n"
+        "    @property\n    def g(self) -> int:\n        'The size.'\n"
+        "async def h() -> str:\n    'Whether it returned.'\n"
+        "def i() -> None:\n    'Do it.'\n"
+        "def j() -> int:\n    'Return the size.'\n"
+        "def k() -> int:\n    'Do it.\\n\\n:returns: the size'\n"
+        "def m() -> int: ...\n"
+    )
+    assert list(silent_about_returns(ast.parse(source))) == [("h", 7), ("f", 2)]

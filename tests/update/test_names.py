@@ -22,6 +22,7 @@ def test_memory_of_any_name(vm, id):
 def test_memory_beside_main_memory(vm, id):
     machine = vm(*memory(id, "1M"), *memory("other", "2M"), append="ticker period=20")
     machine.expect(r"tick 2\r\n")
+    assert machine.status == "running"  # and so all that is opened behind the start is there
     before = sorted(name for name in machine.fds() if "memfd:" in name)
     for _ in range(2):
         machine.update()

@@ -19,10 +19,10 @@ QUIET = [
 ]
 
 
-def disk(path):
+def disk(path, name):
     """A disk of an image."""
-    drive = f"if=none,id=d0,file={path},format=raw"
-    return ["-drive", drive, "-device", "virtio-blk-device,drive=d0"]
+    drive = f"if=none,id={name},file={path},format=raw"
+    return ["-drive", drive, "-device", f"virtio-blk-device,drive={name}"]
 
 
 class Peers:
@@ -34,10 +34,13 @@ class Peers:
     def __init__(self, folder):
         self.console, self.port = Peer(folder, "con0"), Peer(folder, "con1")
         self.network = StreamPeer(folder)
-        image = folder / "disk.img"
-        image.write_bytes(bytes(DISK_SIZE))
+        images = [folder / f"{name}.img" for name in ("disk", "second")]
+        for image in images:
+            image.write_bytes(bytes(DISK_SIZE))
+        # Of some there are two, with others in between.
         self.options = [
-            *(*QUIET, *disk(image), *consoles(self.console, self.port), *self.network.options),
+            *(*QUIET, *disk(images[0], "d0"), *consoles(self.console, self.port)),
+            *(*self.network.options, *disk(images[1], "d1"), "-device", "virtio-rng-device"),
             *("-qmp", "unix:qmp.sock,server=on,wait=off"),
         ]
 

@@ -2,6 +2,7 @@
 
 import pytest
 from faults.tools import BACK, Qmp, check_ticking, options, ticks, update
+from harness import versions
 from upgrade.machines import WORKS, Memory, Peers, Ticker, complaints, upgrade
 
 #: A fault that each version has a place for, behind the exec.
@@ -60,9 +61,9 @@ def test_failed_update_goes_back(vm, tmp_path, order):
 
 
 @pytest.mark.parametrize("smp", [1, 2])
-def test_state_file_loads_in_a_process_of_the_other(vm, tmp_path, order, smp):
+def test_state_file_of_a_predecessor_loads(vm, tmp_path, predecessor, smp):
     """RAM is in a file, so the process that loads the state need not be the one that wrote it."""
-    first, other = order
+    first, other = predecessor, versions.present()
     ram = f"memory-backend-file,id=ram0,size=64M,mem-path={tmp_path}/ram,share=on"
     common = {"memory": None, "append": Ticker.append, "smp": smp}
     state = f"file:{tmp_path}/state"

@@ -35,7 +35,7 @@ class NetFrontend:
         """Frames may be there: take them with ``peek`` and ``consume``, or stop watching."""
 
     def handle_writable(self) -> None:
-        """Frames are taken again after a ``send`` that said False."""
+        """The back end takes frames again, after a ``send`` that returned False."""
 
     def handle_link(self, up: bool) -> None:
         """The peer came or went."""
@@ -45,7 +45,7 @@ class NetBackend(Passenger):
     """One back end. It touches nothing before :meth:`start`.
 
     :param id: the name given on the command line
-    :param handover: its parcel there is the network back end of that id
+    :param handover: has the parcel of the network back end of that id
     """
 
     #: ``type`` in ``info network``.
@@ -67,32 +67,34 @@ class NetBackend(Passenger):
         return {}
 
     def peek(self) -> memoryview | None:
-        """The next frame with its header, to be read and written until :meth:`consume`;
-        None if there is none now."""
+        """Return the next frame with its header, which the caller may read and write until
+        :meth:`consume`; None if there is none now."""
         raise NotImplementedError
 
     def consume(self) -> None:
-        """The frame that :meth:`peek` gave has been passed on, or is to be dropped."""
+        """Forget the frame that :meth:`peek` returned: it was passed on, or is to be dropped."""
         raise NotImplementedError
 
     def pull(self, receive: Callable[[int, memoryview], tuple[int, int]]) -> int:
-        """Have frames read without a :meth:`peek` for each, if that can be; before one.
+        """Have ``receive`` read frames, without a :meth:`peek` for each, where the back end can
+        do that. A frame that was peeked and not consumed comes first.
 
-        :param receive: reads from a descriptor, which gives a header and its frame each time, to
-            a buffer, and takes them away; it returns what :meth:`pull` is to return, and
-            the length of a frame that it left in the buffer, for the next peek; 0 for none
+        :param receive: reads from a descriptor, of which each read is a header and its frame, into
+            a buffer, and passes them on; it returns what it spent of its budget, and the length of
+            a frame that it left in the buffer for the next peek; 0 for none
+        :returns: what was spent; 0 if nothing was read
         """
         return 0
 
     @property
     def frame_fd(self) -> int:
         """A descriptor that takes a header and its frame with one writev, which is quicker than
-        :meth:`send`; what it does not take then has to go by that. -1 for none."""
+        :meth:`send`; a frame that it does not take goes by that. -1 for none."""
         return -1
 
     def send(self, parts: list[memoryview]) -> bool:
         """Pass a header and its frame on, at most :data:`MAX_PARTS` parts and
-        :data:`MAX_FRAME` bytes; they are free again afterwards.
+        :data:`MAX_FRAME` bytes; afterwards they are the caller's again.
 
         :returns: False if it has to be sent again after ``handle_writable``; what nobody
             takes at the other end is dropped
@@ -111,7 +113,7 @@ class NetBackend(Passenger):
         raise NotImplementedError
 
     def set_offloads(self, *, csum: bool, tso4: bool, tso6: bool, ecn: bool) -> None:
-        """What the guest accepts in the headers of frames that it receives. Any thread."""
+        """Set what the guest accepts in the headers of frames that it receives. Any thread."""
 
     def save_state(self) -> bytes:
         """Return what goes over an exec beside the descriptors."""
@@ -132,7 +134,7 @@ class NetBackend(Passenger):
 
 
 def skip(parts: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of *parts* without their first *count* bytes."""
+    """Return what is left of *parts* without their first *count* bytes."""
     for index, part in enumerate(parts):
         if len(part) > count:
             return [part[count:], *parts[index + 1 :]]
@@ -141,7 +143,7 @@ def skip(parts: list[memoryview], count: int) -> list[memoryview]:
 
 
 def join(parts: list[memoryview]) -> bytes:
-    """The parts as one.
+    """Return the parts as one.
 
     :raises OSError: EFAULT: the host cannot back one of them
     """

@@ -83,7 +83,7 @@ class NetdevConfig(KeyedOption):
         self._check()
 
     def number(self, key: str, default: int = 0) -> int:
-        """A value that is a number."""
+        """Return a value that is a number; *default* if it is not given."""
         value = self.options.get(key)
         if value is None:
             return default
@@ -95,14 +95,14 @@ class NetdevConfig(KeyedOption):
         return self.number("reconnect-ms") / 1000 or float(self.number("reconnect"))
 
     def shape(self) -> str:
-        """What has to stay the same over a live update."""
+        """Return what has to stay the same over a live update."""
         if self.kind == "stream":
             return f"stream {self.id} {'unix' if 'addr.path' in self.options else 'inet'}"
         offloads = "" if self.flag("vnet_hdr", True) else " vnet_hdr=off"
         return f"{self.kind} {self.id}{offloads}"
 
     def passt_arguments(self) -> list[str]:
-        """passt's command line."""
+        """Return the arguments of passt's command line."""
         words = [f"--{key}={self.text(key)}" for key in _PASST_TEXTS if key in self.options]
         words += [f"--mtu={self.number('mtu')}"] if "mtu" in self.options else []
         words += [f"--mac-addr={self.text('mac')}"] if "mac" in self.options else []
@@ -168,7 +168,7 @@ class NetdevConfig(KeyedOption):
 
 
 def parse_netdev(text: str, option: str = "-netdev") -> NetdevConfig:
-    """Read the value of ``-netdev``: ``KIND,id=ID,key=value``.
+    """Return what the value of ``-netdev`` asks for: ``KIND,id=ID,key=value``.
 
     :raises ConfigError: naming the option, the value and the mend
     """
@@ -185,7 +185,7 @@ def parse_netdev(text: str, option: str = "-netdev") -> NetdevConfig:
 
 
 def check_netdevs(netdevs: Iterable[NetdevConfig], users: Iterable[str]) -> None:
-    """Refuse what does not belong together.
+    """Refuse back ends and devices that do not belong together.
 
     :param users: ``netdev=`` of each network device
     :raises ConfigError: two of one name, a name that nothing has, two devices on one

@@ -22,7 +22,7 @@ class NetdevSet:
         self._netdevs: dict[str, NetBackend] = {}
 
     def create(self, config: NetdevConfig) -> NetBackend:
-        """Make one.
+        """Make a back end and return it.
 
         :raises ConfigError: if what it names cannot be opened
         :raises VmStateError: if an inherited descriptor is of another kind
@@ -32,11 +32,11 @@ class NetdevSet:
         return netdev
 
     def get(self, id: str) -> NetBackend:
-        """The back end of that name, which there is."""
+        """Return the back end of that name; the caller knows that there is one."""
         return self._netdevs[id]
 
     def items(self) -> list[tuple[str, NetBackend]]:
-        """Names and back ends."""
+        """Return names and back ends."""
         return list(self._netdevs.items())
 
     def load_state(self) -> None:

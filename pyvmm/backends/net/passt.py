@@ -59,7 +59,7 @@ class PasstBackend(StreamBackend):
         self._ended = False
         fd = self.parcel.take()
         if fd is not None and _is_gone(fd):
-            # Which nobody noticed if the guest has no driver that looks for frames.
+            # Nobody has noticed, if the guest has no driver that looks for frames.
             self.parcel.close(fd)
             fd = None
         if fd is not None:
@@ -88,12 +88,12 @@ class PasstBackend(StreamBackend):
 
 
 def launch(program: str, arguments: list[str], option: str) -> int:
-    """Start passt; our end of its socket.
+    """Start passt; return our end of its socket.
 
     :raises ConfigError: with its own words if it does not start
     """
     ours, theirs = _socket.socketpair()
-    # Not a pipe: what it leaves behind in the background may hold it open.
+    # Not a pipe: the process that passt leaves in the background may hold it open.
     output = os.memfd_create("passt-output", os.MFD_CLOEXEC)
     try:
         argv = [program, "--quiet", *arguments, "--fd", str(_FD)]
@@ -132,14 +132,15 @@ def launch(program: str, arguments: list[str], option: str) -> int:
 
 
 def _is_gone(fd: int) -> bool:
-    """Whether nobody is at the other end of a socket."""
+    """Return whether nobody is at the other end of a socket."""
     poll = select.poll()
     poll.register(fd, 0)
     return any(revents & select.POLLHUP for _fd, revents in poll.poll(0))
 
 
 def _wait(pid: int) -> int:
-    """Exit code, negative for a signal: it comes as soon as passt is in the background."""
+    """Return the exit code, negative for a signal: it comes as soon as passt is in the background.
+    A passt that takes too long is killed."""
     watch = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(watch, select.POLLIN)

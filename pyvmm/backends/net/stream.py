@@ -1,9 +1,9 @@
 """``-netdev stream``: frames over a Unix or TCP stream socket, as QEMU and passt speak it.
 
-Each frame has its length before it, 32 bits big endian; there are no offloads. What of a
-frame was read or written when a live update comes is carried over, so the framing holds. A
-peer that announces a frame longer than any is no such peer, and loses the connection; while
-nobody is there the link is down and what the guest sends is dropped.
+Each frame has its length before it, 32 bits big endian; there are no offloads. The parts of
+frames that were read or written when a live update comes are carried over, so the framing holds.
+A peer that announces a frame longer than any loses the connection; while nobody is there the
+link is down and what the guest sends is dropped.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StreamBackend(NetBackend):
         self._running = self._wanted = self._full = self._resting = False
 
     def open_stream(self, fd: int) -> None:
-        """A peer is there."""
+        """Begin with a peer, which is there."""
         self._sock = _socket.socket(fileno=fd)
         self.link_up = True
         self._poll()
@@ -169,13 +169,13 @@ class StreamBackend(NetBackend):
     # Reading and writing.
 
     def _receive(self) -> bool:
-        """Fill the buffer; whether anything came."""
+        """Fill the buffer; return whether anything came."""
         if self._sock is None or not self._running:
             return False
         if self._start == self._end:
             self._start = self._end = _ROOM
         elif _BUFFER - self._start < LENGTH + MAX_FRAME:
-            # The beginning of a frame that might not fit behind it.
+            # A frame has begun whose rest might not fit behind this: move it to the front.
             rest = bytes(self._buffer[self._start : self._end])
             self._start, self._end = _ROOM, _ROOM + len(rest)
             self._buffer[_ROOM : self._end] = rest

@@ -108,7 +108,8 @@ class TapBackend(NetBackend):
             self.parcel.close(inherited)
             raise
         self.has_offloads = bool(flags & IFF_VNET_HDR) and vnet_hdr
-        # Without IFF_VNET_HDR nothing stands before a frame; otherwise 10 bytes, unless told.
+        # Without IFF_VNET_HDR nothing stands before a frame; with it 10 bytes, unless the kernel
+        # is told another size.
         if flags & IFF_VNET_HDR:
             self._header = HEADER
             fcntl.ioctl(self.fd, TUNSETVNETHDRSZ, struct.pack("i", HEADER))
@@ -221,7 +222,7 @@ class TapBackend(NetBackend):
         return fd
 
     def _examine(self) -> int:
-        """Flags of the interface behind the descriptor; sets its name."""
+        """Return the flags of the interface behind the descriptor, and set its name."""
         try:
             if not stat.S_ISCHR(os.fstat(self.fd).st_mode):
                 raise VmStateError(self.parcel.name, "the descriptor is of no tap")

@@ -5,7 +5,7 @@ are served on the device's own loop. Those that the host answers from its page c
 there and then; what has to wait for a disk goes to worker threads, several at a time, and is
 returned in the order in which it ends. Data goes directly between guest memory and the file,
 and what is most frequent goes without Python: reads and writes that are as they should be and
-that the host does at once. All that is not is judged here, once.
+that the host does at once. Whatever else comes is judged here, once.
 
 What an evil guest can try: requests without header or status, of any type and framing, beyond
 the disk's end or not of whole blocks, discards with unknown flags and endless lists, buffers
@@ -107,7 +107,7 @@ class BlkConfig:
 
     :ivar drive: id of the drive, for the operator
     :ivar write_cache: whether the device begins as a write-back cache; None: as the drive says
-    :ivar block_size: logical block size in bytes; 0: what the image needs
+    :ivar block_size: logical block size in bytes; 0: what the disk image needs
     :ivar physical_block_size: in bytes; 0: the logical one
     :ivar werror: as the drive's; empty: as the drive says
     :ivar rerror: the same
@@ -220,8 +220,8 @@ class VirtioBlk(VirtioDevice):
 
     @property
     def is_writeback(self) -> bool:
-        """Whether a write is done before it is durable. A driver that cannot flush has to be
-        able to rely on it."""
+        """Whether a write counts as done before it is durable; never for a driver that cannot
+        flush: it takes what is done for durable."""
         negotiated = self.driver_features
         return self.writeback and (not negotiated or bool(negotiated & F_FLUSH))
 
@@ -256,7 +256,7 @@ class VirtioBlk(VirtioDevice):
         if before and not self.writeback:
             # The driver will not flush any more what was written until now.
             with self.lock:
-                # One that has not begun will do for this, too, however often the driver asks.
+                # A flush that has not begun yet will do, however often the driver asks.
                 if not self._flush_waits:
                     try:
                         self._submit(self._flush_own, T_FLUSH, None)
@@ -271,7 +271,8 @@ class VirtioBlk(VirtioDevice):
     # ---- requests; with the lock held ------------------------------------------------------
 
     def serve_natively(self, queue: Queue, most: int) -> int:
-        """What :meth:`_read` and :meth:`_write` would do at once."""
+        """Do the next requests that :meth:`_read` and :meth:`_write` would do at once; return how
+        many."""
         file = self.file
         if not file.writes_to_cache:
             return 0  # all of it waits
@@ -312,7 +313,7 @@ class VirtioBlk(VirtioDevice):
             self._finish(queue, chain, status)
 
     def _fail(self, kind: int, error: OSError, chain: Chain) -> int | None:
-        """The host could not do it: the status for the guest; None if it is tried again."""
+        """The host could not do it: return the status for the guest; None if it is tried again."""
         if error.errno == errno.EFAULT:
             # Not the disk's: the host cannot back the guest's buffers.
             self.retries.append(chain)
@@ -423,7 +424,8 @@ class VirtioBlk(VirtioDevice):
         self.file.flush()
 
     def _submit(self, call: Callable[[], None], kind: int, chain: Chain | None) -> int | None:
-        """Have a worker make ``call`` and return the chain; there is no status yet."""
+        """Have a worker make ``call`` and then give the chain back to the driver. Return None:
+        there is no status yet."""
         self._workers.submit(lambda: self._work(call, kind, chain))
         return None
 
@@ -508,18 +510,18 @@ class VirtioBlk(VirtioDevice):
 
 
 def _cut_end(views: list[memoryview]) -> list[memoryview]:
-    """The buffers without their last byte, the status."""
+    """Return the buffers without their last byte, the status."""
     last = views.pop()
     return [*views, last[:-1]] if len(last) > 1 else views
 
 
 def _cut_start(views: list[memoryview], count: int) -> list[memoryview]:
-    """The buffers without their first ``count`` bytes."""
+    """Return the buffers without their first ``count`` bytes."""
     while views and count >= len(views[0]):
         count -= len(views.pop(0))
     return [views[0][count:], *views[1:]] if count else views
 
 
 def _bare(error: OSError) -> OSError:
-    """The same error without its traceback, whose frames hold views of guest memory."""
+    """Return the same error without its traceback, whose frames hold views of guest memory."""
     return OSError(error.errno or errno.EIO, error.strerror or str(error))

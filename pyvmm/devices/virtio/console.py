@@ -160,7 +160,8 @@ class Port(Frontend):
             self.device.kick(self.input_index + 1)
 
     def set_host_open(self, is_open: bool) -> None:
-        """Somebody is at the other end, or not. Guests always write to a console."""
+        """Tell the driver whether somebody is at the other end; not of a console, to which guests
+        always write."""
         if not self.is_console and is_open != self.host_open:
             self.host_open = is_open
             self.device.work(self.device.owe, self, PORT_OPEN)
@@ -214,8 +215,8 @@ class Port(Frontend):
         self.device.notify_used(index)
 
     def _gather(self, queue: Queue) -> tuple[list[int], list[int], bytes]:
-        """Take chains for one write: a call for each of them would cost more than all else.
-        Their heads and sizes, and what they hold that was not sent yet."""
+        """Take chains for one write: a call for each of them would cost more than all else. Return
+        their heads, their sizes, and those of their bytes that were not sent yet."""
         heads: list[int] = []
         sizes: list[int] = []
         parts: list[bytes] = []
@@ -226,7 +227,7 @@ class Port(Frontend):
                 taken += 1
                 size = chain.readable_size
                 if not heads:
-                    # The driver may have changed the one that was begun.
+                    # The driver may have changed the chain that was begun.
                     self.sent = min(self.sent, size)
                 part = chain.read(room, 0 if heads else self.sent)
                 heads.append(chain.head)
@@ -311,7 +312,7 @@ class VirtioConsole(VirtioDevice):
             port.chardev.write(data[:1])
 
     def handle_resize(self, port: Port) -> None:
-        """The terminal of a console has another size. Main loop thread."""
+        """Tell the driver that the terminal of a console has another size. Main loop thread."""
         if not port.is_console:
             return
         if port.number == 0:

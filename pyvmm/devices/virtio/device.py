@@ -81,7 +81,7 @@ class VirtioDevice:
     # ---- what a device implements ----------------------------------------------------------
 
     def properties(self) -> dict[str, Any]:
-        """What ``info qtree`` prints of the device."""
+        """Return what ``info qtree`` prints of the device."""
         return {}
 
     @property
@@ -90,8 +90,8 @@ class VirtioDevice:
         return self.name
 
     def read_config(self, offset: int, size: int) -> bytes:
-        """Part of the configuration space; what is missing at the end reads as 0. vCPU thread,
-        without the device's lock, but never within a :meth:`change_config`."""
+        """Return part of the configuration space; what is missing at the end reads as 0. vCPU
+        thread, without the device's lock, but never within a :meth:`change_config`."""
         return self.config[offset : offset + size]
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -110,7 +110,7 @@ class VirtioDevice:
         queue.disable_notifications()
         left = self.batch or queue.size
         while (left := left - self.serve_natively(queue, left)) > 0:
-            left -= 1  # whatever follows: a driver may move its index to and fro
+            left -= 1  # also without a chain: a driver may move its index to and fro
             chain = queue.pop()
             if chain is not None:
                 try:
@@ -125,12 +125,12 @@ class VirtioDevice:
         self.notify_used(index)
 
     def serve_natively(self, queue: Queue, most: int) -> int:
-        """Do the next requests, ``most`` of them at once, without Python; how many. What it leaves
-        is for :meth:`handle_chain`."""
+        """Do the next requests, at most ``most``, without Python; return how many. Those that it
+        leaves are for :meth:`handle_chain`."""
         return 0
 
     def handle_chain(self, queue: Queue, chain: Chain) -> None:
-        """Serve one request and ``push`` it. After a RamError it comes again."""
+        """Serve one request and ``push`` it. After a RamError the request comes again."""
         raise NotImplementedError
 
     def on_activate(self) -> None:
@@ -141,8 +141,8 @@ class VirtioDevice:
         :meth:`drain`."""
 
     def busy(self) -> str:
-        """What the host has still to do for requests under way, for the operator; empty if there
-        are none. Without the lock; does not wait."""
+        """Return what the host has still to do for requests under way, for the operator; empty if
+        there are none. Without the lock; does not wait."""
         return ""
 
     def drain(self, timeout_s: float | None = None) -> None:
@@ -165,7 +165,7 @@ class VirtioDevice:
         """The VM ends: give host resources back. Nothing is under way."""
 
     def save(self) -> Any:
-        """The object whose attributes ``vmstate`` names; drained."""
+        """Return the object whose attributes ``vmstate`` names; after a :meth:`drain`."""
         return self
 
     def check(self, state: Record) -> None:

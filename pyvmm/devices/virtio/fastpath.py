@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def spread(queue: Queue, frame: memoryview, *, mergeable: bool) -> int:
-    """Put a network frame, which begins with its header, into the next chains and return them, if
-    each is one buffer.
+    """Put a network frame, which begins with its header, into the next chains, if each is one
+    buffer, and give them back to the driver.
 
     :param mergeable: whether the driver takes a frame in several of them
     :returns: how many chains that took; 0 if it has to be done with :meth:`Queue.pop`; ``~n`` if
         there are only ``n``, too few, for now
-    :raises RamError: the host cannot back the device area; the frame was not returned
+    :raises RamError: the host cannot back the device area; no chain was given back
     """
     if not queue.ready:
         return 0
@@ -48,8 +48,8 @@ def receive(
     budget: int,
     least: int,
 ) -> tuple[int, int]:
-    """Read frames from a descriptor that gives one, with its header, each time, and
-    :func:`spread` them, until there is none or one that cannot be.
+    """Read frames from a descriptor, of which each read is a header and its frame, and
+    :func:`spread` them, until there is none or one that cannot be spread.
 
     :param buffer: as long as the longest frame
     :param shortest: bytes; shorter frames are dropped
@@ -67,8 +67,8 @@ def receive(
 
 
 def send(queue: Queue, fd: int, shortest: int, longest: int, most: int) -> int:
-    """Write the next chains to a descriptor, each with one call, and return them; what
-    it refuses for good is dropped.
+    """Write the next chains to a descriptor, each with one call, and give them back to the
+    driver; a frame that the descriptor refuses for good is dropped.
 
     :param shortest: bytes; shorter chains are left, as are those longer than ``longest``
     :param most: how many at once
@@ -92,9 +92,10 @@ def serve(
     capacity: int,
     most: int,
 ) -> int:
-    """Do the next requests of a block device, reads and writes, on a disk, and return them.
+    """Do the next requests of a block device, reads and writes, on a disk, and give them back to
+    the driver.
 
-    :param read_flags: of preadv2, with which it does not wait; -1: reads are left
+    :param read_flags: flags with which preadv2 does not wait; -1: reads are left
     :param writable: whether writes are not left
     :param block: bytes; requests that are not multiples are left
     :param longest: bytes; longer requests are left, as are those beyond ``capacity``
@@ -110,8 +111,8 @@ def serve(
 
 
 def _place(queue: Queue) -> tuple[Any, int, int]:
-    """The ``struct pyvmm_ring *`` of a ready queue, and its two indices."""
-    regions = queue.memory.regions  # others after each change of the memory
+    """Return the ``struct pyvmm_ring *`` of a ready queue, and the queue's two indices."""
+    regions = queue.memory.regions  # another object after each change of the memory
     if queue.native is None or queue.native[1] is not regions:
         ram = [
             (each.gpa, each.end, ffi.cast("uint8_t *", each.address))

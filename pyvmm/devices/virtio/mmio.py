@@ -3,8 +3,8 @@
 One interrupt serves all: a pulse on an input of the IOAPIC, so the guest must use it edge
 triggered. It need not survive an update: one that was not acknowledged is repeated.
 
-What an evil guest can try: registers in any order and of any width; any others than those of 4
-bytes, and what is below CONFIG and no register, read as 0 and ignore writes.
+What an evil guest can try: accesses in any order and of any width. Below CONFIG, those that are
+not of 4 bytes or hit no register read as 0 and ignore writes.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ _ADDRESSES = {
     for register, area in ((QUEUE_DESC, "desc"), (QUEUE_DRIVER, "avail"), (QUEUE_DEVICE, "used"))
     for half in (0, 1)
 }
+
+
+def place(base: int) -> str:
+    """Return where a device with its registers at ``base`` is, as a state has it."""
+    return f"virtio-mmio@{base:x}"
 
 
 def _check(state: Record) -> None:
@@ -139,6 +144,7 @@ class VirtioMmio(Transport):
         thread: IoThread | None = None,
     ) -> None:
         self.base = base
+        self.place = place(base)
         self.gsi = gsi
         self._line = Line(pulse)
         super().__init__(device, memory, self._line, kick_fds, thread)

@@ -221,8 +221,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
         self.notify_used(RX)
 
     def _suits(self, frame: memoryview) -> bool:
-        """Whether the driver can take a frame. One that waited in the host may have offloads that
-        only the driver before a reset had agreed to."""
+        """Return whether the driver can take a frame. One that waited in the host may have offloads
+        that only the driver before a reset had agreed to."""
         if len(frame) < HEADER + MIN_FRAME:
             return False
         if not (frame[0] or frame[1]):
@@ -247,11 +247,11 @@ class VirtioNet(VirtioDevice, NetFrontend):
         )
 
     def _deliver(self, queue: Queue, frame: memoryview) -> bool:
-        """Put a frame into the driver's buffers; False if there are not enough yet."""
+        """Put a frame into the driver's buffers; return False if there are not enough yet."""
         parked = self._parked
         mergeable = bool(self.driver_features & F_MRG_RXBUF)
-        # Mostly one call does all of it. Twice: the driver may have added some meanwhile, but it
-        # must not keep this going.
+        # Mostly one call does all of it. The second is for buffers that the driver has added
+        # meanwhile; it must not keep this going with ever more.
         for _ in range(0 if parked else 2):
             count = fastpath.spread(queue, frame, mergeable=mergeable)
             if count > 0:
@@ -262,7 +262,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
                 return False
         while self._room < len(frame):
             if parked and (not mergeable or len(parked) == queue.size):
-                return True  # there never will be: it is dropped
+                return True  # there never will be enough: the frame is dropped
             chain = queue.pop()
             if chain is not None:
                 if chain.readable:

@@ -80,7 +80,7 @@ class Chain:
         return sum([length for _, length in self.writable])
 
     def read(self, limit: int, skip: int = 0) -> bytes:
-        """The driver's data behind the first ``skip`` bytes, ``limit`` bytes at most."""
+        """Return the driver's data behind the first ``skip`` bytes, ``limit`` bytes at most."""
         parts = []
         for gpa, length in self.readable:
             if skip >= length:
@@ -95,7 +95,7 @@ class Chain:
         return b"".join(parts)
 
     def write(self, data: bytes | bytearray | memoryview, skip: int = 0) -> int:
-        """Fill the writable buffers behind their first ``skip`` bytes; how much fitted."""
+        """Fill the writable buffers behind their first ``skip`` bytes; return how much fitted."""
         source = memoryview(data)
         done = 0
         for gpa, length in self.writable:
@@ -111,17 +111,17 @@ class Chain:
         return done
 
     def readable_views(self) -> list[memoryview]:
-        """The memory of the readable buffers itself, for system calls. The driver may still
-        change it."""
+        """Return the memory of the readable buffers itself, for system calls. The driver may
+        still change it."""
         views = self._memory.views
         return [part for entry in self.readable for part in views(*entry, writable=False)]
 
     def writable_views(self) -> list[memoryview]:
-        """The memory of the writable buffers itself, for system calls."""
+        """Return the memory of the writable buffers itself, for system calls."""
         return [part for entry in self.writable for part in self._memory.views(*entry)]
 
     def find_lack(self) -> RamError:
-        """Say why a system call could not touch the buffers (EFAULT)."""
+        """Return the error that says why a system call could not touch the buffers (EFAULT)."""
         try:
             for gpa, length in self.readable:
                 self._memory.touch(gpa, length, writable=False)
@@ -129,7 +129,7 @@ class Chain:
                 self._memory.touch(gpa, length)
         except RamError as error:
             return error
-        # It can by now: the same call once more will tell.
+        # The host can back them by now: the same call once more will tell.
         return self._memory.fault()
 
 
@@ -210,7 +210,7 @@ class Queue:
         return self.last_avail_idx - self.used_idx & 0xFFFF
 
     def pop(self) -> Chain | None:
-        """Take the next chain that the driver made available, if there is one.
+        """Take the next chain that the driver made available and return it; None if there is none.
 
         :raises QueueError: it is malformed
         """
@@ -218,6 +218,7 @@ class Queue:
             return None
         last = self.last_avail_idx
         try:
+            # The index before the element and what that leads to: x86 keeps the order of loads.
             index = load(self._avail_ring + 2, 2)
             waiting = index - last & 0xFFFF
             if not waiting:
@@ -235,7 +236,7 @@ class Queue:
         return chain
 
     def retake(self, head: int) -> Chain | None:
-        """The chain of that head once more, which was taken and not returned.
+        """Return the chain of that head once more: it was taken, and is not used yet.
 
         :raises QueueError: it is malformed (by now)
         """
@@ -267,9 +268,9 @@ class Queue:
         self.push_all([(head, written)])
 
     def answer(self, chain: Chain, data: bytes) -> int:
-        """Fill the chain that was taken last and return it; how much fitted.
+        """Fill the chain that was taken last and push it; return how many bytes fitted.
 
-        :raises RamError: it is put back
+        :raises RamError: the chain is put back
         """
         try:
             written = chain.write(data)
@@ -302,9 +303,9 @@ class Queue:
         return self._table, self._avail_ring, self._used_ring
 
     def publish(self, count: int) -> None:
-        """Take and return the next chains, whose elements are in the used ring already.
+        """Take and push the next chains, whose elements are in the used ring already.
 
-        :raises RamError: they were neither taken nor returned
+        :raises RamError: they were neither taken nor pushed
         """
         try:
             # All at once: the driver takes num_buffers of them (5.1.6.3.2).
@@ -319,12 +320,13 @@ class Queue:
         self.used_idx = self.used_idx + count & 0xFFFF
 
     def needs_interrupt(self) -> bool:
-        """Whether the driver wants an interrupt for what was pushed since the last call."""
+        """Return whether the driver wants an interrupt for what was pushed since the last call."""
         old, new = self._signalled, self.used_idx
         if old == new or not self.ready:
             return False
-        # The driver writes what it waits for and then looks at the used index once more; here
-        # the same crosswise. x86 lets a load overtake an earlier store.
+        # We have stored the used index and load what the driver waits for; the driver stores what
+        # it waits for and then loads the used index (virtio 1.3, 2.7.7). Each needs a full barrier
+        # in between, or both miss the other's store: x86 lets a load overtake an earlier store.
         memory_barrier()
         at = self._avail_ring + (4 + 2 * self.size if self.event_idx else 0)
         try:
@@ -343,7 +345,7 @@ class Queue:
             self._tell(0, USED_F_NO_NOTIFY)
 
     def enable_notifications(self, known: int = 0) -> bool:
-        """Ask for a kick with the next chain; whether there is one already, without a kick.
+        """Ask for a kick with the next chain; return whether that is there already, without a kick.
 
         :param known: how many chains wait that are not enough
         """
@@ -354,6 +356,7 @@ class Queue:
             self._tell(4 + 8 * self.size, event)
         else:
             self._tell(0, 0)
+        # As in needs_interrupt: the driver stores the available index and then loads this (2.7.10).
         memory_barrier()
         return self._available_index() != event
 
@@ -370,7 +373,7 @@ class Queue:
             raise self._lack() from None
 
     def _lack(self) -> RamError:
-        """Why the host cannot back the rings."""
+        """Return the error that says why the host cannot back the rings."""
         areas = (
             (self.desc, 16 * self.size, False),
             (self.avail, 6 + 2 * self.size, False),
@@ -390,8 +393,8 @@ class Queue:
             self._table = memory.host(self.desc, 16 * size, writable=False)
             self._avail_ring = memory.host(self.avail, 6 + 2 * size, writable=False)
             self._used_ring = memory.host(self.used, 6 + 8 * size)
-            # The driver need not have written there. What a device does must not be undone for
-            # want of a place to say so.
+            # The driver need not have written there, so the host may have no pages for it yet. A
+            # request that was done must not find that there is no room to say so.
             memory.touch(self.used, 6 + 8 * size)
         except GuestMemoryError as error:
             self._unmap()

@@ -98,8 +98,8 @@ class Interrupts:
         raise NotImplementedError
 
     def repeat(self) -> None:
-        """The vCPUs are about to run: say again what may have been lost on the way (an update
-        lies behind), as one interrupt too many does no harm."""
+        """The vCPUs are about to run, perhaps after an update: interrupt again for what the driver
+        has not acknowledged, since one interrupt too many does no harm."""
 
     def reset(self) -> None:
         """Forget what the driver that was has not acknowledged."""
@@ -302,7 +302,7 @@ class Transport(Device):
         self._go()
 
     def read_config(self, offset: int, size: int) -> int:
-        """Read the configuration space; not within a change of it."""
+        """Return a part of the configuration space; not within a change of it."""
         with self._bits:
             return int.from_bytes(self.device.read_config(offset, size), "little")
 
@@ -367,7 +367,7 @@ class Transport(Device):
             os.eventfd_read(self.kick_fds[index])
         except BlockingIOError:
             return
-        # What comes while the device stands is made up for by _go.
+        # _go makes up for kicks that come while the device stands.
         device = self.device
         device.work(self._serve, index)
 
@@ -382,7 +382,7 @@ class Transport(Device):
         self.config_generation = 0
 
     def _reset_device(self, wait: Callable[[], None]) -> None:
-        # First: what comes to its end now is not returned any more.
+        # First: requests that end from here on are not returned to the driver any more.
         with self._bits:
             self.status = 0
         self.holds_cpu = True
@@ -406,7 +406,7 @@ class Transport(Device):
             self.interrupts.repeat()
 
     def _go(self) -> None:
-        """One reason to stand is gone: if it was the last one, make up for the kicks."""
+        """A reason to stand is gone: if it was the last, begin, and make up for kicks."""
         if self.running:
             self.device.start()
             if self.active:
@@ -450,8 +450,8 @@ class Transport(Device):
         self.device.drain(timeout_s)
 
     def _wait_for_driver(self) -> None:
-        """The same on a vCPU's thread, which has nowhere to go before it is done: a disk that
-        hangs holds up the driver that resets it, for as long as it does."""
+        """Wait likewise on a vCPU's thread, which has nowhere to go before that ends: a disk that
+        hangs holds up the driver that resets it, for as long as it hangs."""
         while True:
             try:
                 self._wait()

@@ -43,8 +43,8 @@ class Property:
     :param name: QEMU's
     :param parse: gives the value, or raises ConfigError
     :param default: the value if the property is not given
-    :param host: it is the host's affair, or in the state: the guest was not told of it, so that
-        the next image of an update may have another
+    :param host: whether the next image of an update may have another value: only the host sees
+        it, or the state carries what the guest was told
     :param refers: it is the id of a ``drive``, ``netdev``, ``rng`` or ``chardev``
     :param required: the mend if it is missing; empty if it may be
     :param needs: a property without which it means nothing
@@ -106,7 +106,7 @@ class Driver:
         self._check = check
 
     def parse(self, given: dict[str, str], where: str) -> DeviceConfig:
-        """Read the properties of one ``-device``.
+        """Return the device that the properties of one ``-device`` ask for.
 
         :param where: the option, which opens every error
         :raises ConfigError: naming the property that cannot be, and the mend
@@ -139,6 +139,11 @@ class Driver:
         module, _, name = self._model.partition(":")
         return getattr(__import__(module, fromlist=[name]), name)
 
+    def place(self, number: int) -> str:
+        """Return where the device is that has so many on its bus before it, as a state has it;
+        empty if its name says that."""
+        return ""
+
     def description(self) -> Description | None:
         """Return what a device writes into a state; None if that is nothing."""
         return self.model().vmstate if self._model else None
@@ -165,7 +170,7 @@ class DeviceConfig:
         self.values = values
 
     def refers(self, kind: str) -> Iterable[str]:
-        """The ids of that kind that its properties name."""
+        """Return the ids of back ends of that kind that its properties name."""
         for one in self.driver.properties:
             if one.refers == kind and self.values[one.name] is not None:
                 yield self.values[one.name]
@@ -185,7 +190,7 @@ def find(name: str) -> Driver:
 
 
 def parse(driver: str, given: dict[str, str], option: str) -> DeviceConfig:
-    """Read one ``-device``; ``option`` is the one that asks for it."""
+    """Return the device that one ``-device`` asks for; errors name ``option``."""
     return find(driver).parse(given, f"{option} {driver}")
 
 
@@ -210,17 +215,17 @@ flag = parse_bool
 
 
 def text(value: str, _where: str, _key: str) -> str:
-    """Any text."""
+    """Return the text as it is."""
     return value
 
 
 def integer(least: int, most: int) -> Parse:
-    """A number from ``least`` to ``most``."""
+    """Return a parser of numbers from ``least`` to ``most``."""
     return lambda value, where, key: parse_int(value, where, key, least, most)
 
 
 def power(least: int, most: int, mend: str = "") -> Parse:
-    """A power of two."""
+    """Return a parser of powers of two from ``least`` to ``most``; ``mend`` ends its error."""
 
     def parse(value: str, where: str, key: str) -> int:
         number = parse_int(value, where, key, least, most)
@@ -233,7 +238,7 @@ def power(least: int, most: int, mend: str = "") -> Parse:
 
 
 def choice(*known: str) -> Parse:
-    """One of some words."""
+    """Return a parser that takes one of ``known``."""
 
     def parse(value: str, where: str, key: str) -> str:
         if value not in known:

@@ -69,6 +69,11 @@ class VirtioDriver(Driver):
         if id is not None and sum(one.values["id"] == id for one in here) > 1:
             raise ConfigError(f"-device: the id {shorten(id)} is given twice; rename one")
 
+    def place(self, number: int) -> str:
+        from pyvmm.devices.virtio import mmio
+
+        return mmio.place(_base(number))
+
     def description(self) -> Description:
         from pyvmm.devices.virtio.mmio import VirtioMmio
 
@@ -79,7 +84,7 @@ class VirtioDriver(Driver):
         from pyvmm.devices.virtio import mmio
 
         slot = len(parts.virtio_mmio)
-        base = layout.VIRTIO_MMIO + slot * layout.VIRTIO_MMIO_SIZE
+        base = _base(slot)
         gsi = layout.IRQ_VIRTIO + slot
         report = parts.end.on_thread_error
         thread = IoThread(f"virtio-{slot}", report) if self._own_thread else None
@@ -102,6 +107,10 @@ class VirtioDriver(Driver):
         parts.mmio.add(base, mmio.SIZE, transport, model.name, width=mmio.WIDTH)
         for index, fd in enumerate(kick_fds):
             irqs.kick(base + mmio.QUEUE_NOTIFY, index, fd, model.name)
+
+
+def _base(slot: int) -> int:
+    return layout.VIRTIO_MMIO + slot * layout.VIRTIO_MMIO_SIZE
 
 
 def _eventfd() -> int:

@@ -28,7 +28,7 @@ _QUEUE_SIZE = power(16, 1024, "give 256")
 
 
 def mac(value: str, where: str, _key: str) -> bytes:
-    """The 6 bytes of ``52:54:00:12:34:56``.
+    """Return the 6 bytes of ``52:54:00:12:34:56``.
 
     :raises ConfigError: it is no address that a device can have
     """

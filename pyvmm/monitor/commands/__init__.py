@@ -18,7 +18,7 @@ from pyvmm.monitor.registry import Registry
 
 
 def build_registry() -> Registry:
-    """All commands of pyvmm."""
+    """Return all commands of pyvmm."""
     return Registry(
         [
             *status.COMMANDS,

@@ -18,7 +18,7 @@ _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 
 
 def query_block(context: Context) -> list[dict[str, Any]]:
-    """The disks: the drives, and the block nodes that a device has."""
+    """Return the disks: the drives, and the block nodes that a device has."""
     users: dict[str, tuple[str, dict[str, Any]]] = {}
     for index, device in enumerate(context.machine.devices):
         properties = device.properties()

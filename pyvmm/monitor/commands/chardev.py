@@ -33,7 +33,7 @@ _ADDRESSES = {
 
 
 def query_chardev(context: Context) -> list[dict[str, Any]]:
-    """The character devices; ``dropped`` is how many bytes of output were lost."""
+    """Return the character devices; ``dropped`` is how many bytes of output were lost."""
     return [
         {
             "label": label,
@@ -46,7 +46,7 @@ def query_chardev(context: Context) -> list[dict[str, Any]]:
 
 
 def chardev_add(context: Context, id: str, backend: dict[str, Any]) -> dict[str, Any]:
-    """Make a character device; live updates keep it."""
+    """Make a character device, which live updates keep; return the path of a pty."""
     kind, data = _union(backend, "backend", _BACKENDS)
     options = _members(data, "backend.data", _BACKENDS[kind])
     if kind == "socket":
@@ -73,7 +73,7 @@ def chardev_remove(context: Context, id: str) -> None:
 
 
 def _union(value: dict[str, Any], where: str, kinds: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Type and data of a QAPI union."""
+    """Return type and data of a QAPI union."""
     found = _members(value, where, {"+type": ("string", "type"), "data": ("object", "")})
     kind = found["type"]
     if kind not in kinds:
@@ -84,7 +84,7 @@ def _union(value: dict[str, Any], where: str, kinds: dict[str, Any]) -> tuple[st
 def _members(
     value: dict[str, Any], where: str, wanted: dict[str, tuple[str, str]]
 ) -> dict[str, str]:
-    """Members of an object as the values of -chardev's keys, which check them further."""
+    """Return an object's members as keys and values of -chardev, which checks them further."""
     found = {}
     known = {name.lstrip("+"): how for name, how in wanted.items()}
     for name in value:

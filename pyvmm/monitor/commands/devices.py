@@ -22,7 +22,7 @@ _MP_STATE_HALTED = 3
 
 
 def query_cpus_fast(context: Context) -> list[dict[str, Any]]:
-    """The vCPUs and the host threads that run them; disturbs no guest."""
+    """Return the vCPUs and the host threads that run them; disturbs no guest."""
     return [
         {
             "thread-id": cpu.thread_id,
@@ -36,7 +36,7 @@ def query_cpus_fast(context: Context) -> list[dict[str, Any]]:
 
 
 def query_registers(context: Context, cpu_index: int | None = None) -> dict[str, Any]:
-    """Registers of one vCPU, by their names in the SDM; the guest may go on running.
+    """Return the registers of one vCPU, by their names in the SDM; the guest may go on running.
 
     ``xsave`` is the first 512 bytes of the XSAVE area (SDM volume 1, 10.5.1) in hexadecimal;
     segments are dicts of base, limit, selector and the descriptor's attributes.
@@ -72,7 +72,7 @@ def _collect_registers(vcpu: Any) -> dict[str, Any]:
 
 
 def query_memdev(context: Context) -> list[dict[str, Any]]:
-    """The memory backends."""
+    """Return the memory backends."""
     return [
         {
             "id": backend.id,
@@ -89,7 +89,7 @@ def query_memdev(context: Context) -> list[dict[str, Any]]:
 
 
 def query_mtree(context: Context) -> dict[str, Any]:
-    """The address spaces: who answers where. Sizes and addresses are in bytes."""
+    """Return the address spaces: who answers where. Sizes and addresses are in bytes."""
     machine = context.machine
     memory = [
         {
@@ -124,7 +124,7 @@ def _io_region(region: Any) -> dict[str, Any]:
 
 
 def query_qtree(context: Context) -> list[dict[str, Any]]:
-    """The devices and their properties."""
+    """Return the devices and their properties."""
     return [
         {"type": device.name, "id": device.id, "properties": device.properties()}
         for device in context.machine.devices
@@ -132,7 +132,7 @@ def query_qtree(context: Context) -> list[dict[str, Any]]:
 
 
 def query_ramblock(context: Context) -> list[dict[str, Any]]:
-    """The blocks of host memory and where they are mapped in this process, in bytes."""
+    """Return the RAM blocks and where they are mapped in this process, in bytes."""
     found = []
     offset = 0
     for backend in context.machine.ram_blocks:

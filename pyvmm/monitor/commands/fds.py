@@ -52,7 +52,7 @@ def closefd(context: Context, fdname: str) -> None:
 def add_fd(
     context: Context, fdset_id: int | None = None, opaque: str | None = None
 ) -> dict[str, Any]:
-    """Put the descriptor that came along into a set, by default a new one."""
+    """Put the descriptor that came along into a set, by default a new one; return both numbers."""
     handover, fd = context.machine.handover, _receive(context)
     try:
         if fdset_id is not None and not 0 <= fdset_id <= _MAX_SET:
@@ -83,7 +83,7 @@ def remove_fd(context: Context, fdset_id: int, fd: int | None = None) -> None:
 
 
 def query_fdsets(context: Context) -> list[dict[str, Any]]:
-    """The sets and their descriptors."""
+    """Return the sets and their descriptors."""
     sets: dict[int, list[dict[str, Any]]] = {}
     for id, opaque, _, number in _sets(context):
         entry = {"fd": number} if opaque is None else {"fd": number, "opaque": opaque}

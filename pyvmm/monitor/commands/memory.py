@@ -20,10 +20,10 @@ def read_memory(
     physical: bool = False,
     cpu_index: int | None = None,
 ) -> str:
-    """Bytes of guest memory in hexadecimal, at a virtual address unless physical is true.
+    """Return guest memory in hexadecimal, at a virtual address unless physical is true.
 
     Only memory is read, never a device. A page that is not there ends the read: what lies
-    before it is returned, unless that is nothing.
+    before it is returned; if nothing does, that is an error.
     """
     if not 0 < size <= MAX_DUMP:
         raise CommandError(f"{size} bytes at once are not possible; give 1 to {MAX_DUMP}")
@@ -47,7 +47,7 @@ def read_memory(
 
 
 def _translate(vcpu: Any, pages: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same pages by guest-physical address, up to the first that is not mapped."""
+    """Return the same pages by guest-physical address, up to the first that is not mapped."""
     found = []
     for gva, length in pages:
         gpa = vcpu.translate(gva)
@@ -58,7 +58,7 @@ def _translate(vcpu: Any, pages: list[tuple[int, int]]) -> list[tuple[int, int]]
 
 
 def read_port(context: Context, port: int, size: int) -> int:
-    """Read a port as the guest would, side effects included; size is 1, 2 or 4 bytes."""
+    """Return a port's value, read as the guest would, side effects included; 1, 2 or 4 bytes."""
     _check_port(port, size)
     return int(context.machine.ports.read(port, size))
 

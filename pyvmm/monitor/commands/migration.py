@@ -28,7 +28,7 @@ def migrate(
 
 
 def _uri(uri: str | None, channels: list[Any] | None) -> str:
-    """The URI, given as such or as a list of one MigrationChannel to a file."""
+    """Return the URI, given as such or as a list of one MigrationChannel to a file."""
     if (uri is None) == (channels is None):
         raise CommandError("need either 'uri' or 'channels' argument")
     if uri is not None:
@@ -75,13 +75,13 @@ def migrate_cancel(context: Context) -> None:
 
 
 def query_migrate(context: Context) -> dict[str, Any]:
-    """How the present or last migration stands."""
+    """Return how the present or last migration stands."""
     found: dict[str, Any] = context.migration.info()
     return found
 
 
 def query_migrate_parameters(context: Context) -> dict[str, Any]:
-    """All migration parameters."""
+    """Return all migration parameters."""
     settings = context.migration.parameters
     return {name: settings.get(name) for name in settings.names()}
 
@@ -94,7 +94,7 @@ def migrate_set_parameters(context: Context, **values: Any) -> None:
 
 
 def query_migrate_capabilities(context: Context) -> list[dict[str, Any]]:
-    """All migration capabilities."""
+    """Return all migration capabilities."""
     capabilities = context.migration.capabilities
     return [{"state": capabilities.get(name), "capability": name} for name in capabilities.names()]
 

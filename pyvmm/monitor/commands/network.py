@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def _devices(context: Context) -> list[tuple[str, str, dict[str, Any]]]:
-    """Of each device on a network: its name (the id, or one that QEMU would give), its model and
-    its properties."""
+    """Return for each device on a network its name (the id, or one that QEMU would give), its model
+    and its properties."""
     found: list[tuple[str, str, dict[str, Any]]] = []
     for device in context.machine.devices:
         properties = device.properties()
@@ -25,7 +25,7 @@ def _devices(context: Context) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def query_network(context: Context) -> list[dict[str, Any]]:
-    """The network back ends, each with the device that sits on it."""
+    """Return the network back ends, each with the device that uses it."""
     devices = {found["netdev"]: (name, model, found) for name, model, found in _devices(context)}
     netdevs = context.machine.netdevs
     found = []
@@ -44,7 +44,7 @@ def query_network(context: Context) -> list[dict[str, Any]]:
 
 
 def query_rx_filter(context: Context, name: str | None = None) -> list[dict[str, Any]]:
-    """What the network devices pass on to the guest: without a control queue, all there is."""
+    """Return what the network devices pass on to the guest: without a control queue, everything."""
     found = [
         {
             "name": id,

@@ -37,7 +37,7 @@ class Node:
 
 
 def qom_list(context: Context, path: str) -> list[dict[str, Any]]:
-    """The properties of an object; its children are such, too."""
+    """Return the properties of an object, its children among them."""
     node = _find(context, path)
     found = [{"name": name, "type": _type(value)} for name, value in node.properties.items()]
     found += [
@@ -47,7 +47,7 @@ def qom_list(context: Context, path: str) -> list[dict[str, Any]]:
 
 
 def qom_get(context: Context, path: str, property: str) -> Any:
-    """The value of a property; of a child, its path."""
+    """Return the value of a property; of a child, its path."""
     node = _find(context, path)
     if property in node.properties:
         return node.properties[property]

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def query_status(context: Context) -> dict[str, Any]:
-    """Whether the guest runs, and the run state."""
+    """Return whether the guest runs, and the run state."""
     state = context.machine.runstate.state
     return {"status": state, "running": state == "running"}
 
 
 def query_version(context: Context) -> dict[str, Any]:
-    """The version of pyvmm, under the member names that QMP clients look for."""
+    """Return the version of pyvmm, under the member names that QMP clients look for."""
     major, minor, micro = (int(part) for part in __version__.split(".")[:3])
     return {
         "qemu": {"micro": micro, "minor": minor, "major": major},
@@ -31,28 +31,28 @@ def query_version(context: Context) -> dict[str, Any]:
 
 
 def query_name(context: Context) -> dict[str, Any]:
-    """The name given to the machine with -name, if any."""
+    """Return the name given to the machine with -name, if any."""
     name = context.machine.config.name
     return {"name": name} if name else {}
 
 
 def query_kvm(context: Context) -> dict[str, Any]:
-    """Whether KVM runs the guest: always."""
+    """Return whether KVM runs the guest: always."""
     return {"enabled": True, "present": True}
 
 
 def query_messages(context: Context) -> dict[str, Any]:
-    """How many messages pyvmm had for its standard error that it did not take."""
+    """Return how many of pyvmm's messages its standard error did not take."""
     return {"dropped": log.err.dropped}
 
 
 def query_commands(context: Context) -> list[dict[str, Any]]:
-    """The names of all commands."""
+    """Return the names of all commands."""
     return [{"name": name} for name in context.registry.commands]
 
 
 def query_qmp_schema(context: Context) -> list[dict[str, Any]]:
-    """All commands and events with their types, in QEMU's introspection form."""
+    """Return all commands and events with their types, in QEMU's introspection form."""
     return schema.describe(context.registry.commands.values())
 
 

@@ -50,13 +50,13 @@ class HumanCommand:
         return self.names[0]
 
     def usage(self, prefix: str = "") -> str:
-        """The line that ``help`` shows."""
+        """Return the line that ``help`` shows."""
         head = " ".join(filter(None, (prefix + "|".join(self.names), self.parameters)))
         return f"{head} -- {self.help}\n"
 
 
 def _simple(command: str) -> Function:
-    """A command without arguments and without output."""
+    """Return the function of a command without arguments and without output."""
 
     def run(session: HmpSession, _reply: Reply, _arguments: Arguments) -> None:
         session.context.execute(command)
@@ -65,7 +65,7 @@ def _simple(command: str) -> Function:
 
 
 def _shown(command: str, show: Callable[[Any], str]) -> Function:
-    """A query whose result is shown."""
+    """Return the function of a query whose result ``show`` turns into text."""
 
     def run(session: HmpSession, _reply: Reply, _arguments: Arguments) -> str:
         return show(session.context.execute(command))

@@ -28,7 +28,7 @@ _MAX_FILES = 200
 
 
 def complete(line: str, context: Context) -> list[tuple[str, str]]:
-    """What the last word of ``line`` may become: (word, what it means), in order."""
+    """Return what the last word of ``line`` may become: (word, what it means), in order."""
     *before, word = line.lstrip().split(" ")
     before = [one for one in before if one]
     return [(text, about) for text, about in _candidates(before, word, context) if text != word]

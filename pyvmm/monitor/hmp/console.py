@@ -155,7 +155,7 @@ class Console(MonitorFrontend):
     # ---- for the editor's thread ----------------------------------------------------------
 
     def take_typed(self) -> bytes:
-        """Keys up to the end of a line: what is behind it belongs to the next prompt."""
+        """Return the keys up to the end of a line: what is behind it belongs to the next prompt."""
         with self._lock:
             ends = [at + 1 for at in (self._typed.find(b"\r"), self._typed.find(b"\n")) if at >= 0]
             count = min(ends, default=len(self._typed))
@@ -165,7 +165,7 @@ class Console(MonitorFrontend):
         return data
 
     def has_typed(self) -> bool:
-        """Whether keys wait."""
+        """Return whether keys wait."""
         with self._lock:
             return bool(self._typed)
 

@@ -156,7 +156,7 @@ class Prompt:
                 self._print(result)
 
     async def _ask(self) -> str:
-        """One prompt: what was entered, or nothing."""
+        """Prompt once; return what was entered, or an empty text."""
         output = self._output
         output.muted = False
         if self._fresh:
@@ -357,7 +357,7 @@ class _FileHistory(FileHistory):
 
 
 def history() -> History:
-    """What was typed in earlier sessions, kept in a file if that is possible."""
+    """Return the lines of earlier sessions, which a file keeps if that is possible."""
     state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     path = Path(state, "pyvmm", "history")
     try:

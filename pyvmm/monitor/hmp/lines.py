@@ -35,7 +35,7 @@ BANNER = f"pyvmm {__version__} monitor - type 'help' for more information\n"
 
 
 def encode(text: str) -> bytes:
-    """Text of the monitor as it goes over the wire; file names come out as they went in."""
+    """Return text of the monitor as bytes for the wire; file names come out as they went in."""
     text = text.replace("\n", "\r\n")
     try:
         return text.encode("utf-8", "surrogateescape")

@@ -58,12 +58,12 @@ class Spec:
 
 
 def specs(text: str) -> list[Spec]:
-    """Read a description such as ``detach:-d,uri:s``."""
+    """Return the arguments that a description such as ``detach:-d,uri:s`` declares."""
     return [Spec(one) for one in text.split(",")] if text else []
 
 
 def first_word(line: str) -> tuple[str, str]:
-    """The command's name and the rest of the line. ``p/x 1`` is ``p`` and ``/x 1``."""
+    """Return the command's name and the rest of the line. ``p/x 1`` is ``p`` and ``/x 1``."""
     line = line.lstrip(_SPACE)
     end = 0
     while end < len(line) and line[end] not in _SPACE + "/":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def status(data: Data) -> str:
-    """``info status``."""
+    """Return the text of ``info status``."""
     state = data["status"]
     if state in ("running", "paused"):
         return f"VM status: {state}\n"
@@ -24,7 +24,7 @@ def status(data: Data) -> str:
 
 
 def cpus(data: list[Data], current: int) -> str:
-    """``info cpus``; the monitor's own CPU has a star."""
+    """Return the text of ``info cpus``; the monitor's own CPU has a star."""
     return "".join(
         f"{'*' if cpu['cpu-index'] == current else ' '} CPU #{cpu['cpu-index']}:"
         f" thread_id={cpu['thread-id']} model={cpu['model']}\n"
@@ -33,7 +33,7 @@ def cpus(data: list[Data], current: int) -> str:
 
 
 def chardev(data: list[Data]) -> str:
-    """``info chardev``."""
+    """Return the text of ``info chardev``."""
     return "".join(
         f"{entry['label']}: filename={entry['filename']}"
         + (f" ({entry['dropped']} bytes dropped)\n" if "dropped" in entry else "\n")
@@ -42,7 +42,7 @@ def chardev(data: list[Data]) -> str:
 
 
 def block(data: list[Data]) -> str:
-    """``info block``."""
+    """Return the text of ``info block``."""
     entries = []
     for entry in data:
         inserted, cache = entry["inserted"], entry["inserted"]["cache"]
@@ -61,7 +61,7 @@ def block(data: list[Data]) -> str:
 
 
 def network(data: list[Data]) -> str:
-    """``info network``: a back end stands below the device that sits on it."""
+    """Return the text of ``info network``: a back end stands below the device that uses it."""
     lines = []
     for entry in data:
         words = [f"type={entry['type']}", *(f"{k}={v}" for k, v in entry["properties"].items())]
@@ -77,7 +77,7 @@ def network(data: list[Data]) -> str:
 
 
 def memdev(data: list[Data]) -> str:
-    """``info memdev``."""
+    """Return the text of ``info memdev``."""
 
     def on(flag: bool) -> str:
         return "true" if flag else "false"
@@ -96,7 +96,7 @@ def memdev(data: list[Data]) -> str:
 
 
 def ramblock(data: list[Data]) -> str:
-    """``info ramblock``."""
+    """Return the text of ``info ramblock``."""
     head = "PSize", "Offset", "Used", "Total", "HVA", "RO"
     lines = ["{:>24} {:>8}  {:>18} {:>18} {:>18} {:>18} {:>3}".format("Block Name", *head)]
     for block in data:
@@ -109,7 +109,7 @@ def ramblock(data: list[Data]) -> str:
 
 
 def mtree(data: Data) -> str:
-    """``info mtree``: address spaces first, then what aliases in them refer to."""
+    """Return the text of ``info mtree``: address spaces, then what aliases in them refer to."""
     lines = []
     for space in data["address-spaces"]:
         lines.append(f"address-space: {space['name']}")
@@ -136,7 +136,7 @@ def _range(start: int, size: int) -> str:
 
 
 def qtree(data: list[Data]) -> str:
-    """``info qtree``: all devices sit on one bus."""
+    """Return the text of ``info qtree``: all devices sit on one bus."""
     lines = ["bus: main-system-bus", "  type System"]
     for device in data:
         lines.append(f'  dev: {device["type"]}, id "{device["id"]}"')
@@ -158,7 +158,7 @@ def _property(value: object) -> str:
 
 
 def migrate(data: Data) -> str:
-    """``info migrate``: nothing before the first migration."""
+    """Return the text of ``info migrate``: nothing before the first migration."""
     lines = []
     if data.get("blocked-reasons"):
         lines.append("Outgoing migration blocked:")
@@ -186,7 +186,7 @@ def migrate(data: Data) -> str:
 
 
 def migrate_globals(only_migratable: bool) -> str:
-    """What ``info migrate -a`` adds."""
+    """Return what ``info migrate -a`` adds."""
     return (
         "Globals:\n"
         "  store-global-state: on\n"
@@ -199,7 +199,7 @@ def migrate_globals(only_migratable: bool) -> str:
 
 
 def switch(value: bool) -> str:
-    """``on`` or ``off``."""
+    """Return ``on`` or ``off``."""
     return "on" if value else "off"
 
 
@@ -207,7 +207,7 @@ def switch(value: bool) -> str:
 
 
 def number(value: int, kind: str, size: int = 8) -> str:
-    """One value as ``print`` shows it; ``value`` is signed."""
+    """Return one value as ``print`` shows it; ``value`` is signed."""
     unsigned = value & ((1 << 8 * size) - 1)
     if kind == "c":
         return character(unsigned & 0xFF)
@@ -219,7 +219,7 @@ def number(value: int, kind: str, size: int = 8) -> str:
 
 
 def character(value: int) -> str:
-    """A byte as a C character constant."""
+    """Return a byte as a C character constant."""
     special = {39: "\\'", 92: "\\\\", 10: "\\n", 13: "\\r"}
     if 32 <= value <= 126 or value in special:
         return f"'{special.get(value, chr(value))}'"
@@ -227,7 +227,7 @@ def character(value: int) -> str:
 
 
 def dump(address: int, data: bytes, kind: str, size: int, digits: int) -> str:
-    """``x`` and ``xp``.
+    """Return the text of ``x`` and ``xp``.
 
     :param size: bytes of one item, 1, 2, 4 or 8; a last item that is not complete is left out
     :param digits: width of the addresses
@@ -278,7 +278,8 @@ _EFER_LMA = 1 << 10
 
 
 def registers(data: Data) -> str:
-    """``info registers`` of one vCPU: the 64-bit layout in 64-bit code, else the 32-bit one."""
+    """Return the text of ``info registers`` for one vCPU: the 64-bit layout in 64-bit code, else
+    the 32-bit one."""
     lma = bool(data["efer"] & _EFER_LMA)
     lines = ["", f"CPU#{data['cpu-index']}", *_general(data, lma and bool(data["cs"]["l"]))]
     width = 16 if lma else 8

@@ -46,7 +46,8 @@ class HmpSession:
         self.dump_size = 4
 
     def register(self, name: str) -> int | None:
-        """The value of a register of the current CPU, by the names that ``$name`` takes."""
+        """Return the value of a register of the current CPU, by the names that ``$name`` takes;
+        None if there is none of that name."""
         known = self.context.execute("x-query-registers", {"cpu-index": self.context.cpu_index})
         name = _WIDE.get(name, name)
         if name in _SEGMENT_REGISTERS:

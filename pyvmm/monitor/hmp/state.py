@@ -47,14 +47,14 @@ class MonitorState:
         self.cursor = cursor
 
     def pack(self) -> bytes:
-        """As bytes."""
+        """Return the state as bytes."""
         texts = (self.line, self.input, self.output)
         head = _HEAD.pack(_VERSION, self.flags, self.cpu_index, self.cursor, *map(len, texts))
         return head + b"".join(texts)
 
     @classmethod
     def unpack(cls, state: bytes) -> MonitorState:
-        """Read what :meth:`pack` made.
+        """Return the state in what :meth:`pack` made.
 
         :raises VmStateError: it did not
         """

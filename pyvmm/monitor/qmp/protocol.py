@@ -40,11 +40,11 @@ class Splitter:
         self._input += data
 
     def waiting(self) -> bytes:
-        """What has been pushed and not been looked at."""
+        """Return the bytes that were pushed and that :meth:`next` has not looked at."""
         return bytes(self._input)
 
     def next(self) -> bytes | None:
-        """The next complete message, None if there is none yet.
+        """Return the next complete message, None if there is none yet.
 
         :raises ProtocolError: too large or too deep; the rest of its line will be skipped
         """
@@ -69,7 +69,7 @@ class Splitter:
         return None
 
     def _take(self, byte: int) -> bool:
-        """Look at one byte; whether a message ends with it."""
+        """Look at one byte; return whether a message ends with it."""
         if not self.partial and byte in _SPACE:
             return False
         if byte == 0x0A and (self._in_string or self._depth == 0):
@@ -104,7 +104,7 @@ class Splitter:
 
 
 def decode(message: bytes) -> Any:
-    """The JSON value of a message.
+    """Return the JSON value of a message.
 
     :raises ProtocolError: it is none, or has what no command can use and no reply could
         repeat: numbers that are none or have no end, a key twice, half of a surrogate pair,
@@ -133,8 +133,9 @@ def decode(message: bytes) -> Any:
 
 
 def encode(message: object, pretty: bool = False) -> bytes:
-    """A message as one line, or with ``pretty`` as several. Half of a surrogate pair, of a file
-    name that is no text, becomes U+FFFD, as in QEMU.
+    """Return a message as one line, or with ``pretty`` as several.
+
+    Half of a surrogate pair, of a file name that is no text, becomes U+FFFD, as in QEMU.
 
     :raises ValueError: if it has what JSON has not: a number that is none
     """
@@ -155,7 +156,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(value: Any) -> Any:
-    """The same without halves of surrogate pairs."""
+    """Return the same value without halves of surrogate pairs."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):

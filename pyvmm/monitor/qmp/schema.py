@@ -62,7 +62,7 @@ EVENTS: dict[str, Shape] = {
 
 
 def describe(commands: Iterable[Command]) -> list[dict[str, Any]]:
-    """The SchemaInfo of all commands and events, and of every type they refer to."""
+    """Return the SchemaInfo of all commands and events, and of every type they refer to."""
     types = _Types()
     entries = []
     for command in commands:
@@ -96,7 +96,7 @@ class _Types:
         self._number = 0
 
     def name(self, shape: Shape) -> str:
-        """The name of a type, which is described first if need be."""
+        """Return the name of a type, which is described first if need be."""
         if isinstance(shape, str):
             shape = _BY_TYPE.get(shape, shape)
         key = shape if isinstance(shape, str) else repr(shape)

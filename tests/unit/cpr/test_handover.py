@@ -89,8 +89,9 @@ def test_what_was_inherited_stays_open_until_the_guest_runs(fds):
     parcel.close(fds[0])
     assert handover.kept() == {}
     assert is_open(fds[0])  # the image before needs it for its return
-    assert handover.settle() == []
+    handover.release()
     assert not is_open(fds[0])
+    assert handover.settle() == []
 
 
 def test_a_fresh_one_is_closed_at_once_and_so_are_all_afterwards(fds):
@@ -99,7 +100,7 @@ def test_a_fresh_one_is_closed_at_once_and_so_are_all_afterwards(fds):
     parcel.close(fds[1], 1)
     assert not is_open(fds[1])
     parcel.keep(parcel.take())
-    handover.settle()
+    handover.release()
     assert is_open(fds[0])
     parcel.close(fds[0])
     assert not is_open(fds[0])

@@ -2,7 +2,7 @@ import pytest
 from harness.uart import Port
 
 from pyvmm.testing.memory_chardev import MemoryChardev
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 
 def encode(device):

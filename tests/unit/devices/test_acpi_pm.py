@@ -7,7 +7,7 @@ from pyvmm.devices import acpi_pm
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.errors import VmStateError
 from pyvmm.testing.fake_irq import FakeIrq
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 STATUS, ENABLE, CONTROL = 0x600, 0x602, 0x604
 PWRBTN = 0x100

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from pyvmm.devices.i8042 import COMMAND, DATA, I8042, Port92
 from pyvmm.errors import VmStateError
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 
 @pytest.fixture

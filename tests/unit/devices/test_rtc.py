@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pyvmm.devices.rtc import HOURS_ALARM, MINUTES_ALARM, REG_A, REG_B, REG_C, SECONDS_ALARM, Rtc
 from pyvmm.errors import VmStateError
 from pyvmm.testing.fake_irq import FakeIrq
-from pyvmm.vmstate.fields import Cursor, Record
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Record
 
 # Thursday 2026-11-19 21:58:07.25 UTC
 START = calendar.timegm((2026, 11, 19, 21, 58, 7)) + 0.25

@@ -11,7 +11,7 @@ from pyvmm.chardev.base import BREAK, CLOSED, MUX_IN, MUX_OUT, OPENED
 from pyvmm.core.threads import Event, spawn
 from pyvmm.devices.serial import FCR, IER, LCR, LSR, RBR, SCR, THR
 from pyvmm.errors import VmStateError
-from pyvmm.vmstate.fields import Cursor
+from pyvmm.vmstate.cursor import Cursor
 
 # State
 

@@ -217,7 +217,11 @@ def test_new_driver_is_one_declaration_and_one_line(machine, monkeypatch):
         for words in (",limit=3,log=a", ",limit=3,id=b", ",limit=4")
     )
     assert one == other == "virtio-echo-device limit=3" != third
-    described = shape.descriptions(machine.parse(Echo.name, ""))[(Echo.name, 0)]
+    (described,) = (
+        description
+        for (name, _), description in shape.descriptions(machine.parse(Echo.name, "")).items()
+        if name.endswith(f"/{Echo.name}")
+    )
     (device,) = machine.make(Echo.name, ",limit=3,id=e")
     assert (device.id, device.properties()["limit"]) == ("e", 3)
     assert device.vmstate.name == described.name

@@ -27,7 +27,11 @@ def ports(*words):
     return found, serial.values["max_ports"]
 
 
-def test_sections_are_in_the_order_of_the_options():
+def sections(*words):
+    return [key for key in shape.descriptions(options.parse([*words])) if "virt" in key[0]]
+
+
+def test_sections_are_called_by_their_places():
     config = options.parse(
         [
             *("-device", "virtio-rng-device,id=a", "-device", "pvpanic"),
@@ -35,11 +39,25 @@ def test_sections_are_in_the_order_of_the_options():
             *("-device", "virtio-rng-device,id=c"),
         ]
     )
-    assert [key for key in shape.descriptions(config) if key[0].startswith("virt")] == [
-        ("virtio-rng-device", 0),
-        ("virtio-serial-device", 0),
-        ("virtio-rng-device", 1),
+    places = [
+        ("virtio-mmio@feb00000/virtio-rng-device", 0),
+        ("virtio-mmio@feb00200/virtio-serial-device", 0),
+        ("virtio-mmio@feb00400/virtio-rng-device", 0),
     ]
+    assert [key for key in shape.descriptions(config) if "virt" in key[0]] == places
+    former = [("virtio-rng-device", 0), ("virtio-serial-device", 0), ("virtio-rng-device", 1)]
+    assert shape.former_names(config) == dict(zip(former, places, strict=True))
+
+
+def test_a_device_more_changes_no_other_s_section():
+    words = ["-device", "virtio-serial-device", "-device", "virtio-rng-device"]
+    few = sections(*words)
+    assert sections(*words, "-device", "virtio-rng-device")[: len(few)] == few
+    assert sections("-device", "pvpanic", *words) == few
+    # One of another kind in the place of the first: that of the second stays, which was not so by
+    # the number among devices of a name.
+    other = sections("-device", "virtio-rng-device", "-device", "virtio-rng-device")
+    assert other[1] == few[1]
 
 
 def test_shape_has_the_virtio_devices_in_order():

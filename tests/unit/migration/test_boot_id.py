@@ -6,7 +6,8 @@ import pytest
 
 from pyvmm.migration import savevm
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import Cursor, Record
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Record
 from pyvmm.x86 import irqchip
 from pyvmm.x86.platform import Platform
 

@@ -1,17 +1,21 @@
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.errors import VmStateError
+from pyvmm.vmstate.cursor import Cursor
 from pyvmm.vmstate.fields import (
     Array,
     Buffer,
-    Cursor,
+    CStruct,
     Description,
     Record,
     Scalar,
     Struct,
     StructArray,
+    Table,
     boolean,
     i32,
     i64,
@@ -297,3 +301,49 @@ def test_error_names_the_path_of_the_field():
     with pytest.raises(VmStateError) as error:
         WHOLE.load(Cursor(data[: len(data) - 9]), WHOLE.version)
     assert error.value.path == "points/points[1]/y"
+
+
+# ---- what goes all at once ---------------------------------------------------------------------
+
+TABLE = Description("table", [u8("rows"), Table("points", POINT, "rows", 9), u8("last")])
+PLACE = Description("place", [u16("x"), Struct("inner", POINT), Array("z", "uint16", 2)])
+# u16 x, two bytes of nothing, u8 x, three bytes of nothing, i32 y, u16 z[2], four of nothing.
+IN_MEMORY = CStruct("place", PLACE, "H2xBi2H4x", lambda: bytearray(20), lambda made: made)
+
+
+@given(st.lists(st.tuples(number("uint8"), number("int32")), max_size=9))
+def test_table_is_as_an_array_of_records(rows):
+    flat = tuple(value for row in rows for value in row)
+    data = encode(TABLE, Record(rows=len(rows), points=flat, last=7))
+    array = Description("table", [u8("rows"), StructArray("points", POINT, "rows", 9), u8("last")])
+    records = Record(rows=len(rows), points=[Record(x=x, y=y) for x, y in rows], last=7)
+    assert data == encode(array, records)
+    loaded = decode(TABLE, data)
+    assert (loaded.points, loaded.last) == (flat, 7)
+    assert TABLE.describe(loaded) == array.describe(decode(array, data))
+    for end in range(len(data)):
+        errors = []
+        for description in (TABLE, array):
+            with pytest.raises(VmStateError) as error:
+                description.load(Cursor(data[:end]), 1)
+            errors.append(error.value.path)
+        assert errors[0] == errors[1]
+
+
+def test_table_with_too_few_values_is_not_saved():
+    with pytest.raises(struct.error):
+        encode(TABLE, Record(rows=2, points=(1, 2, 3), last=0))
+
+
+def test_structure_in_memory_is_one_in_the_stream():
+    description = Description("one", [IN_MEMORY])
+    made = bytearray.fromhex("3412 ffff 56 ffffff feffffff 0100 0200 ffffffff")
+    data = encode(description, Record(place=made))
+    assert data == bytes.fromhex("1234 56 fffffffe 0001 0002")
+    loaded = decode(description, data)
+    assert loaded.place == bytes.fromhex("3412 0000 56 000000 feffffff 0100 0200 00000000")
+    same = Description("one", [Struct("place", PLACE)])
+    assert description.describe(Record(place=None)) == same.describe(decode(same, data))
+    with pytest.raises(VmStateError, match="truncated") as error:
+        description.load(Cursor(data[:6]), 1)
+    assert error.value.path == "place/inner/y"

@@ -10,12 +10,13 @@ import pytest
 from harness import run_cli, versions
 
 from pyvmm.cpr import state as cpr_state
-from pyvmm.machine import options
+from pyvmm.machine import options, shape
 from pyvmm.state import check
 from pyvmm.state.outline import Outline
 from pyvmm.testing import streams
 from pyvmm.vmstate import stream
-from pyvmm.vmstate.fields import Cursor, Description
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Description
 
 ROOT = Path(__file__).parents[3]
 STATES = ROOT / "tests" / "upgrade" / "states"
@@ -50,7 +51,7 @@ def test_a_machine_takes_the_stream(version, name, words):
     data = saved(version, name, "stream")
     assert check.reasons(data, config) == []
     own = streams.descriptions(config)
-    loaded = stream.read(data, lambda *key: own.get(key), "pyvmm")
+    loaded = stream.read(data, own, "pyvmm", shape.former_names(config))
     assert loaded.records.keys() == own.keys()
     assert loaded.is_described
 
@@ -68,9 +69,11 @@ def test_what_was_read_is_written_as_it_was(version, name, words, monkeypatch):
     # Whether a subsection is needed is asked of devices.
     monkeypatch.setattr(Description, "_needed_parts", were_there)
     data = saved(version, name, "stream")
-    own = streams.descriptions(options.parse(words))
+    config = options.parse(words)
+    own, former = streams.descriptions(config), shape.former_names(config)
     for part in Outline(data).parts:
-        description = own[(part.name, part.instance)]
+        key = part.name, part.instance
+        description = own[former.get(key, key)]
         source = Cursor(data[part.start : part.end])
         record = description.load(source, part.version)
         assert source.at == len(source.data)

@@ -27,7 +27,7 @@ BLOCKS = [("pc.ram", 1 << 20), ("pc.bios", 1 << 16)]
 
 
 def read(data, own=OWN, machine="pyvmm"):
-    return stream.read(data, lambda name, instance: own.get((name, instance)), machine)
+    return stream.read(data, own, machine)
 
 
 def plain(value):
@@ -176,6 +176,38 @@ def test_sections_are_applied_in_the_machines_order():
     keys = list(SMALL)[::-1]
     stream.apply(loaded, [Section(*key, SMALL[key], lambda: None, applied.append) for key in keys])
     assert applied == [loaded.records[key] for key in keys]
+
+
+PLACES = {("bus@0/first", 0): FIRST, ("bus@8/first", 0): FIRST, ("second", 0): SECOND}
+FORMER = {("first", 0): ("bus@0/first", 0), ("first", 1): ("bus@8/first", 0)}
+
+
+def test_sections_by_their_former_names_are_read():
+    data = HEADER + b"".join(SECTIONS) + END
+    loaded = stream.read(data, PLACES, "pyvmm", FORMER)
+    assert list(loaded.records) == list(PLACES)
+    # The description explains the bytes of that stream.
+    text = stream.describe(loaded, PLACES)
+    shown = json.loads(text[text.index(b"{") :])
+    assert [(one["name"], one["instance_id"]) for one in shown["devices"]] == list(SMALL)
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_sections_are_written_by_either_name(former):
+    writer = stream.Writer("pyvmm", BLOCKS, former=former)
+    for (key, description), old in zip(PLACES.items(), SMALL, strict=True):
+        state = streams.record(description)
+        writer.add(Section(*key, description, lambda s=state: s, lambda _: None, old))
+    loaded = stream.read(writer.finish(), SMALL if former else PLACES)
+    assert list(loaded.records) == list(SMALL if former else PLACES)
+
+
+def test_section_under_both_names_is_refused():
+    writer = stream.Writer("pyvmm", BLOCKS)
+    for key in (("first", 0), ("bus@0/first", 0)):
+        writer.add(section(*key, FIRST))
+    with pytest.raises(VmStateError, match=r"^bus@0/first\[0\]: the section is there twice$"):
+        stream.read(writer.finish(), PLACES, "pyvmm", FORMER)
 
 
 def test_unknown_section_is_refused():

@@ -177,7 +177,7 @@ def test_whole_file_is_read_by_its_description(arguments):
     own = streams.descriptions(config)
     assert found.pop("configuration") == {"len": 5, "name": b"pyvmm"}
     assert "pc.bios" in found.pop("ram")
-    loaded = stream.read(data, lambda name, instance: own.get((name, instance)))
+    loaded = stream.read(data, own)
     assert found.keys() == loaded.records.keys()
     for key, record in loaded.records.items():
         assert same(record, found[key]), key

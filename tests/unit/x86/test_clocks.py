@@ -7,7 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyvmm.errors import KvmError, MigrationError, VmStateError
-from pyvmm.vmstate.fields import Cursor, Record
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Record
 from pyvmm.x86 import irqchip, vcpu_state
 
 WORDS = st.integers(0, (1 << 64) - 1)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pyvmm._native import ffi
 from pyvmm.errors import VmStateError
-from pyvmm.vmstate.fields import Array, CStruct, Cursor, Record, Scalar, Struct
+from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Array, CStruct, Record, Scalar, Struct
 from pyvmm.x86 import vcpu_state
 from pyvmm.x86.vcpu_state import VCPU
 
