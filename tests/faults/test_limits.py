@@ -4,7 +4,7 @@ import pytest
 from faults.tools import TICKER, check_ticking, replaced, update
 from harness import guests, wait_until
 
-from pyvmm.cpr.handover import Handover
+from pyvmm.cpr.handover import OWN, Handover
 from pyvmm.errors import MigrationError
 from pyvmm.migration import preflight
 
@@ -55,8 +55,8 @@ def test_more_blocks_of_memory_than_a_state_names(vm):
     ids=["number", "length", "letters"],
 )
 def test_descriptors_that_cannot_be_handed_over(keys, why):
-    fds = Handover()
+    handover = Handover()
     for number, (name, index) in enumerate(keys):
-        fds.keep(name, 10 + number, index)
+        handover.parcel(OWN, name).keep(10 + number, index)
     with pytest.raises(MigrationError, match=why):
-        preflight.check_descriptors(fds)
+        preflight.check_descriptors(handover)

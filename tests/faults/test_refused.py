@@ -68,9 +68,9 @@ def test_program(ticker, text, mode, why):
     [
         {"error": "\ud800"},
         {"shape": 3},
-        {"sections": {"serial[0]": "new"}},
+        {"places": {"serial[0]": "new"}},
         {"incoming": ["memfd:"]},
-        {"sections": 0},
+        {"places": 0},
     ],
     ids=str,
 )
