@@ -73,6 +73,9 @@ IRQS = [
 ]
 #: The machine has no PCI, which nothing but the command line could tell before it is looked for.
 NO_PCI = {"PCI: Fatal: No config space access function found", "PCI: System does not support PCI"}
+#: Said once by a guest whose processor the host has taken for a while, as a busy one does with an
+#: emulated machine.
+SLOW_HOST = "hrtimer: interrupt took "
 #: Where a kernel waits for hardware that does not answer.
 PROBES = {
     "acpi_init",
@@ -162,7 +165,7 @@ def test_whole_machine_is_found_and_works(vm, tmp_path, peers):
     assert machine.stderr() == ""
 
     log = boot_log(disk)
-    complaints = {text for level, _, text in log if level <= 4}
+    complaints = {text for level, _, text in log if level <= 4 and not text.startswith(SLOW_HOST)}
     assert complaints - NO_PCI == set()
     check_for_stalls(log)
 
