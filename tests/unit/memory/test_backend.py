@@ -6,6 +6,7 @@ import resource
 import socket
 
 import pytest
+from harness.process import descriptors
 
 from pyvmm.errors import ConfigError, HostError, InternalError
 from pyvmm.memory.backend import RamBackend
@@ -17,7 +18,7 @@ SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
 def open_fds():
-    return sorted(os.listdir("/proc/self/fd"))
+    return descriptors("self")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@ import os
 
 import pytest
 from harness.virtio_disk import SIZE, Disk
+from harness.virtio_echo import Echo
 from harness.virtio_network import Network
 
 from pyvmm.core.eventloop import EventLoop
@@ -76,3 +77,11 @@ def network():
     yield make
     for each in made:
         each.close()
+
+
+@pytest.fixture
+def echo(loop, plug):
+    """A driver over an echo device that has started."""
+    driver = plug(Echo(loop))
+    driver.start()
+    return driver
