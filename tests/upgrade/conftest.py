@@ -14,7 +14,7 @@ def predecessor(request):
     except versions.BuildError:
         raise
     except versions.VersionError as error:
-        needs.missing(str(error))
+        needs.history(str(error))
 
 
 @pytest.fixture(params=["from the predecessor", "from the present"])
