@@ -24,12 +24,14 @@ from setuptools.errors import PlatformError
 NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
 #: Each is a C file and a header. cffi reads the headers in this order.
-SUBJECTS = ("kvm", "host", "carrier", "guard", "memory", "virtq")
+SUBJECTS = ("kvm", "host", "holder", "state", "carrier", "takeover", "guard", "memory", "virtq")
 #: Subjects that do without libc. The compiler must add no call of it and no canary to them, which
 #: the flags that Python was built with ask for.
-FREESTANDING = ("carrier",)
+FREESTANDING = ("holder", "state", "carrier", "takeover")
 FREESTANDING_FLAGS = (
     "-ffreestanding",
+    # A call from one of them to another does not go through the dynamic linker.
+    "-fvisibility=hidden",
     "-fno-stack-protector",
     "-fno-tree-loop-distribute-patterns",
     "-fno-sanitize=all",

@@ -7,8 +7,11 @@
 #include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 
+#include "carrier.h"
 #include "guard.h"
+#include "raw.h"
 
 #define SAME_OFFSET(view, member, kernel, kernel_member)                                      \
 	_Static_assert(offsetof(struct view, member) == offsetof(struct kernel, kernel_member), \
@@ -52,15 +55,7 @@ int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long argument)
 	return result < 0 ? -errno : result;
 }
 
-/* KVM_RUN: 0 for an exit, or the negative error number. fcntl.ioctl retries EINTR from Python
- * 3.14 on, and a kicked KVM_RUN must come back. On x86 KVM tells of a page with a hardware error
- * by SIGBUS, whose handler has run when ioctl returns.
- *
- * The exit in the kvm_run mapping belongs to the calling thread until the next KVM_RUN. The
- * exception is immediate_exit, which others set: KVM reads it on entry, after which only a signal
- * ends KVM_RUN. So who stops a vCPU stores it first and kicks then. The system call that sends
- * the signal keeps that order, for the vCPU's thread as well: no barrier is needed. */
-int pyvmm_run(int vcpu_fd)
+static int enter(int vcpu_fd)
 {
 	int result;
 
@@ -72,6 +67,56 @@ int pyvmm_run(int vcpu_fd)
 		return -EHWPOISON;
 	}
 	return result;
+}
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * (int64_t)SECOND_NS + now.tv_nsec;
+}
+
+/* KVM_RUN: 0 for an exit, 1 for accesses that the vCPU made elsewhere (gate->slot), or the negative
+ * error number. fcntl.ioctl retries EINTR from Python 3.14 on, and a kicked KVM_RUN must come back.
+ * On x86 KVM tells of a page with a hardware error by SIGBUS, whose handler has run when ioctl
+ * returns.
+ *
+ * The exit in the kvm_run mapping belongs to the calling thread until the next KVM_RUN. The
+ * exception is immediate_exit, which others set: KVM reads it on entry, after which only a signal
+ * ends KVM_RUN. So who stops a vCPU stores it first and kicks then. The system call that sends
+ * the signal keeps that order, for the vCPU's thread as well: no barrier is needed.
+ *
+ * While gate->slot is set the vCPU changes hands, here and without the interpreter, which one thread
+ * after the other would wait for. An image that goes gives the vCPU to the carrier as soon as
+ * no access is half done, and waits; should it come back, it goes on with what KVM_RUN said there. An
+ * image that comes waits until it has been given the vCPU. */
+int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate)
+{
+	struct pyvmm_slot *slot = __atomic_load_n(&gate->slot, __ATOMIC_SEQ_CST);
+	int result, is_new = 0;
+
+	if (slot && load_word(&slot->owner) != PYVMM_OLD) {
+		while (load_word(&slot->owner) == PYVMM_CARRIED)
+			wait_word(&slot->owner, PYVMM_CARRIED, 0);
+		is_new = load_word(&slot->owner) == PYVMM_NEW;
+		if (is_new) {
+			slot->run_at = now_ns();
+			__atomic_store_n(&gate->slot, NULL, __ATOMIC_SEQ_CST);
+			if (slot->write_count || slot->has_exit)
+				return 1;
+		}
+	}
+	result = enter(vcpu_fd);
+	slot = __atomic_load_n(&gate->slot, __ATOMIC_SEQ_CST);
+	if (result != -EINTR || !slot)
+		return result;
+	slot->left = now_ns();
+	store_word(&slot->owner, PYVMM_CARRIED);
+	wake_word(&slot->owner);
+	while (load_word(&slot->owner) == PYVMM_CARRIED)
+		wait_word(&slot->owner, PYVMM_CARRIED, 0);
+	return slot->result;
 }
 
 static void ignore_signal(int signum)
@@ -96,6 +141,21 @@ void *pyvmm_map(int fd, size_t size)
 	void *address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 
 	return address == MAP_FAILED ? NULL : address;
+}
+
+/* Private memory for tasks' stacks, which are touched as they are used; NULL if the host has none. */
+void *pyvmm_map_private(size_t size)
+{
+	void *address = mmap(NULL, size, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	return address == MAP_FAILED ? NULL : address;
+}
+
+/* Wake whoever waits for a word to change. */
+void pyvmm_wake(uint32_t *word)
+{
+	wake_word(word);
 }
 
 /* Undo pyvmm_map: 0, or the negative error number. No thread may be in KVM_RUN by then. */

@@ -70,7 +70,16 @@ struct pyvmm_run {
 
 int pyvmm_ioctl(int fd, unsigned long request, void *argument);
 int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long argument);
-int pyvmm_run(int vcpu_fd);
+struct pyvmm_slot;
+
+/* Of one vCPU: where it changes hands, or NULL. */
+struct pyvmm_gate {
+	struct pyvmm_slot *slot;
+};
+
+int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate);
 int pyvmm_install_kick(int signum);
 void *pyvmm_map(int fd, size_t size);
+void *pyvmm_map_private(size_t size);
+void pyvmm_wake(uint32_t *word);
 int pyvmm_unmap(void *address, size_t size);

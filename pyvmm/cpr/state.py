@@ -124,9 +124,14 @@ def inherit(*, keep: bool = False) -> CprState | None:
     return state
 
 
-def publish(fds: dict[tuple[str, int], int], values: dict[str, bytes]) -> int:
-    """Write the state for the next image into a memfd; return its descriptor, which exec closes
-    unless the caller makes it inheritable.
+def reserve() -> int:
+    """Return the descriptor of an empty memfd for a state, which exec closes unless the caller
+    makes it inheritable."""
+    return os.memfd_create("cpr-state", os.MFD_CLOEXEC)
+
+
+def write(fd: int, fds: dict[tuple[str, int], int], values: dict[str, bytes]) -> None:
+    """Write the state for the next image into an empty memfd.
 
     :raises VmStateError: if it is nothing that the next image could read
     """
@@ -135,10 +140,18 @@ def publish(fds: dict[tuple[str, int], int], values: dict[str, bytes]) -> int:
     decode(data)
     if len(data) > MAX_SIZE:
         raise VmStateError("CPR state", f"{len(data)} bytes, at most {MAX_SIZE} are possible")
-    fd = os.memfd_create("cpr-state", os.MFD_CLOEXEC)
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def publish(fds: dict[tuple[str, int], int], values: dict[str, bytes]) -> int:
+    """Do both; return the descriptor.
+
+    :raises VmStateError: as :func:`write`
+    """
+    fd = reserve()
     try:
-        while data:
-            data = data[os.write(fd, data) :]
+        write(fd, fds, values)
     except BaseException:
         os.close(fd)
         raise

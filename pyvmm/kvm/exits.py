@@ -26,14 +26,12 @@ class Io:
 
     __slots__ = ("count", "data", "is_write", "port", "size")
 
-    def __init__(self, io: Any, mapping: memoryview) -> None:
-        self.is_write = io.direction == lib.KVM_EXIT_IO_OUT
-        self.port = io.port
-        self.size = io.size
-        self.count = io.count
-        # Behind struct kvm_run. KVM takes input from there at the next KVM_RUN.
-        at = io.data_offset
-        self.data = mapping[at : at + self.size * self.count]
+    def __init__(self, is_write: bool, port: int, size: int, count: int, data: memoryview) -> None:
+        self.is_write = is_write
+        self.port = port
+        self.size = size
+        self.count = count
+        self.data = data
 
 
 class Mmio:
@@ -44,11 +42,11 @@ class Mmio:
 
     __slots__ = ("data", "gpa", "is_write", "size")
 
-    def __init__(self, mmio: Any, data: memoryview) -> None:
-        self.gpa = mmio.phys_addr
-        self.size = mmio.len
-        self.is_write = bool(mmio.is_write)
-        self.data = data[: self.size]
+    def __init__(self, is_write: bool, gpa: int, data: memoryview) -> None:
+        self.is_write = is_write
+        self.gpa = gpa
+        self.size = len(data)
+        self.data = data
 
 
 class Shutdown:
@@ -148,9 +146,14 @@ class Decoder:
         run = self._run
         reason = run.exit_reason
         if reason == lib.KVM_EXIT_IO:
-            return Io(self._io, self._mapping)
+            io = self._io
+            # Behind struct kvm_run. KVM takes input from there at the next KVM_RUN.
+            at, size, count = io.data_offset, io.size, io.count
+            data = self._mapping[at : at + size * count]
+            return Io(io.direction == lib.KVM_EXIT_IO_OUT, io.port, size, count, data)
         if reason == lib.KVM_EXIT_MMIO:
-            return Mmio(self._mmio, self._mmio_data)
+            mmio = self._mmio
+            return Mmio(bool(mmio.is_write), mmio.phys_addr, self._mmio_data[: mmio.len])
         # With the irqchip in the kernel nobody asks for an interrupt window. After either exit no
         # access waits for its completion.
         if reason in (lib.KVM_EXIT_INTR, lib.KVM_EXIT_IRQ_WINDOW_OPEN):

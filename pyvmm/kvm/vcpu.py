@@ -15,7 +15,7 @@ from pyvmm.kvm import exits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from pyvmm.kvm.system import System
@@ -48,6 +48,9 @@ class Vcpu:
     :param fd: from KVM_CREATE_VCPU, owned from now on
     :param index: its number and APIC id
     :param event_flags: as the VM's ``event_flags``
+    :ivar xsave_size: bytes of an XSAVE area on this host
+    :ivar has_xsave2: whether KVM_GET_XSAVE2 reads it
+    :ivar cpuid: the entries of the CPUID that was set, as the kernel lays them out
     :ivar listed_msrs: what KVM lists as a vCPU's state
     :ivar state_msrs: what was found to be the state of this one; None until somebody looked
     """
@@ -64,11 +67,17 @@ class Vcpu:
             raise KvmError("mmap of kvm_run", errno.ENOMEM, f"vCPU {index}")
         self._run = ffi.cast("struct pyvmm_run *", self._base)
         self._exits = exits.Decoder(self._base, self._size)
+        #: Where the vCPU changes hands (``struct pyvmm_gate``); nowhere but in an update.
+        self.gate = ffi.new("struct pyvmm_gate *")
+        # What it did elsewhere, and no device has seen yet, and who tells of that.
+        self._brought: list[exits.Exit] = []
+        self._ask_brought: Callable[[], list[exits.Exit]] = list
         # KVM_SET_XSAVE takes no size: KVM reads as much as its own area has. That is a page, or
         # what KVM_CAP_XSAVE2 tells (since Linux 5.17): more only with AMX.
-        self._xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
-        self._has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
+        self.xsave_size = max(system.check_extension("KVM_CAP_XSAVE2"), 4096)
+        self.has_xsave2 = bool(system.check_extension("KVM_CAP_XSAVE2"))
         self.listed_msrs = system.msr_indices
+        self.cpuid = b""
         self.state_msrs: MsrBlock | None = None
 
     def run(self) -> exits.Exit:
@@ -81,14 +90,45 @@ class Vcpu:
 
         :raises KvmError: if KVM refuses
         """
-        result = lib.pyvmm_run(self.fd)
+        if self._brought:
+            return self._brought.pop(0)
+        result = lib.pyvmm_run(self.fd, self.gate)
         # Only now the mapping tells why: after EINTR it may hold the reason of an earlier exit.
         if result == 0:
             return self._exits.decode()
+        if result > 0:
+            self.arrive()
+            return self.run()
         # EAGAIN: a vCPU that waited for its start-up message was woken.
         if result in (-errno.EINTR, -errno.EAGAIN):
             return exits.INTERRUPTED
         raise KvmError("KVM_RUN", -result, f"vCPU {self.index}")
+
+    def await_at(self, slot: Any, ask: Callable[[], list[exits.Exit]]) -> None:
+        """Have :meth:`run` wait until the vCPU gets here, from elsewhere.
+
+        :param slot: its ``struct pyvmm_slot``, where that is told
+        :param ask: returns what it did there that no device has seen yet: what :meth:`run` returns
+            first
+        """
+        self._ask_brought = ask
+        self.gate.slot = slot
+
+    def arrive(self) -> None:
+        """The vCPU is here: take what it brings, once."""
+        self.gate.slot = ffi.NULL
+        self._brought += self._ask_brought()
+        self._ask_brought = list
+
+    @property
+    def brings(self) -> bool:
+        """Whether there is something of that left."""
+        return bool(self._brought)
+
+    @property
+    def mapping(self) -> Any:
+        """The kvm_run mapping, ``struct pyvmm_run *``."""
+        return self._run
 
     def set_immediate_exit(self, value: bool) -> None:
         """Set or clear immediate_exit: while it is set, KVM_RUN completes a pending access and
@@ -192,8 +232,8 @@ class Vcpu:
 
     def get_xsave(self) -> bytes:
         """KVM_GET_XSAVE2 (or KVM_GET_XSAVE): return FPU, SSE, AVX, PKRU, ... in XSAVE layout."""
-        area = ffi.new("char[]", self._xsave_size)
-        ioctl(self.fd, "KVM_GET_XSAVE2" if self._has_xsave2 else "KVM_GET_XSAVE", area)
+        area = ffi.new("char[]", self.xsave_size)
+        ioctl(self.fd, "KVM_GET_XSAVE2" if self.has_xsave2 else "KVM_GET_XSAVE", area)
         return bytes(ffi.buffer(area))
 
     def set_xsave(self, area: bytes) -> None:
@@ -202,7 +242,7 @@ class Vcpu:
         :raises KvmError: EINVAL if the size is another than this host's, since KVM would
             read beyond the buffer
         """
-        if len(area) != self._xsave_size:
+        if len(area) != self.xsave_size:
             raise KvmError("KVM_SET_XSAVE", errno.EINVAL, f"{len(area)} bytes")
         buffer = ffi.new("char[]", area)
         ioctl(self.fd, "KVM_SET_XSAVE", buffer)
@@ -264,6 +304,8 @@ class Vcpu:
         """KVM_SET_CPUID2; once, before the first KVM_RUN, and before MSRs and XSAVE, whose
         legal bits it decides."""
         ioctl(self.fd, "KVM_SET_CPUID2", cpuid)
+        entries = ffi.buffer(cpuid.entries, cpuid.nent * ffi.sizeof("struct kvm_cpuid_entry2"))
+        self.cpuid = bytes(entries)
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: return the frequency of the guest's TSC, in kHz."""

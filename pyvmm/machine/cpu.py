@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from pyvmm.core.bus import Bus
+    from pyvmm.kvm.carrier import Carrier
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.machine.backing import Backing
     from pyvmm.memory.guest import GuestMemory
@@ -212,7 +213,26 @@ class Cpu:
     def is_unfinished(self) -> bool:
         """Whether the stopped vCPU is in the middle of an access that waits for the host's memory:
         what KVM says of its state is not all of it."""
-        return self._unfinished is not None
+        return self._unfinished is not None or self.vcpu.brings
+
+    def hand_over(self, carrier: Carrier) -> None:
+        """Give a running vCPU to the carrier, as soon as no access is half done; does not wait."""
+        carrier.hand_over(self.vcpu)
+        self._kick()
+
+    @property
+    def stands(self) -> bool:
+        """Whether the thread is at its waiting place."""
+        return self._stopped.is_set()
+
+    def settle(self) -> None:
+        """Do what a vCPU that stands did elsewhere, and no device has seen yet."""
+        self.call(self._do_brought)
+
+    def _do_brought(self, vcpu: Vcpu) -> None:
+        vcpu.arrive()
+        while vcpu.brings:
+            self._handle(vcpu.run())
 
     def abandon(self) -> None:
         """Forget the unfinished access of the stopped vCPU, which is about to be reset."""

@@ -137,7 +137,7 @@ class Machine:
             if running:
                 self._stop_cpus()
             # The host may still work for a guest that stopped by itself, too.
-            self._drain(RESET_PATIENCE_S)
+            self.drain(RESET_PATIENCE_S)
         except HostError as error:
             self._reset_later(reason, error)
             return None
@@ -261,7 +261,7 @@ class Machine:
                 self.warn(str(error))
                 return
             try:
-                self._drain(RESET_PATIENCE_S)
+                self.drain(RESET_PATIENCE_S)
             except Exception as error:
                 # What a host that hangs has under way comes to its end some day. A guest that
                 # has to stop does not go on for it.
@@ -291,7 +291,7 @@ class Machine:
         """
         try:
             self._stop_cpus(STOP_PATIENCE_S)
-            self._drain(drain_s)
+            self.drain(drain_s)
         except HostError as error:
             self.resume_cpus()
             raise HostError(
@@ -301,7 +301,11 @@ class Machine:
             self.resume_cpus()
             raise
 
-    def _drain(self, timeout_s: float) -> None:
+    def drain(self, timeout_s: float) -> None:
+        """Have the devices come to rest; the vCPUs reach none of them.
+
+        :raises HostError: one cannot finish its work in time
+        """
         end = time.monotonic() + timeout_s
         failure: Exception | None = None
         for device in self.devices:
@@ -331,8 +335,7 @@ class Machine:
         """Let all vCPUs enter the guest, and the devices work."""
         if self._host_awaited:
             return  # the guest that was is not to go on
-        for device in self.devices:
-            self._start_device(device)
+        self._start_devices()
         for cpu in self.cpus:
             cpu.resume()
         end = time.monotonic() + ENTRY_PATIENCE_S
@@ -340,6 +343,26 @@ class Machine:
             cpu.wait_entered(end - time.monotonic())
         # The guest runs by now: this is no part of a pause.
         self._pic_watch.start()
+
+    def await_cpus(self) -> None:
+        """Go to the run state ``running`` with vCPUs that run elsewhere: their threads wait for
+        them in KVM_RUN's place, without the interpreter."""
+        self.runstate.set(runstate.RUNNING)
+        for cpu in self.cpus:
+            cpu.resume()
+        end = time.monotonic() + ENTRY_PATIENCE_S + CPU_PATIENCE_S * len(self.cpus)
+        for cpu in self.cpus:
+            cpu.wait_entered(end - time.monotonic())
+
+    def go_on(self) -> None:
+        """The vCPUs of :meth:`await_cpus` run here: so do the devices."""
+        self._start_devices()
+        self._pic_watch.start()
+        self.emit("RESUME", None)
+
+    def _start_devices(self) -> None:
+        for device in self.devices:
+            self._start_device(device)
 
     def _start_device(self, device: Device, told: bool = False) -> None:
         # There may be no way back any more: a device that cannot start does not hold up the others.
@@ -379,7 +402,7 @@ class Machine:
         in the irqchip's state; then the vCPUs, the chips, and the clock.
         """
         return [
-            *self._device_sections(),
+            *self.device_sections(),
             *self.platform.cpu_sections(),
             *self.platform.chip_sections(),
             self.platform.clock_section(),
@@ -394,7 +417,7 @@ class Machine:
         return [
             *self.platform.cpu_sections(),
             *self.platform.chip_sections(),
-            *self._device_sections(),
+            *self.device_sections(),
             self.platform.clock_section(),
         ]
 
@@ -444,7 +467,8 @@ class Machine:
         stuck = not all(cpu.wait_stopped() for cpu in self.cpus)
         self._parts.opened.close(stuck=stuck)
 
-    def _device_sections(self) -> list[Section]:
+    def device_sections(self) -> list[Section]:
+        """Return those of the devices: all that is not KVM's."""
         stateful = [device for device in self.devices if device.vmstate is not None]
         names = section_names([(device.place, device.name) for device in stateful])
         return [

@@ -43,8 +43,11 @@ class Channel:
         :raises MigrationError: if that cannot be
         """
 
+    def reserve(self, handover: Handover) -> None:
+        """Take what a write needs of what the update hands over. Idempotent."""
+
     def write(self, data: bytes, handover: Handover) -> None:
-        """Write the state; whole or not at all. The guest stands.
+        """Write the state; whole or not at all.
 
         :raises MigrationError: e.g. when the disk is full, or does not answer
         """
@@ -83,9 +86,14 @@ class MemoryChannel(Channel):
     def check(self) -> None:
         raise _nothing_handed_over()
 
+    def reserve(self, handover: Handover) -> None:
+        if memory(handover).kept() is None:
+            memory(handover).keep(os.memfd_create("vmstate", os.MFD_CLOEXEC))
+
     def write(self, data: bytes, handover: Handover) -> None:
-        fd = os.memfd_create("vmstate", os.MFD_CLOEXEC)
-        memory(handover).keep(fd)
+        self.reserve(handover)
+        fd = memory(handover).kept()
+        assert fd is not None
         while data:
             data = data[os.write(fd, data) :]
 

@@ -1,10 +1,8 @@
 """Mode cpr-exec, the plain order: the guest stands from before its state is saved until the new
 image has loaded it.
 
-What is in here is what another way through an exec does otherwise. A guest that runs on meanwhile
-would not be stopped but handed to what runs it, which holds memory and VM by itself, and the
-exec would tell the new image where to find it. The order of the steps, and their undoing, is
-``outgoing``'s. Main loop thread only.
+What is in here is what the other way through an exec does otherwise (``running_exec``). The order
+of the steps, and their undoing, is ``outgoing``'s. Main loop thread only.
 """
 
 from __future__ import annotations
@@ -36,6 +34,9 @@ class CprExec:
     :param before: the run state in which the update finds the guest
     """
 
+    #: Whether the guest runs meanwhile.
+    is_running = False
+
     def __init__(
         self,
         machine: Machine,
@@ -49,6 +50,13 @@ class CprExec:
         self._holder = holder
         self._before = before
         self._undo = undo
+
+    def prepare(self, state_fd: int) -> None:
+        """Do what can fail for want of the host's means. The guest runs.
+
+        :param state_fd: of the CPR state, which will be written
+        """
+        self._state_fd = state_fd
 
     def stop_guest(self) -> None:
         """Have the guest stand, with all done that it asked for.
@@ -84,13 +92,12 @@ class CprExec:
         :raises MigrationError: it cannot be executed
         """
         machine, handover, undo = self._machine, self._machine.handover, self._undo
-        undo.append(lambda: rollback.disarm(handover))
-        rollback.arm(handover)
+        undo.append(rollback.disarm)
+        rollback.arm()
         if machine.signalled:
             raise MigrationError(f"Signal {machine.signalled} ends the VMM")
-        cpr_fd, environment = rollback.publish(handover, MemoryChannel.text)
-        undo.append(lambda: os.close(cpr_fd))
-        os.set_inheritable(cpr_fd, True)
+        environment = rollback.publish(handover, MemoryChannel.text, self._state_fd)
+        os.set_inheritable(self._state_fd, True)
         # The very last act: a helper forked earlier must not inherit guest memory.
         undo.append(lambda: handover.set_inheritable(False))
         handover.set_inheritable(True)

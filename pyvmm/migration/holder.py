@@ -68,6 +68,11 @@ class Holder(Passenger):
         self._pipes.clear()
         self._reap()
 
+    def await_end(self, pid: int) -> None:
+        """Wait, off the pause, for the end of another child that shares an old address space."""
+        self._ended.append(pid)
+        self._reap()
+
     def save_state(self) -> bytes:
         """Return the ids of those that were not waited for yet, 4 bytes each."""
         return b"".join(pid.to_bytes(4) for pid in self._ended)

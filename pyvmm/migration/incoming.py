@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.migration.channel import Channel
     from pyvmm.migration.holder import Holder
     from pyvmm.migration.status import Status
+    from pyvmm.migration.takeover import Takeover
 
 
 class Incoming:
@@ -114,19 +115,23 @@ class Incoming:
         status.enter("setup")
         status.enter("active")
         loaded = savevm.read(machine, source.read(machine.handover))
+        takeover = self._find_carrier()
         if not machine.handover.is_incoming:
             savevm.settle_clocks(machine, loaded)
-        state = savevm.apply(machine, loaded)
+        state = savevm.apply(machine, loaded, with_cpus=takeover is None)
         status.mark("resume")
         if state == runstate.RUNNING and not machine.autostart:
             state = runstate.PAUSED
-        machine.runstate.set(state)
-        # All that can fail came before (the threads were started with the machine). Behind the
-        # next line nothing opens, allocates, starts a thread or waits for more than the vCPUs'
-        # threads: the guest changes its memory from there on.
-        state_fd = wayback.close()
-        if state == runstate.RUNNING:
-            self._try(machine.set_running)
+        # All that can fail came before (the threads were started with the machine), or is the
+        # takeover. Behind the close of the way back nothing opens, allocates, starts a thread or
+        # waits for more than the vCPUs' threads: the guest changes its memory from there on.
+        if takeover is None:
+            machine.runstate.set(state)
+            state_fd = wayback.close()
+            if state == runstate.RUNNING:
+                self._try(machine.set_running)
+        else:
+            state_fd = self._take_over(takeover, state)
         status.mark("running")
         # The rest is not in the pause, and the guest does not end for want of it.
         self._try(machine.handover.release)
@@ -141,6 +146,27 @@ class Incoming:
             status.enter("completed")
         self._try(lambda: self._close_way_back(state_fd))
         self._try(self._release_memory)
+
+    def _find_carrier(self) -> Takeover | None:
+        """Return the way from the carrier to here, if the guest runs there."""
+        fd = self._machine.handover.parcel(CPR, "carrier").take()
+        if fd is None:
+            return None
+        from pyvmm.migration.takeover import Takeover
+
+        return Takeover(self._machine, self._status, fd)
+
+    def _take_over(self, takeover: Takeover, state: str) -> int | None:
+        """Have the guest here, in run state ``state``; close the way back, and return what
+        ``wayback.close`` does."""
+        # The alarm would go back in the middle; the carrier's own deadline goes on.
+        if wayback.is_open():
+            wayback.stop_timer()
+        takeover.begin(state)
+        # From here on the guest is this image's.
+        state_fd = wayback.close()
+        self._try(lambda: takeover.finish(self.holder))
+        return state_fd
 
     def _close_way_back(self, state_fd: int | None) -> None:
         if state_fd is not None:

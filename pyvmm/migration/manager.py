@@ -175,7 +175,8 @@ class Migration:
             # Whatever the package on disk has become.
             problem = getattr(error, "strerror", None) or error
             raise MigrationError(f"The preflight cannot be made: {problem}") from None
-        outgoing.begin(argv, channel, done)
+        running = self.parameters.get("cpr-exec-running")
+        outgoing.begin(argv, channel, done, running=running)
 
     def _get_outgoing(self) -> Outgoing:
         if self._outgoing is None:

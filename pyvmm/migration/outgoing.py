@@ -19,6 +19,7 @@ from pyvmm.migration import file_channel, preflight, program, rollback, savevm  
 from pyvmm.migration.channel import MemoryChannel
 from pyvmm.migration.cpr_exec import CprExec
 from pyvmm.migration.quiesce import Quiesce
+from pyvmm.migration.running_exec import FallBack, RunningExec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,18 @@ if TYPE_CHECKING:
     Done = Callable[[str | None], None]
 
 
+class Answer:
+    """What the new image's answer to the preflight says of the way to it.
+
+    :ivar former: it knows sections by their former names only
+    :ivar plain: why the guest cannot run through the exec; empty if it can
+    """
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self.former = not preflight.reads_places(answer)
+        self.plain = preflight.explain_plain(answer)
+
+
 class Outgoing:
     """The updates of one machine to a next image, one at a time."""
 
@@ -41,16 +54,20 @@ class Outgoing:
         self._status = status
         self._holder = holder
         self._done: Done | None = None
+        self._wants_running = True
         self._probe: preflight.Probe | None = None
         self._quiesce: Quiesce | None = None
 
-    def begin(self, argv: list[str] | None, channel: Channel, done: Done) -> None:
+    def begin(
+        self, argv: list[str] | None, channel: Channel, done: Done, *, running: bool = True
+    ) -> None:
         """Begin an update.
 
         :param argv: the next image's command; None for that of this one
         :param channel: where the state goes
         :param done: called with an error text if the update fails after this returned, None
             if it was cancelled; after a success there is nobody left to call
+        :param running: whether the guest shall run through the exec, if it can
         :raises MigrationError: refused
         """
         machine, status = self._machine, self._status
@@ -78,12 +95,12 @@ class Outgoing:
                 end(None)
                 return
             status.mark("quiesce")
-            former = not preflight.reads_places(result)
-            self._quiesce = Quiesce(machine, lambda error: quiesced(error, former))
+            answer = Answer(result)
+            self._quiesce = Quiesce(machine, lambda error: quiesced(error, answer))
 
-        def quiesced(error: MigrationError | None, former: bool) -> None:
+        def quiesced(error: MigrationError | None, answer: Answer) -> None:
             if error is None:
-                self._update(argv, path, channel, former)
+                self._update(argv, path, channel, answer)
             else:
                 self._quiesce = None
                 end(error)
@@ -104,6 +121,7 @@ class Outgoing:
             channel.discard(machine.handover)
             raise
         self._done = done
+        self._wants_running = running
         status.enter("setup")
 
     def cancel(self) -> None:
@@ -122,52 +140,80 @@ class Outgoing:
         if self._quiesce is not None:
             self._quiesce.close()
 
-    def _update(self, argv: list[str], path: str, channel: Channel, former: bool) -> None:
-        """The recipe, from the running guest to the exec.
-
-        :param former: the next image knows sections by their former names only
-        """
-        machine, status, handover = self._machine, self._status, self._machine.handover
-        before = machine.runstate.state
+    def _update(self, argv: list[str], path: str, channel: Channel, answer: Answer) -> None:
+        """From the running guest to the exec, the guest running if it can."""
+        machine, status = self._machine, self._status
+        # The way back does not depend on a file that others can reach.
+        channels = [channel, MemoryChannel()] if channel.is_lasting else [channel]
         undo: list[Callable[[], None]] = []
-        way = CprExec(machine, status, self._holder, before, undo)
         if self._quiesce is not None:
             undo.append(self._quiesce.undo)
+        status.fallback = answer.plain
         try:
-            # Terminals are made ready while the guest still runs.
-            for passenger in handover.passengers.values():
-                undo.append(passenger.restart)
-                passenger.quiesce()
-            # A file may be loaded when the host has been started again.
-            boot_id = (savevm.read_boot_id(),) if channel.is_lasting else ()
-            status.mark("stop")
-            way.stop_guest()
-            status.enter("active")
-            # QEMU's number for the pass over memory after the guest has stopped.
-            status.emit("MIGRATION_PASS", {"pass": 2})
-            status.enter("device")
-            status.mark("save")
-            undo.append(lambda: channel.discard(handover))
-            state = savevm.save(machine, before, *boot_id, former=former)
-            channel.write(state, handover)
-            if channel.is_lasting:
-                # The way back does not depend on a file that others can reach.
-                copy = MemoryChannel()
-                undo.append(lambda: copy.discard(handover))
-                copy.write(state, handover)
-            way.hold_memory()
-            # In QEMU's order: the outgoing side is done. If the exec fails, "failed" follows.
-            status.enter("completed")
-            status.mark("exec")
-            self._give_status()
-            way.execute(path, argv)
+            if not answer.plain and self._wants_running:
+                try:
+                    self._pass_on(RunningExec, undo, argv, path, channels, answer)
+                except FallBack as reason:
+                    self._unwind(undo, keep=int(self._quiesce is not None))
+                    status.fallback = str(reason)
+            self._pass_on(CprExec, undo, argv, path, channels, answer)
         except Exception as error:
             text = _explain(error)
             status.fail(text)
-            while undo:
-                # Whatever goes wrong with one step, the guest must run on.
-                machine.attempt(undo.pop(), "update")
+            self._unwind(undo)
+            for each in channels:
+                each.discard(machine.handover)
             self._tell(text)
+
+    def _pass_on(
+        self,
+        kind: type[CprExec],
+        undo: list[Callable[[], None]],
+        argv: list[str],
+        path: str,
+        channels: list[Channel],
+        answer: Answer,
+    ) -> None:
+        """The recipe; return only by an exception."""
+        machine, status, handover = self._machine, self._status, self._machine.handover
+        before = machine.runstate.state
+        way = kind(machine, status, self._holder, before, undo)
+        status.running = way.is_running
+        # Terminals are made ready while the guest still runs.
+        for passenger in handover.passengers.values():
+            undo.append(passenger.restart)
+            passenger.quiesce()
+        for channel in channels:
+            channel.reserve(handover)
+        state_fd = None
+        undo.append(lambda: rollback.close(handover, state_fd))
+        state_fd = rollback.prepare(handover)
+        way.prepare(state_fd)
+        # A file may be loaded when the host has been started again.
+        boot_id = (savevm.read_boot_id(),) if channels[0].is_lasting else ()
+        status.mark("stop")
+        way.stop_guest()
+        status.enter("active")
+        # QEMU's number for the pass over memory after the guest has stopped.
+        status.emit("MIGRATION_PASS", {"pass": 2})
+        status.enter("device")
+        status.mark("save")
+        state = savevm.save(
+            machine, before, *boot_id, former=answer.former, with_cpus=not way.is_running
+        )
+        for channel in channels:
+            channel.write(state, handover)
+        way.hold_memory()
+        # In QEMU's order: the outgoing side is done. If the exec fails, "failed" follows.
+        status.enter("completed")
+        status.mark("exec")
+        self._give_status()
+        way.execute(path, argv)
+
+    def _unwind(self, undo: list[Callable[[], None]], keep: int = 0) -> None:
+        while len(undo) > keep:
+            # Whatever goes wrong with one step, the guest must run on.
+            self._machine.attempt(undo.pop(), "update")
 
     def _give_status(self) -> None:
         for name, state in self._status.pack().items():

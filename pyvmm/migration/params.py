@@ -46,6 +46,8 @@ _PARAMETERS: tuple[tuple[str, Any, str, tuple[str, ...]], ...] = (
     ("direct-io", False, "", ()),
     ("x-rdma-chunk-size", 1048576, " bytes", ()),
     ("cpr-exec-command", [], "", ()),
+    # pyvmm's own: whether the guest runs through the exec, if it can.
+    ("cpr-exec-running", True, "", ()),
 )
 
 _CAPABILITIES = (

@@ -22,6 +22,7 @@ from pyvmm.core.eventloop import READABLE
 from pyvmm.cpr import probe, state
 from pyvmm.cpr.probe import ANSWER_FD
 from pyvmm.errors import MigrationError, PyvmmError, VmStateError
+from pyvmm.kvm import carrier
 from pyvmm.machine import options, shape
 from pyvmm.machine.config import MACHINE_TYPE
 from pyvmm.migration import descendants
@@ -57,7 +58,10 @@ def describe(config: MachineConfig) -> dict[str, Any]:
             "CPR state": [state.VERSION, state.VERSION],
             "host-side values": [state.VALUES_VERSION, state.VALUES_VERSION],
         },
+        # Of carriers: the versions of which a guest is taken over.
+        "carrier": [carrier.VERSION, carrier.VERSION],
         "incoming": config.incoming,
+        "autostart": not config.start_paused,
         "shape": shape.describe(config),
         "chardevs": shape.chardev_kinds(config),
         **_sections(config),
@@ -79,6 +83,19 @@ def _sections(config: MachineConfig) -> dict[str, dict[str, list[int]]]:
 def reads_places(new: dict[str, Any]) -> bool:
     """Return whether an image that describes itself as ``new`` knows sections by their places."""
     return "places" in new
+
+
+def explain_plain(new: dict[str, Any]) -> str:
+    """Return why the guest has to stand through an exec to the image that describes itself as
+    ``new``; empty if it can run."""
+    oldest, newest = new.get("carrier", [0, 0])
+    if not oldest <= carrier.VERSION <= newest:
+        return f"the new version {new.get('version')} cannot take over from this carrier"
+    if new.get("incoming") == "defer":
+        return "-incoming defer: the new image waits for a command, and the guest for the devices"
+    if not new.get("autostart"):
+        return "-S: the guest is to stand in the new image"
+    return ""
 
 
 def answer(argv: list[str]) -> int:

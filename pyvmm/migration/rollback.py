@@ -30,8 +30,8 @@ EXE = (f"{CPR}/exe", 0)
 DEADLINE_S = wayback.DEADLINE_S
 REPEAT_S = 1.0  # should something have swallowed the first alarm
 
-# What would end the new image before it can end in order; they wait until it can.
-_DEFERRED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
+#: What would end the new image before it can end in order; they wait until it can.
+DEFERRED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)
 
 
 def own_command(incoming: str) -> list[str]:
@@ -56,44 +56,56 @@ def own_command(incoming: str) -> list[str]:
     return [*kept, "-incoming", incoming]
 
 
-def arm(handover: Handover) -> None:
-    """In the old image: keep what the way back needs, and start the deadline."""
+def prepare(handover: Handover) -> int:
+    """In the old image: open what the way back needs; return the descriptor of the CPR state, which
+    :func:`publish` writes.
+
+    :raises OSError: the host refuses
+    """
     handover.parcel(CPR, "exe").keep(os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC))
     handover.parcel(CPR, "way-back").keep(os.memfd_create("way-back", os.MFD_CLOEXEC))
-    # The timer goes on through the exec, and kills an image that does not handle it.
-    _signal.setitimer(_signal.ITIMER_REAL, DEADLINE_S, REPEAT_S)
-    _signal.pthread_sigmask(_signal.SIG_BLOCK, _DEFERRED)
+    return cpr_state.reserve()
 
 
-def publish(handover: Handover, incoming: str) -> tuple[int, dict[str, str]]:
-    """In the old image, after :func:`arm`: write the CPR state and the record of the way back.
-    Return the state's descriptor, and what the new image's environment must say.
-
-    :param incoming: URI of the state for the way back
-    """
-    command = [os.fsencode(word) for word in own_command(incoming)]
-    handover.parcel(ROLLBACK, "command").give(b"\0".join(command))
-    kept = handover.kept()
-    state = cpr_state.publish(kept, handover.states())
-    try:
-        record = kept[(f"{CPR}/way-back", 0)]
-        program = kept[EXE]
-        wayback.write(record, wayback.Record(program, state, [state, *kept.values()], command))
-    except BaseException:
-        os.close(state)
-        raise
-    return state, {cpr_state.ENVIRONMENT: str(state), wayback.RECORD: str(record)}
-
-
-def disarm(handover: Handover) -> None:
-    """In the old image: undo :func:`arm`, after an exec that failed."""
-    wayback.stop_timer()
-    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _DEFERRED)
+def close(handover: Handover, state: int | None) -> None:
+    """In the old image: undo :func:`prepare`, also half of it."""
     for id in ("exe", "way-back"):
         parcel = handover.parcel(CPR, id)
         fd = parcel.kept()
         if fd is not None:
             parcel.close(fd)
+    if state is not None:
+        os.close(state)
+
+
+def arm() -> None:
+    """In the old image: start the deadline."""
+    # The timer goes on through the exec, and kills an image that does not handle it.
+    _signal.setitimer(_signal.ITIMER_REAL, DEADLINE_S, REPEAT_S)
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, DEFERRED)
+
+
+def disarm() -> None:
+    """In the old image: undo :func:`arm`, after an exec that failed."""
+    wayback.stop_timer()
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, DEFERRED)
+
+
+def publish(handover: Handover, incoming: str, state: int) -> dict[str, str]:
+    """In the old image, after :func:`arm`: write the CPR state and the record of the way back.
+    Return what the new image's environment must say.
+
+    :param incoming: URI of the state for the way back
+    :param state: descriptor of the CPR state
+    """
+    command = [os.fsencode(word) for word in own_command(incoming)]
+    handover.parcel(ROLLBACK, "command").give(b"\0".join(command))
+    kept = handover.kept()
+    cpr_state.write(state, kept, handover.states())
+    record = kept[(f"{CPR}/way-back", 0)]
+    program = kept[EXE]
+    wayback.write(record, wayback.Record(program, state, [state, *kept.values()], command))
+    return {cpr_state.ENVIRONMENT: str(state), wayback.RECORD: str(record)}
 
 
 def adopt(carried: CprState) -> None:

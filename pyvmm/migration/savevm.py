@@ -44,16 +44,23 @@ GLOBALSTATE = Description(
 
 
 def save(
-    machine: Machine, state: str, boot_id: bytes = _NO_BOOT_ID, *, former: bool = False
+    machine: Machine,
+    state: str,
+    boot_id: bytes = _NO_BOOT_ID,
+    *,
+    former: bool = False,
+    with_cpus: bool = True,
 ) -> bytes:
     """Return the stream of a stopped machine.
 
     :param state: the run state that the guest shall be in after a load
     :param boot_id: :func:`read_boot_id`, if it may be loaded after the host was started again
     :param former: call sections as images before do, one of which will load it
+    :param with_cpus: whether the vCPUs and all that is KVM's are in it: they go another way when
+        the guest runs
     """
     writer = stream.Writer(MACHINE_TYPE, blocks(machine), former=former)
-    for section in machine.sections_to_save():
+    for section in machine.sections_to_save() if with_cpus else machine.device_sections():
         writer.add(section)
     writer.add(_globalstate(state, boot_id))
     return writer.finish()
@@ -113,12 +120,20 @@ def settle_clocks(machine: Machine, loaded: stream.Loaded) -> None:
         machine.platform.forget_host_clocks(loaded.records)
 
 
-def apply(machine: Machine, loaded: stream.Loaded) -> str:
+def apply(machine: Machine, loaded: stream.Loaded, *, with_cpus: bool = True) -> str:
     """Load the state into the machine; return the run state to enter.
 
+    :param with_cpus: as of :func:`save`
     :raises PyvmmError: naming the device or vCPU that does not take its state
     """
-    stream.apply(loaded, machine.sections_to_load())
+    sections = machine.sections_to_load()
+    if not with_cpus:
+        sections = machine.device_sections()
+    elif not any(section.key in loaded.records for section in machine.platform.cpu_sections()):
+        raise VmStateError(
+            "", "the vCPUs are not in it: they ran through an exec to the image it was made for"
+        )
+    stream.apply(loaded, sections)
     record = loaded.records[(GLOBALSTATE.name, 0)]
     return bytes(record.runstate).rstrip(b"\0").decode("ascii")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm.kvm.carrier import CpuTimes
     from pyvmm.machine.machine import Machine
 
 #: The steps in order; each begins with its mark and ends where the next begins. In the old
@@ -39,7 +40,7 @@ EVENTS = "events"
 SUPPORTED = {EVENTS}
 
 #: Names of what goes from one image to the next: marks, that of quiesce, and words.
-PACKED = ("progress", "quiesced", "capabilities", "note")
+PACKED = ("progress", "quiesced", "capabilities", "note", "fallback")
 _PACK = struct.Struct(f">{len(_PACKED)}Q")
 
 
@@ -50,6 +51,9 @@ class Status:
     :ivar error: why it failed
     :ivar where: the function of a new image that could not take over
     :ivar note: what made a successful one slower than it should be
+    :ivar running: whether the guest runs, or ran, through the exec
+    :ivar fallback: why it did not, though it should
+    :ivar cpu_times: when each vCPU changed hands, of a guest that ran through the exec
     :ivar capabilities: names of those that are on; ``params.Capabilities`` shows and changes them
 
     :param emit: tells of an event: name and data
@@ -60,6 +64,9 @@ class Status:
         self.error: str | None = None
         self.where = ""
         self.note = ""
+        self.running = False
+        self.fallback = ""
+        self.cpu_times: list[CpuTimes] = []
         self.capabilities: set[str] = set()
         self._emit = emit
         self._marks = dict.fromkeys(STEPS, 0)
@@ -73,7 +80,9 @@ class Status:
         """A new migration: forget the last one."""
         self.error = None
         self.where = ""
-        self.note = ""
+        self.note = self.fallback = ""
+        self.running = False
+        self.cpu_times = []
         self._marks = dict.fromkeys(STEPS, 0)
         self.mark("preflight")
 
@@ -103,6 +112,7 @@ class Status:
             "quiesced": self._marks["quiesce"].to_bytes(8),
             "capabilities": " ".join(sorted(self.capabilities)).encode(),
             "note": self.note.encode(),
+            "fallback": self.fallback.encode(),
         }
 
     def unpack(self, packed: dict[str, bytes]) -> None:
@@ -114,6 +124,7 @@ class Status:
         names = packed["capabilities"].decode("ascii", "replace").split()
         self.capabilities |= SUPPORTED.intersection(names)
         self.note = packed["note"].decode("utf-8", "replace")
+        self.fallback = packed["fallback"].decode("utf-8", "replace")
 
     def steps_ms(self) -> dict[str, float]:
         """Return the length of each step that ended, in ms."""
@@ -129,13 +140,65 @@ class Status:
         if self.state == "completed" and marks["preflight"] and marks["running"]:
             result["total-time"] = round((marks["running"] - marks["preflight"]) / 1e6)
             result["setup-time"] = round((marks["stop"] - marks["preflight"]) / 1e6)
-            result["downtime"] = round((marks["running"] - marks["stop"]) / 1e6)
+            result["downtime"] = round(self._pause_ns() / 1e6)
             result["phases"] = {step: round(ms, 3) for step, ms in self.steps_ms().items()}
+            result["running"] = self.running
+            if self.fallback:
+                result["fallback"] = self.fallback
+            if self.cpu_times:
+                result |= self._describe_moves()
+            result["timeline"] = self.timeline()
             if self.note:
                 result["note"] = self.note
         if self.error is not None:
             result |= self._failure()
         return result
+
+    def timeline(self) -> list[dict[str, Any]]:
+        """Return what took how long: the steps, and what became of each vCPU. Times in us since
+        the update began."""
+        marks = {step: mark for step, mark in self._marks.items() if mark}
+        spans: list[tuple[str, int | None, int, int]] = [
+            (step, None, marks[step], marks[following]) for step, following in pairwise(marks)
+        ]
+        for index, cpu in enumerate(self.cpu_times):
+            spans += [
+                ("move", index, cpu.left, cpu.entered),
+                ("carried", index, cpu.entered, cpu.asked),
+                ("takeover", index, cpu.asked, cpu.run),
+            ]
+        start = self._marks["preflight"]
+        return [
+            {
+                "name": name,
+                **({} if index is None else {"cpu": index}),
+                "begin-us": (begin - start) / 1e3,
+                "end-us": (end - start) / 1e3,
+            }
+            for name, index, begin, end in spans
+            if begin and end
+        ]
+
+    def _pause_ns(self) -> int:
+        # How long the guest stood still: the vCPU that did longest.
+        marks = self._marks
+        if self.cpu_times:
+            return max(cpu.run - cpu.asked for cpu in self.cpu_times)
+        return marks["running"] - marks["stop"]
+
+    def _describe_moves(self) -> dict[str, Any]:
+        first = min(cpu.left for cpu in self.cpu_times)
+        return {
+            "cpu-pauses": [
+                {
+                    "cpu": index,
+                    "move-us": (cpu.entered - cpu.left) / 1e3,
+                    "takeover-us": (cpu.run - cpu.asked) / 1e3,
+                }
+                for index, cpu in enumerate(self.cpu_times)
+            ],
+            "device-stall": round((self._marks["running"] - first) / 1e6, 3),
+        }
 
     def _failure(self) -> dict[str, Any]:
         # What failed, and where if that was in the new image.

@@ -41,12 +41,23 @@ def update(name: str, command: list[str], timeout_s: float) -> int:
     phases: dict[str, float] = info.get("phases", {})
     for phase, ms in phases.items():
         print(f"  {phase:<10}{ms:9.1f} ms")
-    print(f"{name}: updated, downtime {downtime(info):.1f} ms")
+    print(f"{name}: updated, {describe(info)}")
     return 0
+
+
+def describe(info: dict[str, Any]) -> str:
+    """Return how long the guest stood still, and why so long if it need not have."""
+    if "cpu-pauses" in info:
+        stall = f"its devices answered again after {info['device-stall']:.1f} ms"
+        return f"the guest stood for {downtime(info):.2f} ms and ran meanwhile; {stall}"
+    fallback = f" (it could not run meanwhile: {info['fallback']})" if info.get("fallback") else ""
+    return f"downtime {downtime(info):.1f} ms{fallback}"
 
 
 def downtime(info: dict[str, Any]) -> float:
     """Return how long the guest stood still, in ms, by query-migrate's answer."""
+    if "cpu-pauses" in info:
+        return max(float(cpu["takeover-us"]) for cpu in info["cpu-pauses"]) / 1000
     phases = info.get("phases", {})
     if _STOP not in phases:
         return float(info.get("downtime", 0))

@@ -74,6 +74,7 @@ class Platform:
         for vcpu in self.vcpus:
             set_identity(vcpu.index)
             vcpu.set_cpuid2(offered)
+        self._has_tsc_offset = self.vcpus[0].get_tsc_offset() is not None
         # What follows from CPUID is the same for all of them: the first is asked.
         values, present = msrs.at_power_on(self.vcpus[0]), msrs.present(self.vcpus[0])
         for vcpu in self.vcpus:
@@ -89,6 +90,10 @@ class Platform:
             vcpu_state.reset(vcpu, state)
         for section, state in self._chips_on:
             section.load(state)
+
+    def carried_msrs(self) -> tuple[list[int], list[int]]:
+        """Return :func:`vcpu_state.carried_msrs` of the vCPUs, which may be running."""
+        return vcpu_state.carried_msrs(self.vcpus[0], self._has_tsc_offset)
 
     def cpu_sections(self) -> list[Section]:
         """Return the sections of the vCPUs' state."""

@@ -199,6 +199,27 @@ def read(vcpu: Vcpu) -> Record:
     return state
 
 
+def carried_msrs(vcpu: Vcpu, has_tsc_offset: bool) -> tuple[list[int], list[int]]:
+    """Return the MSRs that are read of each vCPU: those that always are, and those of which a 0 is
+    as good as nothing; without the TSC where its offset says more. The vCPU may be running."""
+    block = vcpu.state_msrs
+    assert block is not None
+    indices = [index for index in block.indices if index != msrs.TSC or not has_tsc_offset]
+    return (
+        [index for index in indices if index not in _SPARSE],
+        [index for index in indices if index in _SPARSE],
+    )
+
+
+def adopt_cpuid(vcpu: Vcpu, entries: memoryview) -> None:
+    """Give a vCPU that has not run yet the CPUID of one that runs, as the kernel lays it out
+    (``struct kvm_cpuid_entry2``)."""
+    count = len(entries) // struct.calcsize(_CPUID_ENTRY)
+    words = struct.unpack(count * _CPUID_ENTRY, entries)
+    if not _is_same(words, _cpuid(vcpu)):
+        vcpu.set_cpuid2(_cpuid2(words))
+
+
 def power_on(vcpus: list[Vcpu]) -> list[Record]:
     """Return what a reset gives back to each of a machine's vCPUs, which have not run yet.
 

@@ -15,7 +15,7 @@ from faults.tools import BACK, replaced
 from harness.vm import UpdateError, Vm
 
 #: The last that a new image does before its guest runs: all is loaded, and all threads are there.
-LAST = "pyvmm.wayback:close"
+LAST = "pyvmm.kvm.carrier:Takeover.take"
 SAVED = "vm.saved"
 
 

@@ -168,6 +168,10 @@ def migrate(data: Data) -> str:
         lines.append(f"Status: \t\t{data['status']}{error}")
     if data.get("error-where"):
         lines.append(f"Failed in: \t\t{data['error-where']}")
+    if "running" in data:
+        way = "running" if data["running"] else "stopped"
+        reason = f" ({data['fallback']})" if data.get("fallback") else ""
+        lines.append(f"Guest in the exec: \t{way}{reason}")
     if data.get("note"):
         lines.append(f"Note: \t\t\t{data['note']}")
     times = [
@@ -182,6 +186,11 @@ def migrate(data: Data) -> str:
     ]
     if times:
         lines.append(f"Time (ms): \t\t{', '.join(times)}")
+    for cpu in data.get("cpu-pauses", []):
+        move, takeover = cpu["move-us"], cpu["takeover-us"]
+        lines.append(f"vCPU {cpu['cpu']} stood (us): \tmove={move:.0f}, takeover={takeover:.0f}")
+    if "device-stall" in data:
+        lines.append(f"Devices stood (ms): \t{data['device-stall']:.1f}")
     return "".join(f"{line}\n" for line in lines)
 
 
