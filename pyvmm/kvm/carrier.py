@@ -27,6 +27,7 @@ VERSION = lib.PYVMM_CARRIER_VERSION
 _PAGE = 4096
 #: How long its tasks may take to be there, and a vCPU to come and go.
 PATIENCE_S = 5.0
+SPIN_S = 200e-6
 _LOOK_S = 20e-6
 _SIGKILL = 9
 _WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
@@ -35,7 +36,8 @@ _STATE_REQUESTS = (
     "KVM_GET_DEBUGREGS KVM_GET_LAPIC KVM_GET_MSRS KVM_GET_VCPU_EVENTS KVM_SET_REGS KVM_SET_SREGS "
     "KVM_SET_SREGS2 KVM_SET_XCRS KVM_SET_XSAVE KVM_SET_DEBUGREGS KVM_SET_LAPIC KVM_SET_MSRS "
     "KVM_SET_DEVICE_ATTR KVM_SET_ONE_REG KVM_SET_MP_STATE KVM_SET_VCPU_EVENTS KVM_GET_PIT2 "
-    "KVM_GET_IRQCHIP KVM_GET_CLOCK KVM_SET_IRQCHIP KVM_IRQ_LINE KVM_SET_PIT2 KVM_SET_CLOCK"
+    "KVM_GET_IRQCHIP KVM_GET_CLOCK KVM_SET_IRQCHIP KVM_IRQ_LINE KVM_SET_PIT2 KVM_SET_CLOCK "
+    "KVM_IRQFD"
 )
 
 
@@ -199,6 +201,7 @@ class Carrier:
         environments: Sequence[Mapping[bytes, bytes]],
         blocked: Iterable[int],
         patience_s: float,
+        irqfds: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Start it; its tasks wait.
 
@@ -208,13 +211,15 @@ class Carrier:
         :param environments: its environment, if the new image died, and if it came too late
         :param blocked: signals that are blocked in it
         :param patience_s: how long it has
+        :param irqfds: GSI and eventfd of each irqfd of the VM
         :raises HostError: the host allows no further process or thread
         """
         pages = self.control.pages
         process_fd = os.pidfd_open(os.getpid())
         try:
             handed = sorted({*handed})
-            own = [self._vm.fd, process_fd, program, *(vcpu.fd for vcpu in self._vcpus)]
+            own = [self._vm.fd, process_fd, program]
+            own += [vcpu.fd for vcpu in self._vcpus] + [fd for _, fd in irqfds]
             keep = sorted({0, 1, 2, *handed, *own})
             tasks = self._keep(ffi.new("struct pyvmm_carrier_task[]", len(self._vcpus)))
             carrier = self._keep(ffi.new("struct pyvmm_carrier *"))
@@ -231,6 +236,10 @@ class Carrier:
                 process_fd,
                 program,
             )
+            carrier.irqfds = self._keep(ffi.new("struct kvm_irqfd[]", len(irqfds)))
+            carrier.irqfd_count = len(irqfds)
+            for number, (gsi, fd) in enumerate(irqfds):
+                carrier.irqfds[number].fd, carrier.irqfds[number].gsi = fd, gsi
             carrier.keep_fds = self._keep(ffi.new("int[]", keep))
             carrier.keep_count = len(keep)
             carrier.handed_fds = self._keep(ffi.new("int[]", handed))
@@ -358,6 +367,10 @@ class Takeover:
         takeover.vm_fd = vm.fd
         takeover.kick_signal = kick_signal
         takeover.event_flags = vm.event_flags
+        # A wake-up takes longer than all that the carrier does; but where the vCPUs need all of the
+        # host's processors, this one, too.
+        is_spare = len(vcpus) < len(os.sched_getaffinity(0))
+        takeover.spin = int(SPIN_S * 1e9) if is_spare else 0
         takeover.patience = int(PATIENCE_S * 1e9)
         for vcpu in vcpus:
             vcpu.await_at(

@@ -72,6 +72,7 @@ class RunningExec(CprExec):
                 [_environment(state_fd, why) for why in (DIED, LATE)],
                 rollback.DEFERRED,
                 DEADLINE_S,
+                machine.platform.irqs.irqfds,
             )
         except (HostError, OSError) as error:
             raise FallBack(str(error)) from None
