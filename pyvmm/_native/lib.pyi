@@ -70,6 +70,16 @@ def pyvmm_command(control: _Pointer, command: int, kick_signal: int) -> int: ...
 # ---- takeover --------------------------------------------------------------------------
 def pyvmm_take_over(takeover: _Pointer) -> int: ...
 
+# ---- trial -----------------------------------------------------------------------------
+PYVMM_TRIAL_BEGUN: int
+PYVMM_TRIAL_ENTERED: int
+PYVMM_TRIAL_LEFT: int
+PYVMM_TRIAL_DONE: int
+PYVMM_TRIAL_STACK: int
+
+def pyvmm_try(trial: _Pointer) -> int: ...
+def pyvmm_wait_trial(trial: _Pointer, timeout_ns: int) -> int: ...
+
 # ---- guard -----------------------------------------------------------------------------
 def pyvmm_install_guard() -> int: ...
 
