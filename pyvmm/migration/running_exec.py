@@ -62,6 +62,7 @@ class RunningExec(CprExec):
             )
             self._undo.append(lambda: parcel.close(fd))
             parcel.keep(fd)
+            machine.platform.keep_control(control)
             self._carrier = Carrier(control, machine.platform.vm, vcpus, KICK_SIGNAL)
             self._undo.append(self._carrier.end)
             program = handover.kept()[rollback.EXE]
