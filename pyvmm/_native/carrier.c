@@ -15,6 +15,7 @@
 #include <linux/kvm.h>
 #include <linux/poll.h>
 #include <linux/prctl.h>
+#include <linux/resource.h>
 #include <linux/signal.h>
 #include <linux/time.h>
 #include <linux/wait.h>
@@ -46,6 +47,15 @@ static void end(int code)
 {
 	raw_syscall(__NR_exit_group, code, 0, 0, 0, 0);
 	__builtin_unreachable();
+}
+
+/* The guest is elsewhere. What is left here takes long to take apart if the guest has much memory:
+ * no peer waits for its end of file that long, and no vCPU for the processor. */
+static void leave(void)
+{
+	raw_syscall(__NR_close_range, 0, ~0U, 0, 0, 0);
+	raw_syscall(__NR_setpriority, PRIO_PROCESS, 0, 19, 0, 0);
+	end(0);
 }
 
 static struct pyvmm_slot *slot_of(struct pyvmm_control *control, uint32_t index)
@@ -199,15 +209,38 @@ static int wait_stopped(struct pyvmm_control *control, uint32_t command)
 	return 1;
 }
 
+/* KVM lets an eventfd raise interrupts in one VM at a time: the next image's VM takes them. What
+ * is signalled in between waits in the eventfd. */
+static int give_irqfds(const struct pyvmm_carrier *carrier, int given)
+{
+	int result = 0;
+
+	for (size_t i = 0; i < carrier->irqfd_count && !result; i++) {
+		struct kvm_irqfd irqfd = carrier->irqfds[i];
+
+		if (given)
+			irqfd.flags |= KVM_IRQFD_FLAG_DEASSIGN;
+		result = raw_ioctl(carrier->vm_fd, KVM_IRQFD, &irqfd);
+	}
+	return result;
+}
+
 static void stop_and_save(struct pyvmm_carrier_task *task, uint32_t command)
 {
 	struct pyvmm_slot *slot = task->slot;
 	struct pyvmm_control *control = task->carrier->control;
 	uint32_t number = command >> COMMAND_BITS;
+	int is_first = task == task->carrier->tasks;
 
 	slot->stopped_at = raw_clock(CLOCK_MONOTONIC);
 	slot->save_result = 0;
 	make_whole(task);
+	if (is_first && !slot->save_result) {
+		/* Before any LAPIC is read: what they have delivered by then is in its state. */
+		slot->error.request = KVM_IRQFD;
+		slot->save_result = give_irqfds(task->carrier, 1);
+		task->has_given = 1;
+	}
 	count_stopped(&control->stopped, number);
 	/* A vCPU that still runs may send an interrupt to one that has been read. */
 	if (!wait_stopped(control, command))
@@ -216,7 +249,7 @@ static void stop_and_save(struct pyvmm_carrier_task *task, uint32_t command)
 		slot->save_result = pyvmm_save_cpu(task->vcpu_fd, &slot->state,
 						   (char *)slot + control->xsave_at,
 						   control->has_xsave2, &control->msrs, &slot->error);
-	if (task == task->carrier->tasks && !slot->save_result)
+	if (is_first && !slot->save_result)
 		slot->save_result = pyvmm_save_vm(task->carrier->vm_fd, &control->vm, &slot->error);
 	store_word(&slot->saved, number);
 	wake_word(&slot->saved);
@@ -240,7 +273,7 @@ static void run_task(void *argument)
 		if (load_word(&slot->owner) == PYVMM_OLD) {
 			/* A kick ends the wait, too. */
 			if ((load_word(&control->command) & COMMAND_MASK) == PYVMM_END)
-				end(0);
+				leave();
 			wait_word(&slot->owner, PYVMM_OLD, 0);
 			continue;
 		}
@@ -249,6 +282,11 @@ static void run_task(void *argument)
 		command = load_word(&control->command);
 		switch (command & COMMAND_MASK) {
 		case PYVMM_RUN:
+			/* The image that asked for them did not take them. */
+			if (task->has_given) {
+				give_irqfds(task->carrier, 0);
+				task->has_given = 0;
+			}
 			/* Writes that no image has done yet come before all that follows them. */
 			if (!slot->is_parked && !slot->write_count) {
 				if (!slot->entered)
@@ -277,7 +315,7 @@ static void run_task(void *argument)
 			wake_word(&slot->owner);
 			continue;
 		case PYVMM_END:
-			end(0);
+			leave();
 		}
 		done = command;
 		wait_word(&control->command, command, 0);

@@ -95,7 +95,7 @@ struct pyvmm_carrier_task {
 	struct pyvmm_slot *slot;
 	struct pyvmm_run *run;
 	int vcpu_fd;
-	uint32_t taken; /* number of the command for which it stopped */
+	uint32_t has_given; /* the irqfds, to a VM to come */
 };
 
 struct pyvmm_carrier {
@@ -104,6 +104,8 @@ struct pyvmm_carrier {
 	char *stacks; /* for each task one, and two more */
 	int vm_fd;
 	int process_fd; /* a pidfd of the image that the guest goes to */
+	const struct kvm_irqfd *irqfds; /* those of the VM */
+	size_t irqfd_count;
 	int program_fd; /* of the old program, for the way back */
 	const int *keep_fds; /* stay open, ascending */
 	size_t keep_count;

@@ -94,18 +94,16 @@ static int64_t now_ns(void)
 int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate)
 {
 	struct pyvmm_slot *slot = __atomic_load_n(&gate->slot, __ATOMIC_SEQ_CST);
-	int result, is_new = 0;
+	uint32_t owner;
+	int result;
 
 	if (slot && load_word(&slot->owner) != PYVMM_OLD) {
 		while (load_word(&slot->owner) == PYVMM_CARRIED)
 			wait_word(&slot->owner, PYVMM_CARRIED, 0);
-		is_new = load_word(&slot->owner) == PYVMM_NEW;
-		if (is_new) {
-			slot->run_at = now_ns();
-			__atomic_store_n(&gate->slot, NULL, __ATOMIC_SEQ_CST);
-			if (slot->write_count || slot->has_exit)
-				return 1;
-		}
+		slot->run_at = now_ns();
+		__atomic_store_n(&gate->slot, NULL, __ATOMIC_SEQ_CST);
+		if (slot->write_count || slot->has_exit)
+			return 1;
 	}
 	result = enter(vcpu_fd);
 	slot = __atomic_load_n(&gate->slot, __ATOMIC_SEQ_CST);
@@ -114,8 +112,8 @@ int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate)
 	slot->left = now_ns();
 	store_word(&slot->owner, PYVMM_CARRIED);
 	wake_word(&slot->owner);
-	while (load_word(&slot->owner) == PYVMM_CARRIED)
-		wait_word(&slot->owner, PYVMM_CARRIED, 0);
+	while ((owner = load_word(&slot->owner)) != PYVMM_OLD)
+		wait_word(&slot->owner, owner, 0);
 	return slot->result;
 }
 

@@ -41,6 +41,7 @@ def pyvmm_save_cpu(
 def pyvmm_load_cpu(
     fd: int, state: _Pointer, xsave: _Pointer, event_flags: int, error: _Pointer
 ) -> int: ...
+def pyvmm_age_pit(pit: _Pointer) -> None: ...
 def pyvmm_save_vm(fd: int, state: _Pointer, error: _Pointer) -> int: ...
 def pyvmm_load_vm(fd: int, state: _Pointer, error: _Pointer) -> int: ...
 
@@ -69,6 +70,16 @@ def pyvmm_command(control: _Pointer, command: int, kick_signal: int) -> int: ...
 
 # ---- takeover --------------------------------------------------------------------------
 def pyvmm_take_over(takeover: _Pointer) -> int: ...
+
+# ---- trial -----------------------------------------------------------------------------
+PYVMM_TRIAL_BEGUN: int
+PYVMM_TRIAL_ENTERED: int
+PYVMM_TRIAL_LEFT: int
+PYVMM_TRIAL_DONE: int
+PYVMM_TRIAL_STACK: int
+
+def pyvmm_try(trial: _Pointer) -> int: ...
+def pyvmm_wait_trial(trial: _Pointer, timeout_ns: int) -> int: ...
 
 # ---- guard -----------------------------------------------------------------------------
 def pyvmm_install_guard() -> int: ...
@@ -164,6 +175,7 @@ KVM_CREATE_PIT2: int
 KVM_CREATE_VCPU: int
 KVM_IRQ_LINE: int
 KVM_IOEVENTFD: int
+KVM_IRQFD: int
 KVM_GET_IRQCHIP: int
 KVM_SET_IRQCHIP: int
 KVM_GET_PIT2: int
@@ -174,6 +186,7 @@ KVM_SET_CLOCK: int
 KVM_MEM_READONLY: int
 KVM_IOEVENTFD_FLAG_DATAMATCH: int
 KVM_IOEVENTFD_FLAG_DEASSIGN: int
+KVM_IRQFD_FLAG_DEASSIGN: int
 KVM_PIT_SPEAKER_DUMMY: int
 KVM_IRQCHIP_PIC_MASTER: int
 KVM_IRQCHIP_PIC_SLAVE: int

@@ -4,10 +4,7 @@
 
 #include "raw.h"
 
-/* How long a vCPU's state is waited for without giving the processor up: a wake-up takes longer than
- * all that the carrier does. Of many vCPUs the carrier needs the processor more. */
-static const int64_t SPIN_NS = 200000, LOOK_NS = 20000000;
-enum { FEW_CPUS = 2 };
+static const int64_t LOOK_NS = 20000000;
 
 static struct pyvmm_slot *slot_of(struct pyvmm_control *control, uint32_t index)
 {
@@ -17,9 +14,8 @@ static struct pyvmm_slot *slot_of(struct pyvmm_control *control, uint32_t index)
 /* Wait until a vCPU's state is written down: 0, or the negative error number; ESRCH if there is no
  * carrier any more. */
 static int wait_saved(struct pyvmm_control *control, const struct pyvmm_slot *slot, uint32_t number,
-		      int64_t deadline)
+		      int64_t spin, int64_t deadline)
 {
-	int64_t spin = control->cpu_count <= FEW_CPUS ? raw_clock(CLOCK_MONOTONIC) + SPIN_NS : 0;
 	uint32_t saved;
 
 	while ((saved = load_word(&slot->saved)) != number) {
@@ -58,7 +54,7 @@ int pyvmm_take_over(struct pyvmm_takeover *takeover)
 		struct pyvmm_slot *slot = slot_of(control, i);
 
 		error->cpu = i;
-		result = wait_saved(control, slot, number, deadline);
+		result = wait_saved(control, slot, number, control->asked_at + takeover->spin, deadline);
 		if (result) {
 			*error = slot->error;
 			error->cpu = i;

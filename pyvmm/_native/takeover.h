@@ -14,6 +14,7 @@ struct pyvmm_takeover {
 	int vm_fd;
 	int kick_signal;
 	uint32_t event_flags;
+	int64_t spin; /* how long to wait for a vCPU without giving the processor up, ns */
 	int64_t patience; /* how long the vCPUs may take to stop, ns */
 	struct pyvmm_state_error error;
 };

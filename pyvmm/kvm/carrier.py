@@ -27,15 +27,17 @@ VERSION = lib.PYVMM_CARRIER_VERSION
 _PAGE = 4096
 #: How long its tasks may take to be there, and a vCPU to come and go.
 PATIENCE_S = 5.0
+SPIN_S = 200e-6
 _LOOK_S = 20e-6
-_SIGKILL = 9
-_WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
+SIGKILL = 9
+WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
 _STATE_REQUESTS = (
     "KVM_GET_MP_STATE KVM_GET_REGS KVM_GET_SREGS KVM_GET_XSAVE KVM_GET_XSAVE2 KVM_GET_XCRS "
     "KVM_GET_DEBUGREGS KVM_GET_LAPIC KVM_GET_MSRS KVM_GET_VCPU_EVENTS KVM_SET_REGS KVM_SET_SREGS "
     "KVM_SET_SREGS2 KVM_SET_XCRS KVM_SET_XSAVE KVM_SET_DEBUGREGS KVM_SET_LAPIC KVM_SET_MSRS "
     "KVM_SET_DEVICE_ATTR KVM_SET_ONE_REG KVM_SET_MP_STATE KVM_SET_VCPU_EVENTS KVM_GET_PIT2 "
-    "KVM_GET_IRQCHIP KVM_GET_CLOCK KVM_SET_IRQCHIP KVM_IRQ_LINE KVM_SET_PIT2 KVM_SET_CLOCK"
+    "KVM_GET_IRQCHIP KVM_GET_CLOCK KVM_SET_IRQCHIP KVM_IRQ_LINE KVM_SET_PIT2 KVM_SET_CLOCK "
+    "KVM_IRQFD"
 )
 
 
@@ -199,6 +201,7 @@ class Carrier:
         environments: Sequence[Mapping[bytes, bytes]],
         blocked: Iterable[int],
         patience_s: float,
+        irqfds: Sequence[tuple[int, int]] = (),
     ) -> None:
         """Start it; its tasks wait.
 
@@ -208,13 +211,15 @@ class Carrier:
         :param environments: its environment, if the new image died, and if it came too late
         :param blocked: signals that are blocked in it
         :param patience_s: how long it has
+        :param irqfds: GSI and eventfd of each irqfd of the VM
         :raises HostError: the host allows no further process or thread
         """
         pages = self.control.pages
         process_fd = os.pidfd_open(os.getpid())
         try:
             handed = sorted({*handed})
-            own = [self._vm.fd, process_fd, program, *(vcpu.fd for vcpu in self._vcpus)]
+            own = [self._vm.fd, process_fd, program]
+            own += [vcpu.fd for vcpu in self._vcpus] + [fd for _, fd in irqfds]
             keep = sorted({0, 1, 2, *handed, *own})
             tasks = self._keep(ffi.new("struct pyvmm_carrier_task[]", len(self._vcpus)))
             carrier = self._keep(ffi.new("struct pyvmm_carrier *"))
@@ -231,13 +236,17 @@ class Carrier:
                 process_fd,
                 program,
             )
+            carrier.irqfds = self._keep(ffi.new("struct kvm_irqfd[]", len(irqfds)))
+            carrier.irqfd_count = len(irqfds)
+            for number, (gsi, fd) in enumerate(irqfds):
+                carrier.irqfds[number].fd, carrier.irqfds[number].gsi = fd, gsi
             carrier.keep_fds = self._keep(ffi.new("int[]", keep))
             carrier.keep_count = len(keep)
             carrier.handed_fds = self._keep(ffi.new("int[]", handed))
             carrier.handed_count = len(handed)
-            carrier.command = self._words(command)
+            carrier.command = words(command, self._kept)
             died, late = (
-                self._words([name + b"=" + value for name, value in environment.items()])
+                words((b"=".join(pair) for pair in environment.items()), self._kept)
                 for environment in environments
             )
             carrier.died_environment, carrier.late_environment = died, late
@@ -310,15 +319,15 @@ class Carrier:
             pid, self.pid = self.pid, 0
             self.control.command(lib.PYVMM_END, self._kick_signal)
             # The vCPUs' tasks end it; should there be none, so does this.
-            os.kill(pid, _SIGKILL)
-            os.waitpid(pid, _WALL)
+            os.kill(pid, SIGKILL)
+            os.waitpid(pid, WALL)
         if self._stacks is not None:
             lib.pyvmm_unmap(*self._stacks)
             self._stacks = None
 
     def is_alive(self) -> bool:
         """Return whether nobody has ended it."""
-        look = os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL
         return bool(self.pid) and os.waitid(os.P_PID, self.pid, look) is None
 
     def _make_stacks(self, count: int) -> Any:
@@ -329,10 +338,6 @@ class Carrier:
             raise HostError("no memory for the carrier's stacks")
         self._stacks = memory, whole
         return memory + -int(ffi.cast("uintptr_t", memory)) % size
-
-    def _words(self, words: Iterable[bytes]) -> Any:
-        strings = [self._keep(ffi.new("char[]", word)) for word in words]
-        return self._keep(ffi.new("char *[]", [*strings, ffi.NULL]))
 
     def _keep(self, thing: Any) -> Any:
         self._kept.append(thing)
@@ -358,6 +363,10 @@ class Takeover:
         takeover.vm_fd = vm.fd
         takeover.kick_signal = kick_signal
         takeover.event_flags = vm.event_flags
+        # A wake-up takes longer than all that the carrier does; but where the vCPUs need all of the
+        # host's processors, this one, too.
+        is_spare = len(vcpus) < len(os.sched_getaffinity(0))
+        takeover.spin = int(SPIN_S * 1e9) if is_spare else 0
         takeover.patience = int(PATIENCE_S * 1e9)
         for vcpu in vcpus:
             vcpu.await_at(
@@ -416,6 +425,17 @@ class Takeover:
             made.append(exits.Decoder(slot.exit, len(slot.exit)).decode())
         slot.write_count = slot.has_exit = 0
         return made
+
+
+def words(texts: Iterable[bytes], kept: list[Any]) -> Any:
+    """Return ``char *const *`` for execve(2).
+
+    :param kept: gets what has to be kept as long as that is used
+    """
+    strings = [ffi.new("char[]", text) for text in texts]
+    array = ffi.new("char *[]", [*strings, ffi.NULL])
+    kept += [*strings, array]
+    return array
 
 
 def _aligned(size: int, to: int) -> int:

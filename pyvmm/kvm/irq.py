@@ -4,19 +4,19 @@ device has which GSI, and which descriptors KVM holds (KVM API, sections 4.25, 4
 ===========================  ==================================  ===============================
 what                         today                               what comes
 ===========================  ==================================  ===============================
-device to guest              lines, pulses: KVM_IRQ_LINE on a    ``irqfd(gsi, fd)``: KVM_IRQFD,
-                             GSI that is an input of PIC and     and ``msi(address, data)``: a
-                             IOAPIC, as the irqchip's default    GSI from 24 on, with a route of
-                             routes have it                      KVM_SET_GSI_ROUTING
+device to guest              lines, pulses: KVM_IRQ_LINE on a    ``msi(address, data)``: a GSI
+                             GSI that is an input of PIC and     from 24 on, with a route of
+                             IOAPIC, as the irqchip's default    KVM_SET_GSI_ROUTING
+                             routes have it; KVM_IRQFD
 guest to device              kicks: KVM_IOEVENTFD                the same, at a BAR that moves
 ===========================  ==================================  ===============================
 
 A GSI has one user. The routing table is one table for the VM, set as a whole, which is why MSI
 routes have no other place than this either.
 
-Before an exec: KVM drops all of it with the VM, whose address space ends. It has to be taken from
-KVM by hand (:meth:`IrqRouting.deassign`) only where the old VM outlives the exec, since KVM
-refuses an eventfd as irqfd of a second VM (EBUSY).
+Before an exec: KVM drops all of it with the VM, whose address space ends. Where the old VM
+outlives the exec, the carrier takes the irqfds back when the new image takes the guest over, since
+KVM refuses an eventfd as irqfd of a second VM (EBUSY).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class IrqRouting:
         self._users: dict[int, str] = {}
         # (gpa, value) -> eventfd and whose it is.
         self._kicks: dict[tuple[int, int], tuple[int, str]] = {}
+        self._irqfds: dict[int, tuple[int, str]] = {}  # by GSI, likewise
 
     def claim(self, gsi: int, user: str) -> None:
         """Give a GSI to one user for good.
@@ -81,6 +82,21 @@ class IrqRouting:
 
         return pulse
 
+    def irqfd(self, gsi: int, fd: int, user: str) -> None:
+        """Have an eventfd pulse a GSI whenever whoever has it signals it.
+
+        :raises InternalError: another has the GSI
+        :raises KvmError: it is an irqfd already (EBUSY)
+        """
+        self.claim(gsi, user)
+        self._vm.irqfd(gsi, fd)
+        self._irqfds[gsi] = fd, user
+
+    @property
+    def irqfds(self) -> list[tuple[int, int]]:
+        """GSI and eventfd of each irqfd."""
+        return [(gsi, fd) for gsi, (fd, _) in self._irqfds.items()]
+
     def kick(self, gpa: int, value: int, fd: int, user: str) -> None:
         """Have the guest's 32-bit writes of ``value`` to ``gpa`` signal an eventfd.
 
@@ -95,7 +111,7 @@ class IrqRouting:
         return [
             f"ioeventfd {fd} of {user}: {value} at {gpa:#x}"
             for (gpa, value), (fd, user) in self._kicks.items()
-        ]
+        ] + [f"irqfd {fd} of {user}: GSI {gsi}" for gsi, (fd, user) in self._irqfds.items()]
 
     def deassign(self) -> None:
         """Take all of :attr:`assigned` from KVM: the guest's kicks are MMIO exits again, which the
@@ -106,3 +122,6 @@ class IrqRouting:
         for (gpa, value), (fd, _) in list(self._kicks.items()):
             self._vm.ioeventfd(gpa, fd, value, assign=False)
             del self._kicks[gpa, value]
+        for gsi, (fd, _) in list(self._irqfds.items()):
+            self._vm.irqfd(gsi, fd, assign=False)
+            del self._irqfds[gsi]

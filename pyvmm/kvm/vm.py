@@ -154,6 +154,18 @@ class Vm:
             request.flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")
 
+    def irqfd(self, gsi: int, fd: int, *, assign: bool = True) -> None:
+        """KVM_IRQFD: raise an interrupt whenever an eventfd is signalled, and at once if it is.
+
+        :param assign: False to take it back, with the same values
+        :raises KvmError: EBUSY if it is one already, of this VM or of another that still lives
+        """
+        request = ffi.new("struct kvm_irqfd *")
+        request.fd = fd
+        request.gsi = gsi
+        request.flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
+        ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}")
+
     def get_irqchip(self, chip: str) -> Any:
         """KVM_GET_IRQCHIP: return the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""
         state = ffi.new("struct pyvmm_irqchip *")

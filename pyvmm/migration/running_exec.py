@@ -62,6 +62,7 @@ class RunningExec(CprExec):
             )
             self._undo.append(lambda: parcel.close(fd))
             parcel.keep(fd)
+            machine.platform.keep_control(control)
             self._carrier = Carrier(control, machine.platform.vm, vcpus, KICK_SIGNAL)
             self._undo.append(self._carrier.end)
             program = handover.kept()[rollback.EXE]
@@ -72,6 +73,7 @@ class RunningExec(CprExec):
                 [_environment(state_fd, why) for why in (DIED, LATE)],
                 rollback.DEFERRED,
                 DEADLINE_S,
+                machine.platform.irqs.irqfds,
             )
         except (HostError, OSError) as error:
             raise FallBack(str(error)) from None

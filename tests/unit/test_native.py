@@ -69,7 +69,7 @@ def symbols(target, which):
 
 
 def foreign(*targets):
-    """What objects take from others: undefined symbols, and ``%fs``, which is the thread pointer."""
+    """What objects take from others: undefined symbols, and ``%fs``, the thread pointer."""
     undefined = set().union(*(symbols(target, "-u") for target in targets))
     defined = set().union(*(symbols(target, "--defined-only") for target in targets))
     is_threaded = any("%fs:" in run("objdump", "-d", target) for target in targets)
