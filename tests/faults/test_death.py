@@ -1,5 +1,5 @@
-"""Both images can die at any step, of an update that is plain: what must not be left behind, and
-signals that must wait. The guest that runs through the exec is back: ``test_rescue.py``."""
+"""Both images can die at any step: what must not be left behind, and signals that must wait. Where
+the guest runs through the exec it is back after most of that: ``test_rescue.py``."""
 
 import os
 import pty
@@ -17,7 +17,6 @@ from faults.tools import (
     check_lost,
     check_ticking,
     faulty,
-    make_plain,
     options,
     replaced,
     send_update,
@@ -29,11 +28,18 @@ from harness.process import others_at_work
 
 OLD = [
     "pyvmm.migration.preflight:compare",
+    "pyvmm.kvm.carrier:Control.make",
+    "pyvmm.kvm.carrier:Carrier.start",
+    "pyvmm.kvm.carrier:Carrier.hand_over",
     "pyvmm.machine.machine:Machine.drain",
     "pyvmm.migration.savevm:save",
     "pyvmm.migration.channel:MemoryChannel.write",
     "pyvmm.migration.rollback:arm",
     "pyvmm.cpr.state:write",
+]
+OLD_PLAIN = [
+    "pyvmm.machine.machine:Machine.pause_cpus",
+    "pyvmm._native:hold_memory",
     "os:execve",
 ]
 NEW = [
@@ -45,17 +51,10 @@ NEW = [
     "pyvmm.migration.savevm:apply",
     "pyvmm.wayback:close",
 ]
-#: Only where the guest stands, and only where it runs.
-OLD_PLAIN = ["pyvmm.machine.machine:Machine.pause_cpus", "pyvmm._native:hold_memory"]
 NEW_PLAIN = [
     "pyvmm.x86.vcpu_state:write",
     "pyvmm.x86.irqchip:load_clock",
     "pyvmm.machine.machine:Machine.set_running",
-]
-OLD_RUNNING = [
-    "pyvmm.migration.running_exec:RunningExec.prepare",
-    "pyvmm.machine.cpu:Cpu.hand_over",
-    "pyvmm.kvm.carrier:Carrier.is_alive",
 ]
 NEW_RUNNING = [
     "pyvmm.machine.machine:Machine.await_cpus",
@@ -76,12 +75,16 @@ def start_again(vm, folder, **arguments):
         assert machine.wait_exit() == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("step", [*OLD, *OLD_PLAIN])
-def test_old_image_killed(vm, tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "is_plain"), [(step, False) for step in OLD] + [(step, True) for step in OLD_PLAIN]
+)
+def test_old_image_killed(vm, tmp_path, step, is_plain):
     runtime = {"XDG_RUNTIME_DIR": str(tmp_path)}
     fault = armed(step, KILL)
     machine = vm(*LISTENING, append=TICKER, serial=False, program=fault, **runtime)
-    make_plain(machine)
+    assert machine.status == "running"
+    if is_plain:
+        machine.plain()
     (machine.folder / "armed").touch()
     send_update(machine)
     check_lost(machine, -signal.SIGKILL)
@@ -92,7 +95,8 @@ def test_old_image_killed(vm, tmp_path, step):
 def test_new_image_killed(vm, tmp_path, step):
     runtime = {"XDG_RUNTIME_DIR": str(tmp_path)}
     machine = vm(*LISTENING, append=TICKER, serial=False, **runtime)
-    make_plain(machine)
+    assert machine.status == "running"
+    machine.plain()
     send_update(machine, replaced(machine, step, KILL))
     check_lost(machine, -signal.SIGKILL)
     start_again(vm, machine.folder, **runtime)
@@ -108,18 +112,37 @@ def test_new_image_killed(vm, tmp_path, step):
     ids=["exit", "abort", "segfault"],
 )
 def test_new_image_crashes(ticker, fault, exit_code):
-    # Nobody is left who could go back: the documented limit.
-    machine = ticker()
-    make_plain(machine)
+    # Nobody is left who could go back: the plain way's limit.
+    machine = ticker().plain()
     send_update(machine, replaced(machine, "pyvmm.cli:serve", fault))
     check_lost(machine, exit_code)
+
+
+def test_elf_corrupted_after_the_preflight(ticker):
+    # execve gives no error for it: the process dies on its way into the program.
+    machine = ticker().plain()
+    program = machine.folder / "program"
+    elf = os.path.realpath(f"/proc/{machine.pid}/exe")
+    # The environment's python: the one that it links to may have no cffi.
+    program.write_text(
+        f"#!{Path(pyvmm_command()).with_name('python')}\nimport os, sys\n"
+        "from pyvmm import cli\n"
+        "code = cli.main()\n"
+        f"data = open({elf!r}, 'rb').read()\n"
+        "os.unlink(sys.argv[0])\n"
+        "open(sys.argv[0], 'wb').write(data[:len(data) // 2])\n"
+        "os.chmod(sys.argv[0], 0o755)\n"
+        "os._exit(code)\n"
+    )
+    program.chmod(0o755)
+    send_update(machine, [str(program), "run", *options(machine)])
+    check_lost(machine, -signal.SIGSEGV)
 
 
 def test_hang_before_python_is_there(ticker):
     # The alarm that was set before the exec ends a program that does not handle it.
     quick = "import pyvmm.migration.rollback as r; r.DEADLINE_S = 0.5"
-    machine = ticker(program=faulty("pyvmm:", quick))
-    make_plain(machine)
+    machine = ticker(program=faulty("pyvmm:", quick)).plain()
     fault = "import signal; signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.pause()"
     send_update(machine, replaced(machine, "pyvmm:", fault))
     check_lost(machine, -signal.SIGALRM)
@@ -127,7 +150,7 @@ def test_hang_before_python_is_there(ticker):
 
 def test_both_images_fail(ticker):
     machine = ticker(program=armed("pyvmm.x86.irqchip:load_pit", "raise ValueError('old')"))
-    make_plain(machine)
+    machine.plain()
     (machine.folder / "armed").touch()
     send_update(machine, replaced(machine, "pyvmm.x86.irqchip:load_pic", "raise ValueError('new')"))
     assert machine.wait_exit() != 0
@@ -166,7 +189,7 @@ def test_terminal_is_restored_when_both_images_fail(vm):
 # ---- signals and quit at each step: the update is finished or undone, then the VMM ends -----
 
 
-@pytest.mark.parametrize("step", [*OLD, *OLD_RUNNING])
+@pytest.mark.parametrize("step", [*OLD, "os:execve"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_in_the_old_image(ticker, step, number):
     fault = f"import os; os.kill(os.getpid(), {number:d})"
@@ -202,7 +225,7 @@ def test_signal_while_the_interpreter_starts(ticker):
 def test_signal_and_rollback(ticker):
     machine = ticker()
     fault = "import os; os.kill(os.getpid(), 15); raise ValueError('and more')"
-    send_update(machine, replaced(machine, "pyvmm.migration.savevm:apply", fault))
+    send_update(machine, replaced(machine, "pyvmm.kvm.carrier:Takeover.take", fault))
     assert machine.wait_exit() == 128 + signal.SIGTERM
 
 

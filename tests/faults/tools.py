@@ -117,11 +117,6 @@ def strangers(machine):
     return found
 
 
-def make_plain(machine):
-    """The guest stands through the updates of this machine."""
-    assert machine.hmp("migrate_set_parameter cpr-exec-running off") == ""
-
-
 def send_update(machine, command=None):
     """HMP ``update`` that nobody waits for: the VMM may end."""
     machine.hmp_send(f"update {shlex.join(command)}" if command else "update")

@@ -247,6 +247,13 @@ class Vm:
         self._updates += 1
         return start, end
 
+    def plain(self):
+        """Have the guest stand through the next update; self."""
+        reply = self.hmp("migrate_set_parameter cpr-exec-running off")
+        if reply:
+            raise UpdateError(reply)
+        return self
+
     def follow(self, timeout=DEADLINE_S):
         """The process ended in an update: go on with the one that the guest is back in. The
         connections are those that there were.
