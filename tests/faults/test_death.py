@@ -320,7 +320,7 @@ def test_end_of_the_guest_right_before_the_pause(ticker, asked, code):
         "m = next(o for o in gc.get_objects() if type(o).__name__ == 'Machine')\n"
         f"m.end.{asked}({argument})"
     )
-    machine = ticker(program=armed(OLD[1], fault))
+    machine = ticker(program=armed("pyvmm.machine.machine:Machine.drain", fault))
     (machine.folder / "armed").touch()
     send_update(machine)
     assert machine.wait_exit() == code
