@@ -51,6 +51,7 @@ NEW = [
     "pyvmm.wayback:close",
     "pyvmm.machine.machine:Machine.set_running",
 ]
+GONE_ON = "pyvmm.machine.machine:Machine.go_on"
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 LISTENING = ("-serial", "unix:serial.server,server=on,wait=off", "-name", "mortal")
 
@@ -189,11 +190,17 @@ def test_signal_in_the_old_image(ticker, step, number):
     assert machine.stderr().count("Traceback") == 0
 
 
-@pytest.mark.parametrize("step", NEW)
+@pytest.mark.parametrize(
+    ("step", "is_plain"),
+    [(step, True) for step in NEW]
+    + [(step, False) for step in (*NEW[:5], "pyvmm.kvm.carrier:Takeover.take", GONE_ON)],
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_in_the_new_image(ticker, step, number):
+def test_signal_in_the_new_image(ticker, step, number, is_plain):
     fault = f"import os; os.kill(os.getpid(), {number:d})"
     machine = ticker()
+    if is_plain:
+        machine.plain()
     send_update(machine, replaced(machine, step, fault))
     assert machine.wait_exit() == 128 + number
     assert machine.stderr() == ""
@@ -306,8 +313,8 @@ def test_end_of_the_guest_right_before_the_pause(ticker, asked, code):
     argument = "" if code == 0 else "9"
     fault = (
         "import gc\n"
-        " m = next(o for o in gc.get_objects() if type(o).__name__ == 'Machine')\n"
-        f" m.end.{asked}({argument})"
+        "m = next(o for o in gc.get_objects() if type(o).__name__ == 'Machine')\n"
+        f"m.end.{asked}({argument})"
     )
     machine = ticker(program=armed(OLD[1], fault))
     (machine.folder / "armed").touch()
