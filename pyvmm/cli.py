@@ -53,7 +53,7 @@ USAGE = """\
 usage: pyvmm run [OPTION...]                     run a guest (pyvmm run -help lists the options)
        pyvmm list [--json]                       show the VMs that run
        pyvmm monitor NAME [COMMAND...]           talk to a VM's monitor, or run one command there
-       pyvmm update [--timeout S] NAME [-- COMMAND...]
+       pyvmm update [--timeout S] [--trace FILE] NAME [-- COMMAND...]
                                                  replace a VM's pyvmm by a new one, guest running
        pyvmm state show|diff|check ...           look into state files (pyvmm state -h tells more)
        pyvmm --version                           print the version

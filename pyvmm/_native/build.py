@@ -24,10 +24,21 @@ from setuptools.errors import PlatformError
 NATIVE = Path(__file__).parent
 ROOT = NATIVE.parent.parent
 #: Each is a C file and a header. cffi reads the headers in this order.
-SUBJECTS = ("kvm", "host", "holder", "state", "carrier", "takeover", "guard", "memory", "virtq")
+SUBJECTS = (
+    "kvm",
+    "host",
+    "holder",
+    "state",
+    "carrier",
+    "takeover",
+    "trial",
+    "guard",
+    "memory",
+    "virtq",
+)
 #: Subjects that do without libc. The compiler must add no call of it and no canary to them, which
 #: the flags that Python was built with ask for.
-FREESTANDING = ("holder", "state", "carrier", "takeover")
+FREESTANDING = ("holder", "state", "carrier", "takeover", "trial")
 FREESTANDING_FLAGS = (
     "-ffreestanding",
     # A call from one of them to another does not go through the dynamic linker.

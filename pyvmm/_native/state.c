@@ -15,6 +15,8 @@ enum {
 	MSR_LAST_BRANCH = 0x1DE,
 	MSRS_A_CALL = 255, /* KVM refuses MAX_IO_MSRS, which is 256 */
 	PIT_GSI = 0,
+	PIT_HZ = 1193182,
+	PIT_LONGEST_NS = 60000000, /* to count to 65536 */
 	CLOCK_READS = 3,
 	/* How close kvmclock comes to where it was, and how often that is tried. */
 	CLOCK_PRECISION_NS = 200,
@@ -301,6 +303,31 @@ static int load_clock(int fd, const struct pyvmm_vm_state *state)
 	return 0;
 }
 
+/* Have what the PIT counts once go on where it is by now: KVM starts a count anew when it is set. One
+ * that counts again and again starts anew all the same, since KVM takes no count for the first time
+ * alone. Of channel 0 one that has come to its end would raise its interrupt again. */
+void pyvmm_age_pit(struct kvm_pit_state2 *pit)
+{
+	int64_t now = raw_clock(CLOCK_MONOTONIC);
+
+	for (int i = 0; i < 3; i++) {
+		struct kvm_pit_channel_state *channel = &pit->channels[i];
+		int64_t age = now - channel->count_load_time, past, count = channel->count;
+
+		if (channel->mode != 0 && channel->mode != 1 && channel->mode != 4 && channel->mode != 5)
+			continue;
+		if (age < 0)
+			continue; /* the time of another boot */
+		if (age > PIT_LONGEST_NS)
+			age = PIT_LONGEST_NS;
+		past = age * PIT_HZ / SECOND_NS;
+		if (past < count)
+			channel->count = (uint32_t)(count - past);
+		else if (i)
+			channel->count = 1;
+	}
+}
+
 /* Give a VM that state; the vCPUs have theirs, since an input of the IOAPIC that is pending is
  * delivered to the LAPICs at once. 0, or the negative error number. */
 int pyvmm_load_vm(int fd, struct pyvmm_vm_state *state, struct pyvmm_state_error *error)
@@ -314,6 +341,7 @@ int pyvmm_load_vm(int fd, struct pyvmm_vm_state *state, struct pyvmm_state_error
 	 * was high. The next pulse would then be no edge, nobody would handle and acknowledge it, and
 	 * KVM, which waits for that, would never pulse again. */
 	TRY(fd, KVM_IRQ_LINE, &low);
+	pyvmm_age_pit(&state->pit);
 	TRY(fd, KVM_SET_PIT2, &state->pit);
 	result = load_clock(fd, state);
 	if (result < 0)

@@ -61,5 +61,6 @@ int pyvmm_save_cpu(int fd, struct pyvmm_cpu_state *state, void *xsave, int has_x
 		   const struct pyvmm_msr_list *list, struct pyvmm_state_error *error);
 int pyvmm_load_cpu(int fd, struct pyvmm_cpu_state *state, const void *xsave, uint32_t event_flags,
 		   struct pyvmm_state_error *error);
+void pyvmm_age_pit(struct kvm_pit_state2 *pit);
 int pyvmm_save_vm(int fd, struct pyvmm_vm_state *state, struct pyvmm_state_error *error);
 int pyvmm_load_vm(int fd, struct pyvmm_vm_state *state, struct pyvmm_state_error *error);

@@ -29,8 +29,10 @@ _PAGE = 4096
 PATIENCE_S = 5.0
 SPIN_S = 200e-6
 _LOOK_S = 20e-6
-_SIGKILL = 9
-_WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
+#: How long a vCPU is waited for before somebody looks whether there is a carrier at all.
+_TURN_S = 0.01
+SIGKILL = 9
+WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
 _STATE_REQUESTS = (
     "KVM_GET_MP_STATE KVM_GET_REGS KVM_GET_SREGS KVM_GET_XSAVE KVM_GET_XSAVE2 KVM_GET_XCRS "
     "KVM_GET_DEBUGREGS KVM_GET_LAPIC KVM_GET_MSRS KVM_GET_VCPU_EVENTS KVM_SET_REGS KVM_SET_SREGS "
@@ -244,9 +246,9 @@ class Carrier:
             carrier.keep_count = len(keep)
             carrier.handed_fds = self._keep(ffi.new("int[]", handed))
             carrier.handed_count = len(handed)
-            carrier.command = self._words(command)
+            carrier.command = words(command, self._kept)
             died, late = (
-                self._words([name + b"=" + value for name, value in environment.items()])
+                words((b"=".join(pair) for pair in environment.items()), self._kept)
                 for environment in environments
             )
             carrier.died_environment, carrier.late_environment = died, late
@@ -298,11 +300,8 @@ class Carrier:
         for vcpu in self._vcpus:
             vcpu.gate.slot = ffi.NULL
         self.control.command(lib.PYVMM_BACK, self._kick_signal)
-        stuck = [
-            vcpu.index
-            for vcpu in self._vcpus
-            if not self.wait_owner(vcpu.index, lib.PYVMM_OLD, PATIENCE_S)
-        ]
+        deadline = time.monotonic() + PATIENCE_S
+        stuck = [vcpu.index for vcpu in self._vcpus if not self._returns(vcpu.index, deadline)]
         if stuck and self.is_alive():
             raise HostError(f"vCPU {stuck[0]} does not come back from the carrier")
         for index in stuck:
@@ -313,21 +312,27 @@ class Carrier:
             lib.pyvmm_wake(ffi.addressof(slot, "owner"))
         self.end()
 
+    def _returns(self, index: int, deadline: float) -> bool:
+        while not self.wait_owner(index, lib.PYVMM_OLD, _TURN_S):
+            if not self.is_alive() or time.monotonic() >= deadline:
+                return False
+        return True
+
     def end(self) -> None:
         """Have the carrier end, and wait for that."""
         if self.pid:
             pid, self.pid = self.pid, 0
             self.control.command(lib.PYVMM_END, self._kick_signal)
             # The vCPUs' tasks end it; should there be none, so does this.
-            os.kill(pid, _SIGKILL)
-            os.waitpid(pid, _WALL)
+            os.kill(pid, SIGKILL)
+            os.waitpid(pid, WALL)
         if self._stacks is not None:
             lib.pyvmm_unmap(*self._stacks)
             self._stacks = None
 
     def is_alive(self) -> bool:
         """Return whether nobody has ended it."""
-        look = os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT | WALL
         return bool(self.pid) and os.waitid(os.P_PID, self.pid, look) is None
 
     def _make_stacks(self, count: int) -> Any:
@@ -338,10 +343,6 @@ class Carrier:
             raise HostError("no memory for the carrier's stacks")
         self._stacks = memory, whole
         return memory + -int(ffi.cast("uintptr_t", memory)) % size
-
-    def _words(self, words: Iterable[bytes]) -> Any:
-        strings = [self._keep(ffi.new("char[]", word)) for word in words]
-        return self._keep(ffi.new("char *[]", [*strings, ffi.NULL]))
 
     def _keep(self, thing: Any) -> Any:
         self._kept.append(thing)
@@ -429,6 +430,17 @@ class Takeover:
             made.append(exits.Decoder(slot.exit, len(slot.exit)).decode())
         slot.write_count = slot.has_exit = 0
         return made
+
+
+def words(texts: Iterable[bytes], kept: list[Any]) -> Any:
+    """Return ``char *const *`` for execve(2).
+
+    :param kept: gets what has to be kept as long as that is used
+    """
+    strings = [ffi.new("char[]", text) for text in texts]
+    array = ffi.new("char *[]", [*strings, ffi.NULL])
+    kept += [*strings, array]
+    return array
 
 
 def _aligned(size: int, to: int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from pyvmm.cpr.handover import OWN
 from pyvmm.errors import MigrationError, PyvmmError
+from pyvmm.kvm.trial import Trial
 
 # The channel to a file is of use to ``open_channel``.
 from pyvmm.migration import file_channel, preflight, program, rollback, savevm  # noqa: F401
@@ -33,17 +34,24 @@ if TYPE_CHECKING:
 
     Done = Callable[[str | None], None]
 
+#: How long the trial of the kernel may take beside the preflight, which takes longer.
+TRIAL_TIMEOUT_S = 2.0
+#: A plain update's pause, or so: if a vCPU's move takes longer, nothing is gained by it.
+LONGEST_MOVE_MS = 30.0
+
 
 class Answer:
     """What the new image's answer to the preflight says of the way to it.
 
     :ivar former: it knows sections by their former names only
     :ivar plain: why the guest cannot run through the exec; empty if it can
+
+    :param kernel: why this kernel does not let it
     """
 
-    def __init__(self, answer: dict[str, Any]) -> None:
+    def __init__(self, answer: dict[str, Any], kernel: str) -> None:
         self.former = not preflight.reads_places(answer)
-        self.plain = preflight.explain_plain(answer)
+        self.plain = preflight.explain_plain(answer) or kernel
 
 
 class Outgoing:
@@ -55,6 +63,8 @@ class Outgoing:
         self._holder = holder
         self._done: Done | None = None
         self._wants_running = True
+        self._trial: Trial | None = None
+        self._kernel: str | None = None  # what a trial has found; None before the first
         self._probe: preflight.Probe | None = None
         self._quiesce: Quiesce | None = None
 
@@ -82,11 +92,13 @@ class Outgoing:
 
         def probed(result: dict[str, Any] | MigrationError) -> None:
             self._probe = None
+            kernel = self._judge_kernel()
             try:
                 if isinstance(result, MigrationError):
                     raise result
                 preflight.compare(own, result, channel)
                 preflight.check_descriptors(machine.handover)
+                answer = Answer(result, kernel)
             except Exception as error:
                 # Another program's answer may be of any form, and the guest runs.
                 end(error)
@@ -95,7 +107,6 @@ class Outgoing:
                 end(None)
                 return
             status.mark("quiesce")
-            answer = Answer(result)
             self._quiesce = Quiesce(machine, lambda error: quiesced(error, answer))
 
         def quiesced(error: MigrationError | None, answer: Answer) -> None:
@@ -122,6 +133,8 @@ class Outgoing:
             raise
         self._done = done
         self._wants_running = running
+        if running and self._kernel is None:
+            self._trial = Trial(machine.platform.system)
         status.enter("setup")
 
     def cancel(self) -> None:
@@ -139,6 +152,19 @@ class Outgoing:
             self._probe.cancel()
         if self._quiesce is not None:
             self._quiesce.close()
+        self._judge_kernel(0)
+
+    def _judge_kernel(self, timeout_s: float = TRIAL_TIMEOUT_S) -> str:
+        """Return why this kernel does not let the guest run through an exec, or empty."""
+        trial, self._trial = self._trial, None
+        if trial is not None:
+            self._kernel = trial.end(timeout_s)
+            if not self._kernel and trial.move_ms > LONGEST_MOVE_MS:
+                self._kernel = (
+                    f"on this kernel (before Linux 6.13) a vCPU takes {trial.move_ms:.0f} ms from"
+                    " one task to another"
+                )
+        return self._kernel or ""
 
     def _update(self, argv: list[str], path: str, channel: Channel, answer: Answer) -> None:
         """From the running guest to the exec, the guest running if it can."""

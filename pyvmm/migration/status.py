@@ -93,7 +93,12 @@ class Status:
     def enter(self, state: str) -> None:
         """Go to a state of :data:`STATUSES`, and tell of it if that is asked for."""
         self.state = state
-        self.emit("MIGRATION", {"status": state, **(self._failure() if state == "failed" else {})})
+        told = self._failure() if state == "failed" else {}
+        if state == "completed":
+            told = {"running": self.running}
+            if self.fallback:
+                told["fallback"] = self.fallback
+        self.emit("MIGRATION", {"status": state, **told})
 
     def fail(self, error: str) -> None:
         """The migration failed; ``error`` says why."""

@@ -44,7 +44,7 @@ def main(verb: str, arguments: list[str]) -> int:
             return monitor.talk(words.name, " ".join(words.command))
         from pyvmm.verbs import update
 
-        parser.usage = "pyvmm update [-h] [--timeout SECONDS] NAME [-- COMMAND...]"
+        parser.usage = "pyvmm update [-h] [--timeout SECONDS] [--trace FILE] NAME [-- COMMAND...]"
         parser.description = (
             "Replace the pyvmm of a running VM by a new one, in place. COMMAND is a whole "
             "'pyvmm run ...', to be found from the VM's working directory; without it the VM's "
@@ -57,10 +57,16 @@ def main(verb: str, arguments: list[str]) -> int:
             default=60.0,
             help="give up, if the guest has not been stopped by then (default 60)",
         )
+        parser.add_argument(
+            "--trace",
+            metavar="FILE",
+            help="write there what took how long, for each vCPU too: a picture if FILE ends in "
+            ".svg, else Chrome trace events, which ui.perfetto.dev opens",
+        )
         words = parser.parse_args(arguments)
         if not 0 < words.timeout < 1e6:
             raise ConfigError(f"--timeout {words.timeout}: give a number of seconds above 0")
-        return update.update(words.name, command, words.timeout)
+        return update.update(words.name, command, words.timeout, words.trace)
     except PyvmmError as error:
         print(f"pyvmm: {error}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE

@@ -5,34 +5,53 @@ from __future__ import annotations
 import select
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from pyvmm.errors import CommandError, HostError
-from pyvmm.verbs.client import QmpClient, find
+from pyvmm.rundir import directory, read_info
+from pyvmm.verbs.client import QmpClient, find, printable
+from pyvmm.verbs.trace import TraceFile
 
 _POLL_S = 0.05
 _ENDS = ("completed", "failed", "cancelled")
 _STOP = "stop"
 
 
-def update(name: str, command: list[str], timeout_s: float) -> int:
+def update(name: str, command: list[str], timeout_s: float, trace: str | None = None) -> int:
     """Update the VM ``name``; return the exit code.
 
     It is 0 if the new pyvmm runs the guest, 1 if the old one goes on.
 
     :param command: a ``pyvmm run`` command; empty for the VM's own
+    :param trace: a file for what took how long
+    :raises ConfigError: that file cannot be written
     :raises HostError: the VM does not run, or ended
     """
+    with TraceFile(trace) if trace else nullcontext() as file:
+        info = _perform(name, command, timeout_s)
+        code = _report(name, info, timeout_s)
+        if file:
+            _write(file, name, info)
+    return code
+
+
+def _perform(name: str, command: list[str], timeout_s: float) -> dict[str, Any]:
+    """Update; return query-migrate's last answer."""
     deadline = time.monotonic() + timeout_s
     try:
         with QmpClient(find(name)) as client:
             _show(name, "preflight")
             client.execute("update", {"command": command} if command else {})
-            info = _wait(client, name, deadline)
+            return _wait(client, name, deadline)
     except CommandError as error:
-        return _fail(name, str(error))
+        return {"status": "failed", "error-desc": str(error)}
     finally:
         _wipe()
+
+
+def _report(name: str, info: dict[str, Any], timeout_s: float) -> int:
+    """Say how it went; return the exit code."""
     status = info["status"]
     if status == "failed":
         return _fail(name, str(info.get("error-desc", "no reason given")))
@@ -82,6 +101,22 @@ def _wait(client: QmpClient, name: str, deadline: float) -> dict[str, Any]:
         elif time.monotonic() >= deadline:
             raise HostError(f"{name}: the update does not end; see 'info migrate' in its monitor")
         select.select([], [], [], _POLL_S)
+
+
+def _write(file: TraceFile, name: str, info: dict[str, Any]) -> None:
+    """Write the trace, and say what became of it. The exit code tells of the update alone."""
+    timeline = info.get("timeline")
+    if not timeline:
+        print(f"pyvmm: --trace {file.path}: the VM tells no times of it", file=sys.stderr)
+        return
+    pid = read_info(directory(name)).get("pid", 0)
+    ended = "updated" if info["status"] == "completed" else "was not updated"
+    try:
+        file.write(f"{printable(name)} {ended}", pid, timeline)
+    except HostError as error:
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return
+    print(f"{name}: what took how long is in {file.path}")
 
 
 def _fail(name: str, reason: str) -> int:

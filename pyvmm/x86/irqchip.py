@@ -1,8 +1,9 @@
 """The interrupt controllers and the timer that KVM emulates, and the guest's clock; and help for
 interrupts that KVM forgets.
 
-Their state goes under QEMU's section and field names, since it maps one to one. The PIT's
-counts start anew when they are loaded: KVM offers no way to go on in the middle of one.
+Their state goes under QEMU's section and field names, since it maps one to one. What the PIT
+counts once goes on where it is when it is loaded; a count that repeats starts anew: KVM offers no
+way to go on in the middle of one.
 """
 
 from __future__ import annotations
@@ -190,6 +191,7 @@ def load_pit(vm: Vm, state: Record) -> None:
     for raw, channel in zip(pit.channels, state.channels, strict=True):
         for name in ("count", "latched_count", "count_load_time", *_PIT_BYTES.split()):
             setattr(raw, name, getattr(channel, name))
+    lib.pyvmm_age_pit(pit)
     vm.set_pit2(pit)
 
 

@@ -12,6 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pyvmm.kvm.carrier import Control
     from pyvmm.kvm.system import System
     from pyvmm.kvm.vcpu import Vcpu
     from pyvmm.memory.guest import GuestMemory
@@ -44,6 +45,7 @@ class Platform:
         self.irqs = IrqRouting(self.vm)
         self._memory = memory
         self._slots = MemorySlots(self.vm)
+        self._control: Control | None = None
         self.vcpus: list[Vcpu] = []
         try:
             self._set_up(topology, cpu_changes)
@@ -94,6 +96,13 @@ class Platform:
     def carried_msrs(self) -> tuple[list[int], list[int]]:
         """Return :func:`vcpu_state.carried_msrs` of the vCPUs, which may be running."""
         return vcpu_state.carried_msrs(self.vcpus[0], self._has_tsc_offset)
+
+    def keep_control(self, control: Control) -> None:
+        """Keep the control pages of an update mapped, which the vCPUs' threads look at even if it
+        fails, until those of the next, by when they have all come by."""
+        former, self._control = self._control, control
+        if former is not None:
+            former.close()
 
     def cpu_sections(self) -> list[Section]:
         """Return the sections of the vCPUs' state."""

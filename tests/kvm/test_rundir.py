@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
+from xml.etree import ElementTree
 
 import pexpect
 import pytest
 from harness import DEADLINE_S, process, pyvmm, run_cli, wait_until
 
 from pyvmm import rundir
+from pyvmm.migration.status import STEPS
 
 FILES = {"info", "lock", "monitor.sock", "qmp.sock"}
 PROMPT = b"(pyvmm) "
@@ -129,6 +131,7 @@ def test_a_second_vm_is_refused_all_through_twenty_updates(ticking):
     code = """
 import select, sys
 from pyvmm import rundir
+from pyvmm.migration.status import STEPS
 tries = taken = 0
 print("go", flush=True)
 while not select.select([sys.stdin], [], [], 0)[0]:
@@ -452,6 +455,37 @@ def test_update(ticking, base):
     assert b"FAIL" not in machine.serial[seen:]
     assert listed()["vm"]["updates"] == 1
     assert {path.name for path in (base / "vm").iterdir()} == FILES
+
+
+def test_update_tells_what_took_how_long(ticking, tmp_path):
+    machine = ticking("vm")
+    events, picture = tmp_path / "trace.json", tmp_path / "trace.svg"
+    for path in (events, picture):
+        done = run_cli("update", "--trace", str(path), "vm")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith(f"vm: what took how long is in {path}\n")
+    found = json.loads(events.read_text())["traceEvents"]
+    assert {event["pid"] for event in found} == {machine.pid}
+    main = [event for event in found if event["ph"] == "X" and event["tid"] == 0]
+    assert [event["name"] for event in main] == list(STEPS[:-1])
+    assert {event["tid"] for event in found} == {0, 1}
+    assert all(event["dur"] >= 0 for event in main)
+    title = ElementTree.parse(picture).getroot().find("{http://www.w3.org/2000/svg}title")
+    assert title.text == "vm updated"
+
+
+def test_update_that_is_refused_has_no_trace(ticking, tmp_path):
+    machine = ticking("vm")
+    path = tmp_path / "trace.json"
+    done = run_cli("update", "--trace", str(path), "vm", "--", "/bin/false")
+    assert (done.returncode, done.stdout) == (1, "")
+    *_, last = done.stderr.splitlines()
+    assert last == f"pyvmm: --trace {path}: the VM tells no times of it"
+    assert not path.exists()
+    # Nothing was begun for a file that cannot be written.
+    assert run_cli("update", "--trace", str(tmp_path), "vm").returncode == 2
+    assert listed()["vm"]["updates"] == 0
+    assert machine.status == "running"
 
 
 def test_update_to_another_command(ticking):
