@@ -29,6 +29,8 @@ _PAGE = 4096
 PATIENCE_S = 5.0
 SPIN_S = 200e-6
 _LOOK_S = 20e-6
+#: How long a vCPU is waited for before somebody looks whether there is a carrier at all.
+_TURN_S = 0.01
 SIGKILL = 9
 WALL = 0x40000000  # waitpid(2): children of clone that send no signal, too
 _STATE_REQUESTS = (
@@ -298,11 +300,8 @@ class Carrier:
         for vcpu in self._vcpus:
             vcpu.gate.slot = ffi.NULL
         self.control.command(lib.PYVMM_BACK, self._kick_signal)
-        stuck = [
-            vcpu.index
-            for vcpu in self._vcpus
-            if not self.wait_owner(vcpu.index, lib.PYVMM_OLD, PATIENCE_S)
-        ]
+        deadline = time.monotonic() + PATIENCE_S
+        stuck = [vcpu.index for vcpu in self._vcpus if not self._returns(vcpu.index, deadline)]
         if stuck and self.is_alive():
             raise HostError(f"vCPU {stuck[0]} does not come back from the carrier")
         for index in stuck:
@@ -312,6 +311,12 @@ class Carrier:
             slot.owner = lib.PYVMM_OLD
             lib.pyvmm_wake(ffi.addressof(slot, "owner"))
         self.end()
+
+    def _returns(self, index: int, deadline: float) -> bool:
+        while not self.wait_owner(index, lib.PYVMM_OLD, _TURN_S):
+            if not self.is_alive() or time.monotonic() >= deadline:
+                return False
+        return True
 
     def end(self) -> None:
         """Have the carrier end, and wait for that."""

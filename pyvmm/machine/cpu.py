@@ -326,7 +326,7 @@ class Cpu:
         # would keep the vCPU out of the guest. Cleared first, then looked at: a request in
         # between sets it again.
         self.vcpu.set_immediate_exit(False)
-        if self._stop or self._work or self._recheck:
+        if self._stop or self._work or self._recheck or self.vcpu.gate.slot:
             self.vcpu.set_immediate_exit(True)
 
     def _handle(self, exit: exits.Exit) -> None:

@@ -101,10 +101,14 @@ class CprExec:
         # The very last act: a helper forked earlier must not inherit guest memory.
         undo.append(lambda: handover.set_inheritable(False))
         handover.set_inheritable(True)
+        self._cross()
         try:
             os.execve(path, argv, os.environ | environment)
         except OSError as error:
             raise MigrationError(f"execve {path} failed: {error.strerror}") from None
+
+    def _cross(self) -> None:
+        """All is there that the next image needs, whoever starts it."""
 
     def _restart_guest(self) -> None:
         machine = self._machine

@@ -122,15 +122,14 @@ class RunningExec(CprExec):
     def hold_memory(self) -> None:
         """The carrier does."""
 
-    def execute(self, path: str, argv: list[str]) -> None:
+    def _cross(self) -> None:
         control = self._carrier.control.pages
         if not self._carrier.is_alive():
             raise MigrationError("the carrier was killed; the guest is back in this image")
         control.deadline = time.monotonic_ns() + int(DEADLINE_S * 1e9)
+        self._undo.append(self._stay)
         # From here on the end of this process is no reason for the guest to end.
         control.phase = lib.PYVMM_CROSSING
-        self._undo.append(self._stay)
-        super().execute(path, argv)
 
     def _stay(self) -> None:
         self._carrier.control.pages.phase = lib.PYVMM_PREPARING

@@ -6,8 +6,9 @@
     make bench ARGS="pause phases start --against COMMIT_OR_FOLDER"
 
 Prints a table and writes JSON. The exit code is 1 if a target was missed or a benchmark failed.
-"net" needs root. "boot" starts an emulated machine where the host's KVM cannot run Linux, which
-takes minutes: it has at most 5 samples, and is left out unless it is named. With --against another
+"net" needs root. "boot" starts an emulated machine where the host's KVM cannot run Linux, and
+"nested-move" some with other kernels; that takes minutes, and they are left out unless they are
+named. "boot" has at most 5 samples. With --against another
 version is measured in turns with this one: a commit of this repository, which is built for it, or a
 folder in which `make build` was run.
 """
@@ -24,6 +25,7 @@ from bench.boot import bench_boot
 from bench.console import bench_console
 from bench.machines import BenchError
 from bench.memory import bench_memory
+from bench.move import bench_move, bench_nested_move
 from bench.network import bench_network
 from bench.pause import bench_pause, bench_phases
 from bench.plan import Plan, cpu_counts
@@ -40,12 +42,14 @@ class Benchmark:
     :param measure: gives the rows for a plan
     :param turn: samples in a row if two versions are compared; 0 if it cannot compare them
     :param most: samples that it takes at most
+    :param asked: leave it out unless it is named
     """
 
-    def __init__(self, measure, turn=0, most=None):
+    def __init__(self, measure, turn=0, most=None, *, asked=False):
         self.measure = measure
         self.turn = turn
         self.most = most
+        self.asked = asked
 
 
 BENCHMARKS = {
@@ -61,7 +65,9 @@ BENCHMARKS = {
     "block": Benchmark(bench_block),
     "console": Benchmark(bench_console),
     "net": Benchmark(bench_network),
-    "boot": Benchmark(bench_boot, 0, 5),
+    "move": Benchmark(bench_move),
+    "boot": Benchmark(bench_boot, 0, 5, asked=True),
+    "nested-move": Benchmark(bench_nested_move, asked=True),
 }
 
 # Above this load per CPU something else competes with what is measured.
@@ -101,7 +107,7 @@ def main():
 def _options():
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     names = ", ".join(BENCHMARKS)
-    help = f"{names} (default: all but boot, which takes minutes; of those that can compare two)"
+    help = f"{names} (default: all but boot and nested-move; of those that can compare two)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=help)
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="samples of each (20)")
     parser.add_argument("--quick", action="store_true", help="5 samples, no large guests")
@@ -135,7 +141,7 @@ def _options():
     except (ValueError, versions.VersionError) as error:
         parser.error(str(error))
     if not options.names:
-        options.names = [name for name in BENCHMARKS if name != "boot"]
+        options.names = [name for name, one in BENCHMARKS.items() if not one.asked]
         if options.other:
             options.names = [name for name in options.names if BENCHMARKS[name].turn]
     runs = min(options.runs, 5) if options.quick else options.runs

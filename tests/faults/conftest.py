@@ -1,7 +1,10 @@
 """A guest that counts, for faults to be tried on."""
 
+import os
+
 import pytest
 from faults.tools import TICKER
+from harness import needs, process, wait_until
 from harness.tmpfs import Tmpfs
 
 
@@ -29,3 +32,28 @@ def tmpfs(tmp_path):
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def orphans(tmp_path):
+    """The processes that a VM leaves behind become children of the tests' process, which has their
+    exit codes then. Ends what is left."""
+    before = {*process.children("self")}
+    process.adopt_orphans(True)
+    yield
+    for folder in tmp_path.iterdir():
+        # The carriers first: they would start others.
+        for pid in [*process.carriers(folder), *dict(process.others_at_work(folder))]:
+            process.kill(pid)
+    for pid in {*process.children("self")} - before:
+        os.waitpid(pid, process.WALL)
+    process.adopt_orphans(False)
+
+
+@pytest.fixture
+def memory_group(tmp_path):
+    """A memory control group too small for a Python; its folder."""
+    group = needs.memory_group("pyvmm-test", 4 << 20)
+    yield group
+    wait_until(lambda: not (group / "cgroup.procs").read_text(), "the end of what is in it")
+    group.rmdir()

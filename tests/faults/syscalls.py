@@ -21,6 +21,7 @@ CONTINUE = 1
 _NOTICE = struct.Struct("QIIiIQ6Q")
 _ANSWER = struct.Struct("QqiI")
 
+NO_ANSWER = -1
 EXECVE, EXECVEAT, SIGACTION, BRK = 59, 322, 13, 12
 SIGALRM, ITIMER_REAL = 14, 0
 NAMES = {
@@ -33,7 +34,8 @@ NAMES = {
     55: "getsockopt", 56: "clone", 72: "fcntl", 77: "ftruncate", 79: "getcwd", 82: "rename",
     83: "mkdir", 87: "unlink", 89: "readlink", 102: "getuid", 107: "geteuid", 137: "statfs",
     138: "fstatfs", 157: "prctl", 158: "arch_prctl", 186: "gettid", 203: "sched_setaffinity",
-    204: "sched_getaffinity", 217: "getdents64", 218: "set_tid_address", 230: "clock_nanosleep",
+    204: "sched_getaffinity", 217: "getdents64", 218: "set_tid_address",
+    228: "clock_gettime", 230: "clock_nanosleep",
     234: "tgkill", 257: "openat", 262: "newfstatat", 273: "set_robust_list", 288: "accept4",
     290: "eventfd2", 291: "epoll_create1", 292: "dup3", 293: "pipe2", 302: "prlimit64",
     318: "getrandom", 319: "memfd_create", 322: "execveat", 334: "rseq", 434: "pidfd_open",
@@ -139,6 +141,8 @@ class Supervisor:
             fcntl.ioctl(fd, RECEIVE, notice)
             id, thread, _, number, _, _, *arguments = _NOTICE.unpack(notice)
             error = self._decide(Call(thread, number, arguments), number)
+            if error == NO_ANSWER:
+                return
             value = 0
             if error and number == BRK:
                 # This one has no error: the break stays where it is.
@@ -150,7 +154,8 @@ class Supervisor:
                 raise
 
     def _decide(self, call, number):
-        """The error number that a call is answered with; 0 to let the kernel do it."""
+        """The error number that a call is answered with; 0 to let the kernel do it; NO_ANSWER to
+        have it wait until the process is killed."""
         pid = self._pid
         if not pid:
             return 0

@@ -64,7 +64,7 @@ def test_reset_after_harm(boot, harm, history):
     if history == "updated":
         assert update(machine) == ""
     elif history == "rolled back":
-        fault = replaced(machine, "pyvmm.x86.vcpu_state:write", "raise ValueError")
+        fault = replaced(machine, "pyvmm.kvm.carrier:Takeover.take", "raise ValueError")
         assert BACK in update(machine, fault)
     check_reset(machine)
     check_reset(machine)

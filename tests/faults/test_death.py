@@ -26,12 +26,18 @@ from harness import pyvmm as pyvmm_command
 
 OLD = [
     "pyvmm.migration.preflight:compare",
-    "pyvmm.machine.machine:Machine.pause_cpus",
+    "pyvmm.kvm.carrier:Control.make",
+    "pyvmm.kvm.carrier:Carrier.start",
+    "pyvmm.kvm.carrier:Carrier.hand_over",
+    "pyvmm.machine.machine:Machine.drain",
     "pyvmm.migration.savevm:save",
     "pyvmm.migration.channel:MemoryChannel.write",
-    "pyvmm._native:hold_memory",
     "pyvmm.migration.rollback:arm",
-    "pyvmm.cpr.state:publish",
+    "pyvmm.cpr.state:write",
+]
+OLD_PLAIN = [
+    "pyvmm.machine.machine:Machine.pause_cpus",
+    "pyvmm._native:hold_memory",
     "os:execve",
 ]
 NEW = [
@@ -59,12 +65,16 @@ def start_again(vm, folder, **arguments):
         assert machine.wait_exit() == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("step", OLD)
-def test_old_image_killed(vm, tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "is_plain"), [(step, False) for step in OLD] + [(step, True) for step in OLD_PLAIN]
+)
+def test_old_image_killed(vm, tmp_path, step, is_plain):
     runtime = {"XDG_RUNTIME_DIR": str(tmp_path)}
     fault = armed(step, KILL)
     machine = vm(*LISTENING, append=TICKER, serial=False, program=fault, **runtime)
     assert machine.status == "running"
+    if is_plain:
+        machine.plain()
     (machine.folder / "armed").touch()
     send_update(machine)
     check_lost(machine, -signal.SIGKILL)
@@ -76,6 +86,7 @@ def test_new_image_killed(vm, tmp_path, step):
     runtime = {"XDG_RUNTIME_DIR": str(tmp_path)}
     machine = vm(*LISTENING, append=TICKER, serial=False, **runtime)
     assert machine.status == "running"
+    machine.plain()
     send_update(machine, replaced(machine, step, KILL))
     check_lost(machine, -signal.SIGKILL)
     start_again(vm, machine.folder, **runtime)
@@ -91,15 +102,15 @@ def test_new_image_killed(vm, tmp_path, step):
     ids=["exit", "abort", "segfault"],
 )
 def test_new_image_crashes(ticker, fault, exit_code):
-    # Nobody is left who could go back: the documented limit.
-    machine = ticker()
+    # Nobody is left who could go back: the plain way's limit.
+    machine = ticker().plain()
     send_update(machine, replaced(machine, "pyvmm.cli:serve", fault))
     check_lost(machine, exit_code)
 
 
 def test_elf_corrupted_after_the_preflight(ticker):
     # execve gives no error for it: the process dies on its way into the program.
-    machine = ticker()
+    machine = ticker().plain()
     program = machine.folder / "program"
     elf = os.path.realpath(f"/proc/{machine.pid}/exe")
     # The environment's python: the one that it links to may have no cffi.
@@ -121,7 +132,7 @@ def test_elf_corrupted_after_the_preflight(ticker):
 def test_hang_before_python_is_there(ticker):
     # The alarm that was set before the exec ends a program that does not handle it.
     quick = "import pyvmm.migration.rollback as r; r.DEADLINE_S = 0.5"
-    machine = ticker(program=faulty("pyvmm:", quick))
+    machine = ticker(program=faulty("pyvmm:", quick)).plain()
     fault = "import signal; signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.pause()"
     send_update(machine, replaced(machine, "pyvmm:", fault))
     check_lost(machine, -signal.SIGALRM)
@@ -129,6 +140,7 @@ def test_hang_before_python_is_there(ticker):
 
 def test_both_images_fail(ticker):
     machine = ticker(program=armed("pyvmm.x86.irqchip:load_pit", "raise ValueError('old')"))
+    machine.plain()
     (machine.folder / "armed").touch()
     send_update(machine, replaced(machine, "pyvmm.x86.irqchip:load_pic", "raise ValueError('new')"))
     assert machine.wait_exit() != 0
@@ -202,7 +214,7 @@ def test_signal_while_the_interpreter_starts(ticker):
 def test_signal_and_rollback(ticker):
     machine = ticker()
     fault = "import os; os.kill(os.getpid(), 15); raise ValueError('and more')"
-    send_update(machine, replaced(machine, "pyvmm.x86.vcpu_state:write", fault))
+    send_update(machine, replaced(machine, "pyvmm.kvm.carrier:Takeover.take", fault))
     assert machine.wait_exit() == 128 + signal.SIGTERM
 
 

@@ -25,11 +25,26 @@ def test_holder_of_many_vcpus(vm, smp):
     machine = vm("-kernel", guests.image("real-ticker.bin"), smp=smp)
     machine.expect("real-ticker 00000002")
     command = replaced(machine, "pyvmm.migration.savevm:apply", SPY)
-    assert update(machine, command) == ""
+    assert update(machine.plain(), command) == ""
     # The VM, a descriptor for each vCPU, and the pipe that ends it.
     assert (machine.folder / "held").read_text() == str(1 + smp + 1)
     wait_until(lambda: not machine.children(), "the end of the holder")
     assert "Note" not in machine.hmp("info migrate")
+    number = int(machine.expect(r"real-ticker (\w{8})")[1], 16)
+    machine.expect(f"real-ticker {number + 1:08x}")
+
+
+@pytest.mark.parametrize("smp", [1, 62, 255])
+def test_carrier_of_many_vcpus(vm, smp):
+    """They run through the exec in tasks of one process, and then it goes."""
+    machine = vm("-kernel", guests.image("real-ticker.bin"), smp=smp)
+    machine.expect("real-ticker 00000002")
+    before = machine.footprint()
+    for _ in range(2):
+        assert update(machine) == ""
+        assert "Guest in the exec: \trunning\n" in machine.hmp("info migrate")
+        wait_until(lambda: not machine.children(), "the end of the carrier")
+        assert machine.footprint() == before
     number = int(machine.expect(r"real-ticker (\w{8})")[1], 16)
     machine.expect(f"real-ticker {number + 1:08x}")
 

@@ -23,15 +23,21 @@ from faults.tools import (
 )
 from harness import pyvmm as pyvmm_command
 from harness import wait_until
+from harness.lives import LAST
 
 import pyvmm
 
-LOADED = [
+#: Those of the plain way alone.
+PLAIN = [
     "pyvmm.x86.vcpu_state:write",
     "pyvmm.x86.irqchip:load_pic",
     "pyvmm.x86.irqchip:load_ioapic",
     "pyvmm.x86.irqchip:load_pit",
     "pyvmm.x86.irqchip:load_clock",
+    "pyvmm.devices.acpi_pm:AcpiPm.load",
+    "pyvmm.wayback:close",
+]
+LOADED = [
     "pyvmm.devices.serial:Serial.load",
     "pyvmm.devices.rtc:Rtc.load",
     "pyvmm.devices.i8042:I8042.load",
@@ -62,8 +68,10 @@ STEPS = [
     "pyvmm.migration.channel:MemoryChannel.read",
     "pyvmm.migration.savevm:read",
     "pyvmm.migration.savevm:apply",
+    "pyvmm.kvm.carrier:Control.adopt",
     *LOADED,
-    "pyvmm.wayback:close",
+    "pyvmm.machine.machine:Machine.await_cpus",
+    "pyvmm.kvm.carrier:Takeover.take",
 ]
 
 
@@ -84,6 +92,14 @@ def check_back(machine, command, why):
 @pytest.mark.parametrize("step", STEPS)
 def test_exception(ticker, step):
     machine = ticker()
+    check_back(
+        machine, replaced(machine, step, "raise ValueError('injected')"), "ValueError: injected"
+    )
+
+
+@pytest.mark.parametrize("step", PLAIN)
+def test_exception_with_the_guest_standing(ticker, step):
+    machine = ticker().plain()
     check_back(
         machine, replaced(machine, step, "raise ValueError('injected')"), "ValueError: injected"
     )
@@ -206,9 +222,9 @@ def test_rollback_of_a_change_of_address(ticker):
 
 
 def test_two_vcpus(ticker):
-    machine = ticker(smp=2)
+    machine = ticker(smp=2).plain()
     fault = "if arguments[0].index: raise ValueError('second')"
-    check_back(machine, replaced(machine, LOADED[0], fault), "ValueError: second")
+    check_back(machine, replaced(machine, PLAIN[0], fault), "ValueError: second")
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2])
@@ -228,7 +244,7 @@ def test_host_that_allows_no_further_thread(ticker, tmp_path, threads):
 def test_last_moment_in_a_thread(ticker):
     # All is loaded and the vCPUs' threads are there: exec must end them without harm.
     machine = ticker(smp=2)
-    command = replaced(machine, "pyvmm.wayback:close", "raise ValueError('late')")
+    command = replaced(machine, LAST, "raise ValueError('late')")
     for _ in range(5):
         assert "ValueError: late" in update(machine, command)
     check_alive(machine)
@@ -358,13 +374,16 @@ def test_program_that_is_another_after_the_preflight(ticker, change, why):
 @pytest.mark.parametrize(
     "step",
     [
-        "pyvmm.machine.machine:Machine.pause_cpus",
+        "pyvmm.migration.rollback:prepare",
+        "pyvmm.kvm.carrier:Control.make",
+        "pyvmm.kvm.carrier:Carrier.start",
+        "pyvmm.migration.running_exec:RunningExec.stop_guest",
+        "pyvmm.machine.machine:Machine.drain",
         "pyvmm.migration.savevm:save",
-        "pyvmm.x86.vcpu_state:read",
         "pyvmm.devices.serial:Serial.save",
         "pyvmm.migration.channel:MemoryChannel.write",
         "pyvmm.migration.rollback:arm",
-        "pyvmm.cpr.state:publish",
+        "pyvmm.cpr.state:write",
         "pyvmm.cpr.handover:Handover.set_inheritable",
     ],
 )
@@ -409,15 +428,17 @@ def test_without_a_holder_for_the_old_memory(ticker):
     fault = (
         "from pyvmm.errors import HostError; raise HostError('Resource temporarily unavailable')"
     )
-    machine = ticker(program=faulty("pyvmm._native:hold_memory", fault))
+    machine = ticker(program=faulty("pyvmm._native:hold_memory", fault)).plain()
     footprint = machine.footprint()
     check_alive(machine)
     assert machine.footprint() == footprint
     note = "the old memory was taken apart in the pause (Resource temporarily unavailable)"
     assert f"Note: \t\t\t{note}\n" in machine.hmp("info migrate")
     assert machine.stderr().count(f"update: {note}") == 1
+    machine.plain()
     assert update(machine, [pyvmm_command(), "run", *options(machine)]) == ""
     assert note in machine.hmp("info migrate")
+    machine.plain()
     assert update(machine) == ""
     assert "Note" not in machine.hmp("info migrate")
 

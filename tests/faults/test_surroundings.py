@@ -246,7 +246,7 @@ def test_descriptors_by_kind(ticker):
     memory = sorted(os.stat(f"/proc/{machine.pid}/fd/{fd}").st_ino for fd in memfds(machine.pid))
     for index in range(6):
         if index % 2:
-            fault = replaced(machine, "pyvmm.x86.vcpu_state:write", "raise ValueError")
+            fault = replaced(machine, "pyvmm.kvm.carrier:Takeover.take", "raise ValueError")
             assert BACK in update(machine, fault)
         else:
             assert update(machine) == ""

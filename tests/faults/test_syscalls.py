@@ -98,7 +98,7 @@ class Victim:
         try:
             wait_until(lambda: self._counter[0] > before, "a higher count")
         except AssertionError:
-            return f"{what}: the guest stands, {self.machine._process.poll()=}"
+            return f"{what}: the guest stands, {self.machine.has_ended=}"
         return ""
 
 

@@ -7,6 +7,7 @@ import shlex
 import socket
 import sys
 from pathlib import Path
+from textwrap import indent
 
 from harness import DEADLINE_S, VmExitedError
 
@@ -27,10 +28,15 @@ def armed(*faults):
     For a faulty old image: what it is to be executed as after a rollback is the same command.
     """
     guarded = [
-        f"import os\nif os.path.exists('armed'):\n {fault}" if index % 2 else fault
+        f"import os\nif os.path.exists('armed'):\n{indent(fault, ' ')}" if index % 2 else fault
         for index, fault in enumerate(faults)
     ]
     return faulty(*guarded)
+
+
+def once(fault):
+    """A fault for :func:`armed` that disarms it."""
+    return f"os.unlink('armed')\n{fault}"
 
 
 def options(machine):
@@ -48,29 +54,38 @@ def update(machine, command=None):
     return machine.hmp(f"update {shlex.join(command)}" if command else "update")
 
 
-def ticks(machine):
+def ticks(machine, word="tick"):
     """The numbers that the guest printed."""
-    return [int(number) for number in re.findall(rb"(?m)^tick (\d+)\r$", machine.serial)]
+    found = re.findall(rb"(?m)^%s (\d+)\r$" % word.encode(), machine.serial)
+    return [int(number) for number in found]
 
 
-def check_ticking(machine):
+def check_ticking(machine, word="tick", step=1):
     """The guest goes on and has missed nothing."""
     machine.seen = len(machine.serial)
     for _ in range(2):
-        machine.expect(r"tick \d+\r\n")
-    shown = ticks(machine)
-    assert shown == list(range(1, len(shown) + 1))
+        machine.expect(rf"{word} \d+\r\n")
+    shown = ticks(machine, word)
+    assert shown == list(range(step, (len(shown) + 1) * step, step))
 
 
-def check_alive(machine):
-    """The guest goes on, has missed nothing, and can be updated."""
+def check_alive(machine, *line):
+    """The guest goes on, has missed nothing, and can be updated.
+
+    :param line: what it prints, as :func:`check_ticking` has it
+    """
     assert machine.status == "running"
-    check_ticking(machine)
+    check_ticking(machine, *line)
+    check_updated(machine)
+    check_ticking(machine, *line)
+    assert machine.status == "running"
+
+
+def check_updated(machine):
+    """An update works."""
     assert update(machine) == ""
     info = machine.hmp("info migrate")
     assert "completed" in info, info
-    check_ticking(machine)
-    assert machine.status == "running"
 
 
 def check_refused(machine, command, text):

@@ -79,6 +79,7 @@ def restore(machine):
 LIVES = (
     Life("booted", lambda machine: None, stands_still=False),
     Life("updated", Vm.update),
+    Life("plain", lambda machine: machine.plain().update()),
     Life("returned", come_back),
     Life("restored", restore, ram_file="ram", is_connected=False),
 )

@@ -88,6 +88,28 @@ def root(purpose):
         missing(f"not root: {purpose}")
 
 
+def memory_group(name, limit):
+    """Make a control group of a name for processes with at most ``limit`` bytes of memory, beyond
+    which the kernel kills one; its folder, which the caller removes."""
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    # Of the second version only where the controller is handed down.
+    unified = v2 / "cgroup.subtree_control"
+    if (v1 / "memory.limit_in_bytes").exists():
+        group, files = v1 / name, ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+    elif unified.exists() and "memory" in unified.read_text().split():
+        group, files = v2 / name, ("memory.max", "memory.swap.max")
+    else:
+        another_host("no memory control groups")
+    try:
+        group.mkdir()
+        (group / files[0]).write_text(str(limit))
+        if (group / files[1]).exists():
+            (group / files[1]).write_text(str(limit) if "memsw" in files[1] else "0")
+    except OSError as error:
+        another_host(f"no memory control group can be made here ({error.strerror})")
+    return group
+
+
 def disk(folder):
     """See that a folder is on a disk: files in memory need no flush and take any alignment."""
     if in_memory(folder):

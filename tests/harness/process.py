@@ -1,6 +1,7 @@
 """The command under test, deadlines, and what /proc tells about a process."""
 
 import contextlib
+import ctypes
 import os
 import re
 import select
@@ -15,6 +16,10 @@ from pathlib import Path
 #: needs longer.
 DEADLINE_S = float(os.environ.get("PYVMM_TEST_DEADLINE", "30"))
 POLL_S = 0.005
+#: What the tasks are called that run a guest while its process executes the next image.
+CARRIER = "pyvmm-carrier"
+PR_SET_CHILD_SUBREAPER = 36
+WALL = 0x40000000  # waitid(2): children of clone that send no signal, too
 
 
 def pyvmm():
@@ -124,6 +129,79 @@ def children(pid):
     """Ids of the child processes, those not waited for yet among them."""
     tasks = _each(f"/proc/{pid}/task", lambda task: (task / "children").read_text().split())
     return [int(child) for _, ids in tasks for child in ids]
+
+
+def others_at_work(folder):
+    """Id and name of each process that works in a folder, this one left out."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(entry.name) != os.getpid() and os.readlink(entry / "cwd") == str(folder):
+                yield int(entry.name), (entry / "comm").read_text().strip()
+
+
+def carriers(folder):
+    """Ids of the carriers of the VM whose folder that is, which may have lost its process."""
+    return [pid for pid, name in others_at_work(folder) if name == CARRIER]
+
+
+def mappers(inode):
+    """Ids of the processes whose memory has the file of that inode in it, of guest RAM, say; this
+    one left out. One that ended and was not waited for has no memory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            lines = (entry / "maps").read_text().splitlines()
+            is_other = int(entry.name) != os.getpid()
+            if is_other and any(line.split(maxsplit=5)[4] == str(inode) for line in lines):
+                found.append(int(entry.name))
+    return found
+
+
+def kill(pid):
+    """Kill a process, which may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def adopt_orphans(adopt):
+    """Whether processes whose parent ends become children of this one."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+class Adopted:
+    """A process that a child has started, with the methods of subprocess.Popen that are in use
+    here. To have its exit code, this process must adopt orphans."""
+
+    def __init__(self, pid):
+        self.pid = pid
+        self.returncode = None
+        self._fd = os.pidfd_open(pid)
+
+    def poll(self):
+        if self.returncode is None and select.select([self._fd], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout=DEADLINE_S):
+        if self.returncode is None:
+            if not select.select([self._fd], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            # Its parent may be just about to end.
+            result = wait_until(self._reap, f"the exit code of {self.pid}", timeout)
+            self.returncode = result.si_status
+            if result.si_code != os.CLD_EXITED:
+                self.returncode = -result.si_status
+            os.close(self._fd)
+        return self.returncode
+
+    def kill(self):
+        signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def _reap(self):
+        with contextlib.suppress(ChildProcessError):
+            return os.waitid(os.P_PIDFD, self._fd, os.WEXITED | WALL)
 
 
 def memory_kib(pid, kind="Pss", ram_names=("/memfd:",)):

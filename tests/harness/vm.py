@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness import process
 from harness.process import DEADLINE_S, Deadline
+from pyvmm import rundir
 
 
 class VmExitedError(AssertionError):
@@ -116,6 +117,9 @@ class Vm:
         )
         self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
+        given = dict(zip(self.argv, self.argv[1:], strict=False)).get("-name")
+        #: What the run directory calls it.
+        self.name = given or f"vm-{self.pid}"
         self._accept()
         return self
 
@@ -133,7 +137,9 @@ class Vm:
         """End the process, whatever state it is in. Does nothing the second time."""
         if not hasattr(self, "_process"):
             return
-        if self._process.poll() is None:
+        for carrier in process.carriers(self.folder):
+            process.kill(carrier)  # it would bring the guest back
+        if not self.has_ended:
             self._process.kill()
         self._process.wait()
         self.exit_code = self._process.returncode
@@ -241,6 +247,38 @@ class Vm:
         self._updates += 1
         return start, end
 
+    def plain(self):
+        """Have the guest stand through the next update; self."""
+        reply = self.hmp("migrate_set_parameter cpr-exec-running off")
+        if reply:
+            raise UpdateError(reply)
+        return self
+
+    def follow(self, timeout=DEADLINE_S):
+        """The process ended in an update: go on with the one that the guest is back in. The
+        connections are those that there were.
+
+        :return: the exit code of the process that ended
+        :raises VmExitedError: there is none
+        """
+        ended = self._process.wait(timeout)
+        runtime = (os.environ | self._environment)["XDG_RUNTIME_DIR"]
+        entry = f"{runtime}/pyvmm/{rundir.encode_name(self.name)}"
+
+        def back():
+            pid = rundir.read_info(entry).get("pid")
+            if pid != self.pid and rundir.is_alive(pid):
+                return pid
+            if not list(process.others_at_work(self.folder)):
+                raise VmExitedError(f"pyvmm ended, {ended}, and nobody goes on: {self.stderr()}")
+            return 0
+
+        self.pid = process.wait_until(back, "another process with the guest", timeout)
+        self._process = process.Adopted(self.pid)
+        os.close(self._pidfd)
+        self._pidfd = os.pidfd_open(self.pid)
+        return ended
+
     def live(self):
         """Live through what this machine is to live through: nothing, unless the test is one of
         any life (``any_vm``). Afterwards the guest and the monitor are as they were."""
@@ -258,13 +296,18 @@ class Vm:
         """Send a signal."""
         signal.pidfd_send_signal(self._pidfd, number)
 
+    @property
+    def has_ended(self):
+        """Whether the process has."""
+        return self._process.poll() is not None
+
     def wait_exit(self, timeout=DEADLINE_S):
         """Wait for the end of the process; its exit code, negative for a signal.
 
         What it printed until then is in :attr:`serial`.
         """
         deadline = Deadline(timeout)
-        while self._process.poll() is None:
+        while not self.has_ended:
             self._pump(deadline, "the end of pyvmm", until_exit=True)
         while self._streams and self._receive(self._streams.values()):
             pass
@@ -362,7 +405,7 @@ class Vm:
             raise AssertionError(f"not within the deadline: {what}")
         self._readable(self._streams.values(), deadline.left)
         # In this order: what it printed last has arrived once it has ended.
-        ended = self._process.poll() is not None
+        ended = self.has_ended
         streams = len(self._streams)
         if self._receive(self._streams.values()) or until_exit:
             return

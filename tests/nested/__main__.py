@@ -7,6 +7,7 @@ after the other in one machine.
 import argparse
 import sys
 
+from nested import packages
 from nested.machine import NestedMachine
 
 
@@ -14,6 +15,10 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m nested", description=__doc__)
     parser.add_argument("-c", action="append", default=[], help="a shell command; may be repeated")
     parser.add_argument("-t", "--timeout", type=float, default=600, help="seconds for each")
+    help = f"{', '.join(packages.KERNELS)} (default: that of the host's Debian)"
+    parser.add_argument("--kernel", choices=packages.KERNELS, metavar="VERSION", help=help)
+    help = "emulated processors; with more than one the kernel may crash in KVM_RUN"
+    parser.add_argument("--cpus", type=int, default=1, metavar="N", help=help)
     parser.add_argument("--log", metavar="FOLDER", help="keep console.log and qemu.log there")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
@@ -27,7 +32,8 @@ def main():
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
-    with NestedMachine(arguments.log) as machine:
+    kernel = packages.KERNELS.get(arguments.kernel, packages.OUTER_KERNEL)
+    with NestedMachine(arguments.log, cpus=arguments.cpus, kernel=kernel) as machine:
         for command in commands:
             code = machine.run(command, arguments.timeout, on_output=show).code
     return code

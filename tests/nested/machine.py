@@ -54,18 +54,28 @@ class NestedMachine:
     :param memory: QEMU's ``-m``
     :param cpus: of more than one, each has a thread, and QEMU's emulation of SVM has races then:
         the outer kernel gets the guest's interrupts now and then, and crashes in KVM_RUN
+    :param kernel: the package that its kernel is of
     :param modules: further kernel modules
     :param options: further options of QEMU
     :raises packages.MissingError: if the host lacks something
     """
 
-    def __init__(self, folder=None, *, memory="4G", cpus=1, modules=(), options=()):
+    def __init__(
+        self,
+        folder=None,
+        *,
+        memory="4G",
+        cpus=1,
+        kernel=packages.OUTER_KERNEL,
+        modules=(),
+        options=(),
+    ):
         self._scratch = None
         if folder is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="nested-")
             folder = self._scratch.name
         self.folder = Path(folder)
-        self._memory, self._cpus = memory, cpus
+        self._memory, self._cpus, self._kernel = memory, cpus, kernel
         self._modules, self._options = modules, options
         self._process = None
 
@@ -78,14 +88,15 @@ class NestedMachine:
     def start(self):
         """Start the machine and wait until it takes commands."""
         qemu = packages.qemu()
-        tree = packages.unpacked(packages.OUTER_KERNEL)
+        tree = packages.unpacked(self._kernel)
         initrd = self.folder / "initramfs"
         archives = image.initramfs(tree, packages.busybox(), self._modules)
         initrd.write_bytes(archives + image.cpio(layer.files()))
+        kernel = packages.vmlinux(self._kernel)
         ours, theirs = socket.socketpair()
         with theirs, open(self.folder / "qemu.log", "wb") as log:
             self._process = subprocess.Popen(
-                [*qemu, *self._qemu_options(packages.vmlinux(), initrd, theirs.fileno())],
+                [*qemu, *self._qemu_options(kernel, initrd, theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

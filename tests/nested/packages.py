@@ -1,5 +1,6 @@
 """Debian packages that are used without being installed: fetched once, unpacked, cached."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from harness import needs
 from nested import image
 
 OUTER_KERNEL = "linux-image-amd64"
+#: The kernels of Debian 12 and 13, whatever the host's release is.
+KERNELS = {"6.1": "linux-image-amd64/bookworm", "6.12": "linux-image-amd64/trixie"}
 CLOUD_KERNEL = "linux-image-cloud-amd64"
 #: With the C library.
 FIO = ("fio", "libc6")
@@ -72,9 +75,19 @@ def unpacked(package):
     A package without files of its own (such as linux-image-amd64) stands for the first one that
     it depends on.
 
+    :param package: its name, as apt writes it: NAME, or NAME/RELEASE for another release of Debian
     :raises MissingError: if it is neither cached nor to be had
     """
-    return _unpacked(package, lambda folder: _download(folder, _real_name(package)))
+    name, _, release = package.partition("/")
+
+    def download(folder):
+        if not release:
+            _download(folder, _real_name(name))
+            return
+        with _lists_of(release) as options:
+            _download(folder, _real_name(name, *options), *options)
+
+    return _unpacked(package.replace("/", "_"), download)
 
 
 def qemu():
@@ -94,24 +107,35 @@ def qemu():
 
 
 def _download_newer_qemu(folder):
-    """From the host's mirror, by lists of packages that nothing else sees."""
+    suite = f"{_mirror()[1]}-backports"
+    with _lists_of(suite) as options:
+        _download(folder, *QEMU_PACKAGES, "-t", suite, *options)
+
+
+def _mirror():
+    """The address and the release of the host's Debian mirror."""
     wanted = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
     found = _run("apt-get", "indextargets", "--format", "$(SITE) $(CODENAME)", *wanted)
     release = re.search(r"^(\S+) (\w+)$", found, re.M)
     if not release:
-        need = ".".join(map(str, OLDEST_QEMU))
-        raise MissingError(f"{QEMU}: {need} or newer is needed, and no Debian mirror is known")
-    site, codename = release.groups()
+        raise MissingError("no Debian mirror is known: see apt's sources")
+    return release.groups()
+
+
+@contextlib.contextmanager
+def _lists_of(suite):
+    """Options with which apt knows the packages of a suite on the host's mirror, and no others, by
+    lists that nothing else sees."""
     with tempfile.TemporaryDirectory() as scratch:
         sources, lists = Path(scratch, "sources.list"), Path(scratch, "lists")
-        sources.write_text(f"deb {site} {codename}-backports main\n")
+        sources.write_text(f"deb {_mirror()[0]} {suite} main\n")
         lists.mkdir()
         options = [
             *("-o", f"Dir::Etc::SourceList={sources}", "-o", "Dir::Etc::SourceParts=/dev/null"),
             *("-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={scratch}/cache"),
         ]
         _apt_get("update", *NO_SANDBOX, *options)
-        _download(folder, *QEMU_PACKAGES, "-t", f"{codename}-backports", *options)
+        yield options
 
 
 def _unpacked(name, download):
@@ -174,8 +198,8 @@ def _with_lists(action):
         return action()
 
 
-def _real_name(package):
-    depends = _run("apt-cache", "depends", "--important", package)
+def _real_name(package, *options):
+    depends = _run("apt-cache", "depends", "--important", package, *options)
     found = re.search(r"Depends: (linux-image-\S+)", depends)
     return found[1] if found else package
 

@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from bench import chain, compare, pause, report, startup, updates
+from bench import chain, compare, move, pause, report, startup, updates
 from bench.machines import BenchError
 from bench.memory import beside_ram
 from bench.plan import Plan, cpu_counts
@@ -354,3 +354,9 @@ def test_pause_by_vcpus_tells_what_each_costs(monkeypatch):
         ("pause, each vCPU up to 8", 2.0),
         ("pause, each vCPU up to 62", 2.0),
     ]
+
+
+def test_move_counts_the_vcpu_that_stands_still_longest():
+    assert move._result("x", 0, "1.0 3.5\n2.5 2.0\n").samples == [3.5, 2.5]
+    with pytest.raises(BenchError, match="ended with 3: why"):
+        move._result("x", 3, "", "why")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from nested import image, port
+from nested import image, packages, port
 
 
 class Machine:
@@ -198,3 +198,29 @@ def test_machine_ends_with_its_parent():
             assert select.select([pidfd], [], [], 30)[0]
         finally:
             os.close(pidfd)
+
+
+APT = """#!/bin/sh
+case "$1" in
+indextargets) echo http://mirror.test/debian bookworm ;;
+update) cat "$(echo "$@" | sed 's/.*SourceList=\\([^ ]*\\).*/\\1/')" >>SOURCES ;;
+download) touch one.deb; echo "$@" >>DOWNLOADS ;;
+esac
+"""
+APT_CACHE = "#!/bin/sh\necho '  Depends: linux-image-6.12.1-amd64'\n"
+DPKG_DEB = '#!/bin/sh\nmkdir -p "$3/boot"\necho kernel >"$3/boot/vmlinuz-6.12.1"\n'
+
+
+def test_package_of_another_release_comes_from_the_hosts_mirror(tmp_path, monkeypatch):
+    sources, downloads = tmp_path / "sources", tmp_path / "downloads"
+    apt = APT.replace("SOURCES", str(sources)).replace("DOWNLOADS", str(downloads))
+    for name, text in {"apt-get": apt, "apt-cache": APT_CACHE, "dpkg-deb": DPKG_DEB}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernel = packages.kernel("linux-image-amd64/trixie")
+    assert kernel.read_text() == "kernel\n"
+    assert packages.kernel("linux-image-amd64/trixie") == kernel  # cached
+    assert sources.read_text() == "deb http://mirror.test/debian trixie main\n"
+    assert " linux-image-6.12.1-amd64 " in downloads.read_text()

@@ -152,7 +152,7 @@ def test_relative_paths_over_a_deleted_directory(vm, tmp_path):
             assert machine.hmp("update") == ""
             machine.hmp("system_reset")
             assert initrd(b"first") in guests.expect_verdict(machine, "ELF")
-        fault = shlex.join(replaced(machine, "pyvmm.x86.vcpu_state:write", "raise ValueError"))
+        fault = shlex.join(replaced(machine, "pyvmm.kvm.carrier:Takeover.take", "raise ValueError"))
         assert BACK in machine.hmp(f"update {fault}")
         machine.hmp("system_reset")
         assert initrd(b"first") in guests.expect_verdict(machine, "ELF")

@@ -14,7 +14,10 @@ def test_a_life_is_lived(vm, life):
         machine.live()
         migrated = machine.hmp("info migrate")
         assert (machine.pid != pid) == (life.name == "restored")
-        assert ("Status: \t\tcompleted" in migrated) == (life.name in ("updated", "restored"))
+        is_over = life.name in ("updated", "plain", "restored")
+        assert ("Status: \t\tcompleted" in migrated) == is_over
+        way = {"updated": "running", "plain": "stopped"}.get(life.name)
+        assert way is None or f"Guest in the exec: \t{way}\n" in migrated
         assert (BACK in migrated) == (life.name == "returned")
         assert ("-incoming" in machine.cmdline) == (life.name != "booted")
         machine.seen = len(machine.serial)
