@@ -2,21 +2,23 @@
 
     make soak ARGS="1000 --smp 2"
 
-Prints the pause's percentiles and, all along, what must stay constant: descriptors, threads,
-memory, environment, size of the state. The exit code is 1 if anything did not, or if the guest
-missed a number.
+Prints the pause's percentiles and, all along, what must stay constant: descriptors, shared
+mappings, threads, processes with the guest's memory, memory, environment, size of the state. The
+exit code is 1 if anything did not, if the guest missed a number, or if a client heard late that its
+connection was closed.
 """
 
 import argparse
 import os
 import re
+import socket
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
 from faults.tools import Qmp
-from harness import Vm
+from harness import Vm, process, wait_until
 
 MEMORY_TOLERANCE_KIB = 1024  # private memory beside the guest's
 STATE_TOLERANCE = 256  # what the serial port's queues hold differs
@@ -31,11 +33,17 @@ class SoakError(AssertionError):
 
 def constants(machine):
     """What an update must leave as it was: title -> value."""
+    # Until the helpers have ended, and were waited for.
     fds, threads = machine.footprint()
+    mappings = Path(f"/proc/{machine.pid}/maps").read_text().splitlines()
+    ram = process.memfd(machine.pid, "pc.ram").stat().st_ino
     environment = Path(f"/proc/{machine.pid}/environ").read_bytes()
     return {
         "fds": len(fds),
+        "memfds": sum(fd.startswith("/memfd:") for fd in fds),
+        "shared": sum(line.split()[1].endswith("s") for line in mappings),
         "threads": len(threads),
+        "processes": len(process.mappers(ram)),
         "environment": len(re.sub(rb"(PYVMM_CPR_EXEC_STATE)=\d+", rb"\1=", environment)),
         "arguments": len(" ".join(machine.cmdline)),
     }
@@ -59,9 +67,29 @@ def update(machine, qmp, state):
         machine.set_update(uri=state)
     reply = machine.hmp(f"migrate {state}" if state else "update")
     info = qmp.execute("query-migrate")
-    if reply or info["status"] != "completed":
+    if reply or info["status"] != "completed" or not info["running"]:
         raise SoakError(f"{reply} {info}")
-    return sum(ms for step, ms in info["phases"].items() if step not in ("preflight", "quiesce"))
+    return max(pause["takeover-us"] for pause in info["cpu-pauses"]) / 1000
+
+
+def check_closed_at_once(machine, qmp):
+    """A client is told as soon as a new image closes its connection: nobody else has it."""
+    path = str(machine.folder / "side.sock")
+    address = {"type": "unix", "data": {"path": path}}
+    backend = {"type": "socket", "data": {"addr": address, "wait": False}}
+    qmp.execute("chardev-add", id="side", backend=backend)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        wait_until(lambda: "disconnected:unix" not in machine.hmp("info chardev"), "the client")
+        update(machine, qmp, None)
+        qmp.execute("chardev-remove", id="side")
+        client.settimeout(1)
+        try:
+            rest = client.recv(1)
+        except TimeoutError:
+            rest = None
+    if rest != b"":
+        raise SoakError("the end of a connection was told late")
 
 
 def soak(machine, updates, show=lambda _row: None):
@@ -84,6 +112,7 @@ def soak(machine, updates, show=lambda _row: None):
                 # The command line names the state: of the same kind of update each time.
                 if state:
                     continue
+                check_closed_at_once(machine, qmp)
                 now, held = constants(machine), machine.memory_kib("Anonymous")
                 lines = check_numbers(machine)
                 row = {"updates": number, **now, "KiB": held, "state": max(sizes)}
@@ -131,8 +160,8 @@ def main():
             print(f"soak: {error}\n{machine.report()[-4000:]}", file=sys.stderr)
             return 1
     print(
-        f"\npause in ms: p50 {statistics.median(pauses):.1f}, "
-        f"p99 {percentile(pauses, 99):.1f}, max {max(pauses):.1f}"
+        f"\npause in ms, as pyvmm sees it: p50 {statistics.median(pauses):.3f}, "
+        f"p99 {percentile(pauses, 99):.3f}, max {max(pauses):.3f}"
     )
     return 0
 

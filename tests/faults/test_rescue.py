@@ -4,9 +4,11 @@ One that fails in Python executes the old command itself, in the same process. I
 is gone the carrier starts the old program, which is another process with the same connections.
 """
 
+import contextlib
 import json
 import mmap
 import os
+import pty
 import signal
 import socket
 import sys
@@ -32,7 +34,7 @@ from faults.tools import (
 from harness import process, run_cli, wait_until
 from harness import pyvmm as pyvmm_command
 
-from pyvmm import cli, wayback
+from pyvmm import cli, rundir, wayback
 
 pytestmark = pytest.mark.usefixtures("orphans")
 
@@ -606,3 +608,55 @@ def test_old_image_killed_in_its_last_moment(ticker):
     (machine.folder / "armed").touch()
     assert bring_back(machine) == -signal.SIGKILL
     check_whole(machine)
+
+
+# ---- the terminal that it was started on ----------------------------------------------------
+
+DEBUGCON = ("-chardev", "stdio,id=tty", "-device", "isa-debugcon,chardev=tty")
+#: A shell that makes each command a job, which has the terminal while it runs, and waits then.
+SHELL = ("sh", "-c", 'set -m; "$@"; echo back; sleep 600', "sh")
+
+
+@pytest.fixture
+def terminal():
+    """A new terminal: both ends."""
+    ends = pty.openpty()
+    yield ends
+    for end in ends:
+        with contextlib.suppress(OSError):
+            os.close(end)
+
+
+def test_terminal_of_the_session_hangs_up(ticker, terminal):
+    """It does with the process that led the session; the guest does not end for that."""
+    _, slave = terminal
+    program = ["setsid", "-c", pyvmm_command(), "run"]
+    machine = ticker(*NAMED, *DEBUGCON, program=program, stdin=slave)
+    assert os.getsid(machine.pid) == machine.pid
+    bring_back(machine, replaced(machine, "pyvmm.cli:serve", KILL))
+    check_whole(machine)
+
+
+def test_shell_takes_the_terminal_back(ticker, terminal):
+    """The guest runs on in the background, where nobody may read from a terminal."""
+    master, slave = terminal
+    program = ["setsid", "-c", *SHELL, pyvmm_command(), "run"]
+    machine = ticker(*NAMED, *DEBUGCON, program=program, stdin=slave, stdout=slave)
+    entry = f"{os.environ['XDG_RUNTIME_DIR']}/pyvmm/{machine.name}"
+    shell, before = machine.pid, rundir.read_info(entry)["pid"]
+    assert before != shell
+    inode = process.memfd(before, "pc.ram").stat().st_ino
+    assert os.tcgetpgrp(master) == os.getpgid(before)
+    send_update(machine, replaced(machine, "pyvmm.cli:serve", KILL))
+    assert BACK in machine.hmp_reply()
+    wait_until(lambda: rundir.read_info(entry)["pid"] != before, "another process")
+    after = rundir.read_info(entry)["pid"]
+    wait_until(lambda: os.tcgetpgrp(master) != os.getpgid(after), "the shell")
+    os.write(master, b"typed\n")
+    check_ticking(machine)
+    check_updated(machine)
+    check_ticking(machine)
+    state = Path(f"/proc/{after}/stat").read_text().rpartition(")")[2].split()[0]
+    assert state in "RS"
+    machine.hmp_send("quit")
+    wait_until(lambda: not process.mappers(inode), "the end")
