@@ -3,7 +3,8 @@
  * overwritten. Then a flush. Read-only disks are checked for pass 0. Arguments: disk=N the nth disk,
  * depth=N requests under way, kb=N of each, mb=N of the disk, zero: write-zeroes and discard, too.
  * count: the other CPUs count meanwhile, as the program counter does.
- * bench=read or write: none of this, but as many requests as can be in ms=N, anywhere or (seq) in order. */
+ * bench=read or write: none of this, but as many requests as can be in ms=N, anywhere or (seq) in order;
+ * how many they are is in the shared counter page all along. */
 #include "virtio.h"
 
 #define MAX_DEPTH 64
@@ -165,7 +166,7 @@ static void bench(u32 type)
         struct request *r = wait();
         if (r->status)
             fail("bench: status %u", r->status);
-        done++;
+        *(volatile u64 *)COUNTER_PAGE = ++done;
         took = rdtsc() - start;
         if (took >= length) {
             under_way--;

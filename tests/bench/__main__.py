@@ -1,7 +1,8 @@
 """``make bench``: measures pyvmm on this host and compares with the targets.
 
     make bench ARGS="pause start --runs 50"
-    make bench ARGS="pause --smp 1,8,16,62"
+    make bench ARGS="pause --smp 1,16,62"
+    make bench ARGS="updates --updates 200 --pictures pictures"
     make bench ARGS="pause phases start --against COMMIT_OR_FOLDER"
 
 Prints a table and writes JSON. The exit code is 1 if a target was missed or a benchmark failed.
@@ -26,10 +27,13 @@ from bench.machines import BenchError
 from bench.memory import bench_memory
 from bench.move import bench_move, bench_nested_move
 from bench.network import bench_network
-from bench.pause import bench_pause, bench_phases, bench_qemu
+from bench.pause import bench_pause, bench_phases
 from bench.plan import Plan, cpu_counts
 from bench.report import Result, host, progress, table, write_json
+from bench.speed import bench_speed
+from bench.stall import bench_stall
 from bench.startup import bench_exits, bench_imports, bench_start
+from bench.updates import bench_updates
 
 
 class Benchmark:
@@ -50,12 +54,14 @@ class Benchmark:
 
 BENCHMARKS = {
     "pause": Benchmark(bench_pause, 5),
+    "updates": Benchmark(bench_updates),
+    "stall": Benchmark(bench_stall),
+    "speed": Benchmark(bench_speed, 0, 10),
     "phases": Benchmark(bench_phases, 5),
     "start": Benchmark(bench_start, 5),
     "imports": Benchmark(bench_imports, 1, 5),
     "memory": Benchmark(bench_memory, 1, 3),
     "exits": Benchmark(bench_exits, 5),
-    "qemu": Benchmark(bench_qemu),
     "block": Benchmark(bench_block),
     "console": Benchmark(bench_console),
     "net": Benchmark(bench_network),
@@ -101,10 +107,16 @@ def main():
 def _options():
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     names = ", ".join(BENCHMARKS)
-    help = f"{names} (default: all that take no minutes; of those that can compare two)"
+    help = f"{names} (default: all but boot and nested-move; of those that can compare two)"
     parser.add_argument("names", nargs="*", metavar="NAME", help=help)
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="samples of each (20)")
     parser.add_argument("--quick", action="store_true", help="5 samples, no large guests")
+    help = "of 'updates', beside as many of QEMU as there are samples (1000, 50 if --quick)"
+    parser.add_argument("--updates", type=int, metavar="N", help=help)
+    help = "draw one of the updates there, and write it as Chrome trace events"
+    parser.add_argument("--pictures", metavar="FOLDER", help=help)
+    help = "updates stop the guest first, as they do where it cannot run through the exec"
+    parser.add_argument("--plain", action="store_true", help=help)
     help = "pause and phases with so many vCPUs, such as 1,8,16,62"
     parser.add_argument("--smp", default="", metavar="LIST", help=help)
     help = "compare with another version, in turns: a commit, or a folder with a built checkout"
@@ -116,8 +128,11 @@ def _options():
             parser.error(f"{name}: no such benchmark; there are {names}")
         if options.against and not BENCHMARKS[name].turn:
             parser.error(f"{name} cannot be measured --against another version")
-    if options.runs < 1:
-        parser.error("--runs: at least 1")
+    if options.updates is None:
+        options.updates = 50 if options.quick else 1000
+    for name in ("runs", "updates"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: at least 1")
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         parser.error("/dev/kvm cannot be opened")
     try:
@@ -131,7 +146,15 @@ def _options():
             options.names = [name for name in options.names if BENCHMARKS[name].turn]
     runs = min(options.runs, 5) if options.quick else options.runs
     quick = options.quick or options.other is not None
-    options.plan = Plan(runs, quick=quick, smp=smp, version=versions.present())
+    options.plan = Plan(
+        runs,
+        quick=quick,
+        smp=smp,
+        updates=options.updates,
+        pictures=options.pictures,
+        plain=options.plain,
+        version=versions.present(),
+    )
     return options
 
 

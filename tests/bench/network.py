@@ -27,6 +27,11 @@ TYPE_TEST = 0x88B5  # IEEE 802: for local experiments
 ADDRESSES = bytes.fromhex("525400123456020000000001")
 BUFFER = 1536
 TRIPS = 200
+#: A network device on the tap.
+DEVICE = (
+    *("-netdev", f"tap,id=n0,ifname={TAP},script=no,downscript=no"),
+    *("-device", "virtio-net-device,netdev=n0,mac=52:54:00:12:34:56"),
+)
 
 #: name, bytes of a frame with its Ethernet header, frames that are under way to the guest.
 SIZES = (("64 KiB", 65535, 32), ("1514 bytes", 1514, 256))
@@ -38,7 +43,7 @@ def bench_network(plan):
     if os.geteuid():
         yield Result("net", [], "Gb/s", note="left out: needs root, for a network namespace")
         return
-    with _tap():
+    with tap():
         for name, size, window in SIZES[:1] if plan.quick else SIZES:
 
             def send(kind, size=size):
@@ -53,7 +58,8 @@ def bench_network(plan):
 
 
 @contextlib.contextmanager
-def _tap():
+def tap():
+    """This thread, and what it starts, is in a network namespace with a tap."""
     libc = ctypes.CDLL(None, use_errno=True)
     before = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -77,12 +83,8 @@ def _tap():
 @contextlib.contextmanager
 def _guest(kind, words):
     """The guest's program is ready; nothing else uses the tap."""
-    options = [
-        *("-netdev", f"tap,id=n0,ifname={TAP},script=no,downscript=no"),
-        *("-device", "virtio-net-device,netdev=n0,mac=52:54:00:12:34:56"),
-    ]
     append = f"virtio-net buffer={BUFFER} {words}"
-    with kind(*options, append=append, monitor=False) as vmm:
+    with kind(*DEVICE, append=append, monitor=False) as vmm:
         vmm.expect("virtio-net ready")
         yield vmm
 
@@ -107,36 +109,38 @@ def _received():
 
 def _receive(kind, size, window):
     step = window // 4
-    with _guest(kind, f"mode=sink step={step}"), _packets() as packets:
-        frame = _frame(size)
+    with _guest(kind, f"mode=sink step={step}"), packets() as link:
+        data = frame(size)
         start, counted, sent, taken = None, 0, 0, 0
         while (now := time.monotonic()) - (start or now) < DURATION_S:
             if start is None and sent and taken >= 8 * window:
                 start, counted = now, taken
             while sent < taken + window:
-                packets.send(frame)
+                link.send(data)
                 sent += 1
-            (taken,) = struct.unpack_from("<Q", packets.recv(2048), 14)
+            (taken,) = struct.unpack_from("<Q", link.recv(2048), 14)
         return (taken - counted) * size * 8e-9 / (now - start)
 
 
 def _round_trip(kind):
-    with _guest(kind, "step=1000000"), _packets() as packets:
-        frame = _frame(60)
+    with _guest(kind, "step=1000000"), packets() as link:
+        data = frame(60)
         for number in range(2 * TRIPS):
             if number == TRIPS:
                 start = time.monotonic()
-            packets.send(frame)
-            packets.recv(2048)
+            link.send(data)
+            link.recv(2048)
         return (time.monotonic() - start) * 1e6 / TRIPS
 
 
-def _frame(size):
+def frame(size):
+    """A frame for the guest, of ``size`` bytes."""
     return ADDRESSES + struct.pack(">H", TYPE_TEST) + bytes(size - 14)
 
 
-def _packets():
-    packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(TYPE_TEST))
-    packets.bind((TAP, TYPE_TEST))
-    packets.settimeout(TIMEOUT_S)
-    return packets
+def packets():
+    """A socket for frames of that type on the tap."""
+    link = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(TYPE_TEST))
+    link.bind((TAP, TYPE_TEST))
+    link.settimeout(TIMEOUT_S)
+    return link

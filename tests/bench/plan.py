@@ -7,11 +7,27 @@ class Plan:
     :ivar runs: samples of each
     :ivar quick: leave out what takes long
     :ivar smp: numbers of vCPUs, for those that vary them; empty: one, as ever
+    :ivar updates: how many of those of which the longest pause counts
+    :ivar pictures: a folder for pictures of one of them, or None
+    :ivar plain: updates stop the guest first
     :ivar version: the :class:`harness.versions.Version` that is measured
     """
 
-    def __init__(self, runs, *, quick=False, smp=(), version=None):
+    def __init__(
+        self,
+        runs,
+        *,
+        quick=False,
+        smp=(),
+        updates=1000,
+        pictures=None,
+        plain=False,
+        version=None,
+    ):
         self.runs = runs
+        self.updates = updates
+        self.pictures = pictures
+        self.plain = plain
         self.quick = quick
         self.smp = smp
         self.version = version

@@ -17,13 +17,15 @@ class Result:
     :param unit: of the samples
     :param limit: the target: the median must not be above it; None if there is none
     :param note: what the reader must know about it
+    :param tail: a target for the 99th percentile, likewise
     """
 
-    def __init__(self, name, samples, unit, limit=None, note=""):
+    def __init__(self, name, samples, unit, limit=None, note="", *, tail=None):
         self.name = name
         self.samples = samples
         self.unit = unit
         self.limit = limit
+        self.tail = tail
         self.note = note
 
     @property
@@ -33,19 +35,26 @@ class Result:
 
     @property
     def passed(self):
-        """Whether the target was met, None if there is none or nothing was measured."""
-        if self.limit is None or not self.samples:
-            return None
-        return self.median <= self.limit
+        """Whether the targets were met, None if there is none or nothing was measured."""
+        limits = [(50, self.limit), (99, self.tail)]
+        met = [
+            percentile(self.samples, percent) <= limit
+            for percent, limit in limits
+            if limit is not None and self.samples
+        ]
+        return all(met) if met else None
 
     def as_dict(self):
         """For JSON."""
         found = {"name": self.name, "unit": self.unit, "target": self.limit, "pass": self.passed}
+        if self.tail is not None:
+            found["target-p99"] = self.tail
         if self.samples:
             found |= {
                 "median": self.median,
                 "p10": percentile(self.samples, 10),
                 "p90": percentile(self.samples, 90),
+                "p99": percentile(self.samples, 99),
                 "min": min(self.samples),
                 "max": max(self.samples),
             }
@@ -63,15 +72,17 @@ def percentile(samples, percent):
 
 def table(results, colour):
     """The rows under their headings, as text."""
-    head = ("benchmark", "unit", "n", "median", "p10", "p90", "min", "max", "target", "")
+    head = ("benchmark", "unit", "n", "median", "p10", "p90", "p99", "min", "max", "target", "")
     rows = [head]
     for result in results:
-        spread = [""] * 5
+        spread = [""] * 6
         if result.samples:
             samples = result.samples
-            values = (result.median, percentile(samples, 10), percentile(samples, 90))
+            values = [percentile(samples, percent) for percent in (50, 10, 90, 99)]
             spread = [f"{value:.2f}" for value in (*values, min(samples), max(samples))]
         target = "" if result.limit is None else f"<= {result.limit:.2f}"
+        if result.tail is not None:
+            target += f", p99 <= {result.tail:.2f}"
         verdict = {True: "pass", False: "FAIL", None: ""}[result.passed]
         count = str(len(result.samples))
         rows.append((result.name, result.unit, count, *spread, target, verdict))

@@ -14,9 +14,13 @@ if not os.path.exists("times"):
     for cpu in machine.cpus:
         cpu.vcpu.set_tsc_offset(-(10 ** 12) % (1 << 64))
 vm = machine.platform.vm
-before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-clock = vm.get_clock()
-after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+rows = []
+for _ in range(20):
+    before = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    clock = vm.get_clock()
+    after = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    rows.append((after - before, clock, before, after))
+_, clock, before, after = min(rows)
 offsets = [cpu.call(lambda vcpu: vcpu.get_tsc_offset()) for cpu in machine.cpus]
 with open("times", "a") as file:
     print(*offsets, clock - (before + after) // 2, after - before, file=file)

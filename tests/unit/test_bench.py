@@ -1,17 +1,24 @@
 """What the benchmarks compute, apart from what they measure."""
 
 import json
+import mmap
 import os
+import select
+import socket
 import stat
 import sys
+import threading
+import time
 
 import pytest
-from bench import compare, move, pause, report, startup
+from bench import chain, compare, move, pause, report, startup, updates
 from bench.machines import BenchError
 from bench.memory import beside_ram
 from bench.plan import Plan, cpu_counts
-from bench.poller import longest
 from bench.spawn import first_output
+from bench.stall import Arrivals
+from bench.watcher import Watched, Watcher, longest
+from harness import DEADLINE_S
 from harness.versions import Version
 
 SMAPS = """\
@@ -28,12 +35,187 @@ Pss:                1024 kB
 """
 
 
-def test_longest_gap_is_the_one_that_overlaps():
-    gaps = [(0, 9_000_000), (20_000_000, 25_000_000), (26_000_000, 27_000_000)]
-    assert longest(gaps, 10_000_000, 30_000_000) == 5
-    assert longest(gaps, 24_000_000, 30_000_000) == 5
-    assert longest(gaps, 25_000_000, 30_000_000) == 1
-    assert longest(gaps, 10_000_000, 11_000_000) == 0.2
+MS = 1_000_000
+
+
+def test_gaps_are_those_that_overlap():
+    gaps = [(0, 9 * MS, 0), (20 * MS, 25 * MS, 0), (26 * MS, 27 * MS, 0), (28 * MS, 28 * MS + 9, 0)]
+    watched = Watched(gaps, [])
+    assert watched.standing(10 * MS, 30 * MS) == [5, 1]
+    assert watched.standing(24 * MS, 30 * MS) == [5, 1]
+    assert watched.standing(25 * MS, 30 * MS) == [1]
+    assert watched.standing(10 * MS, 11 * MS) == []
+    assert [longest([5, 1]), longest([])] == [5, 0.1]
+    assert [watched.pause(10 * MS, 30 * MS), watched.pause(10 * MS, 11 * MS)] == [20 * MS, 11 * MS]
+
+
+def test_what_a_late_watcher_missed_is_no_gap():
+    """The counter goes at 3 a ns; of 4 ms it was seen at the ends of it was there for 3.5, then for
+    all of them."""
+    watched = Watched([(0, 4 * MS, 3 * 3_500_000), (9 * MS, 13 * MS, 3 * 4_000_000)], [])
+    assert watched.standing(0, 20 * MS, 3) == [0.5]
+    assert watched.standing(0, 20 * MS) == [4, 4]
+
+
+def test_whether_the_counter_moved_to_the_end():
+    assert Watched([(0, MS, 0)], []).moves
+    assert not Watched([(0, 11 * MS, 0)], []).moves
+
+
+def test_speed_of_a_counter_and_when_it_is_back():
+    """1000 a ms for 50 ms, then 10 for 30, then 960."""
+    notes, value = [], 0
+    for at in range(200):
+        notes.append((at * MS, value))
+        value += 1000 if at < 50 else 10 if at < 80 else 960
+    watched = Watched([], notes)
+    assert watched.speed(10 * MS, 40 * MS) == pytest.approx(1000 / MS)
+    assert watched.speed(55 * MS, 75 * MS) == pytest.approx(10 / MS)
+    assert watched.speed(300 * MS, 400 * MS) == 0
+    # As many of a window's 20 ms were slow as were not when it began at 70.
+    assert watched.back_at(50 * MS, 950 / MS, 20 * MS) in (70 * MS, 71 * MS)
+    assert watched.back_at(100 * MS, 950 / MS, 20 * MS) == 100 * MS
+    assert watched.back_at(50 * MS, 990 / MS, 20 * MS) is None
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """A counter in a file that goes on while ``going`` is set; (path, going)."""
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(2 * mmap.PAGESIZE))
+    going, ended = threading.Event(), threading.Event()
+    with open(path, "r+b") as file:
+        page = mmap.mmap(file.fileno(), mmap.PAGESIZE, offset=mmap.PAGESIZE)
+
+    def work():
+        with memoryview(page).cast("Q") as counter:
+            while not ended.is_set():
+                if going.wait(0.01):
+                    counter[0] += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    going.set()
+    yield path, going
+    ended.set()
+    thread.join()
+    page.close()
+
+
+def test_a_counter_that_stands_is_seen_from_another_process(counting):
+    path, going = counting
+    with Watcher(str(path), mmap.PAGESIZE) as watcher:
+        start = time.monotonic_ns()
+        going.clear()
+        select.select([], [], [], 0.05)
+        end = time.monotonic_ns()
+        going.set()
+        # Until it has been seen to go on.
+        select.select([], [], [], 0.05)
+        watched = watcher.stop()
+    # The counter's thread may do one more increment after the start.
+    assert max(watched.standing(start, end)) > 20
+    assert watched.pause(start, end) < end
+    assert watched.notes[0][1] < watched.notes[-1][1]
+
+
+def test_arrivals_have_gaps_between_them():
+    here, there = socket.socketpair()
+    with here, there:
+        here.settimeout(0.01)
+        arrived = threading.Event()
+
+        def receive():
+            data = here.recv(100)
+            arrived.set()
+            return data
+
+        with Arrivals(receive) as arrivals:
+            there.send(b"x")
+            assert arrived.wait(DEADLINE_S)
+            select.select([], [], [], 0.03)
+            start = time.monotonic_ns()
+            there.send(b"x")
+        assert longest(arrivals.watched.standing(0, start)) > 10
+        with Arrivals(lambda: here.recv(100)) as arrivals:
+            there.shutdown(socket.SHUT_WR)  # it ends by itself
+            arrivals._thread.join()
+        assert len(arrivals.watched.gaps) == 1
+
+
+INFOS = [
+    {
+        "running": True,
+        "cpu-pauses": [
+            {"cpu": 0, "move-us": 20.0, "takeover-us": 300.0},
+            {"cpu": 1, "move-us": 30.0, "takeover-us": 250.0},
+        ],
+        "device-stall": 31.5,
+        "timeline": [{"name": "stop", "begin-us": 0.0, "end-us": 5.0}],
+    },
+    {"running": False, "fallback": "no room"},
+    {},
+]
+
+
+def chained(infos=INFOS, problem=None):
+    """Three updates: with gaps of 2 and 1 ms, of 3 ms, of none."""
+    gaps = [(110 * MS, 112 * MS, 0), (115 * MS, 116 * MS, 0), (510 * MS, 513 * MS, 0)]
+    gaps += [(700 * MS, 701 * MS, 0), (2000 * MS, 2000 * MS, 0)]
+    times = [(100 * MS, 150 * MS), (500 * MS, 560 * MS), (710 * MS, 730 * MS)]
+    return chain.Chain(Watched(gaps, []), times, infos, problem)
+
+
+def test_a_chain_of_updates_has_longest_gaps_sums_and_a_floor():
+    rows = chained().rows("updates 1M", 1.0, 2.0)
+    assert [(row.name, row.samples) for row in rows] == [
+        ("updates 1M", [2, 3, 0.1]),
+        ("  sum of gaps, 1M", [3, 3, 0]),
+        ("  jitter floor, 1M", [0.1, 0.1, 1]),
+        ("  command to prompt, 1M", [50, 60, 20]),
+    ]
+    assert (rows[0].limit, rows[0].tail) == (1.0, 2.0)
+    assert rows[0].note == "the guest ran through 1 of 2 execs; 1 times no room"
+    assert chained([{}] * 3).ways() == ""
+
+
+def test_updates_with_what_pyvmm_tells_and_a_picture(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(name, plan, runs, size, **_):
+        asked.append((name, runs, size >> 20))
+        return chained(problem="killed" if size > updates.SMALL else None)
+
+    monkeypatch.setattr(updates, "chain", fake)
+    monkeypatch.setattr(updates, "left_out", lambda _plan, _size: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    rows = updates.bench_updates(Plan(3, updates=7, pictures=str(tmp_path / "new")))
+    found = {}
+    with pytest.raises(BenchError, match="killed"):
+        found.update((row.name, row) for row in rows)
+    assert asked == [("updates 256M", 7, 256), ("updates 8192M", 7, 8192)]
+    assert (found["updates 256M"].limit, found["updates 256M"].tail) == (0.5, 2.0)
+    assert found["  move, 256M"].samples == [0.03]
+    assert found["  takeover, 256M"].samples == [0.3]
+    assert found["  without devices, 256M"].samples == [31.5]
+    assert found["updates qemu"].note == updates.QEMU_ABSENT
+    # What was found before a failure is told.
+    assert found["updates 8192M"].samples == [2, 3, 0.1]
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {
+        f"update-{size}.{kind}" for size in ("256M", "8192M") for kind in ("svg", "json")
+    }
+    assert json.loads((tmp_path / "new" / "update-256M.json").read_text())["traceEvents"]
+    assert "update 1 of 3: 2.00 ms" in (tmp_path / "new" / "update-256M.svg").read_text()
+
+
+def test_a_size_that_does_not_fit_is_left_out(monkeypatch):
+    assert updates.left_out(Plan(1, quick=True), updates.SMALL) is None
+    assert "--quick" in updates.left_out(Plan(1, quick=True), updates.LARGE)
+    monkeypatch.setattr(os, "sysconf", lambda _name: 4096)
+    assert updates.left_out(Plan(1), updates.LARGE) == "left out: 16 MiB of memory are free"
+    monkeypatch.setattr(os, "sysconf", lambda _name: 1 << 20)
+    assert updates.left_out(Plan(1), updates.LARGE) is None
 
 
 def test_guest_ram_is_not_counted():
@@ -49,21 +231,11 @@ def test_guest_ram_is_not_counted():
         ("something else", (0, 0)),
     ],
 )
-def test_qemu_version(tmp_path, monkeypatch, says, version):
+def test_qemu_version(tmp_path, says, version):
     program = tmp_path / "qemu-system-x86_64"
     program.write_text(f"#!/bin/sh\necho '{says}'\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert pause.qemu_version(str(program)) == version
-    if version < (10, 2):
-        (row,) = pause.bench_qemu(Plan(1))
-        assert (row.samples, row.note) == ([], "qemu: not found or older than 10.2")
-
-
-def test_no_qemu(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    (row,) = pause.bench_qemu(Plan(1))
-    assert row.note == "qemu: not found or older than 10.2"
+    assert updates.qemu_version(str(program)) == version
 
 
 def test_table_and_json_say_what_was_met(tmp_path):
@@ -71,18 +243,22 @@ def test_table_and_json_say_what_was_met(tmp_path):
         report.Result("good", [1.0, 2.0, 9.0], "ms", limit=2.0),
         report.Result("bad", [3.0], "ms", limit=2.0),
         report.Result("plain", [3.0, 4.0], "us"),
-        report.Result("absent", [], "ms", limit=2.0, note="left out"),
+        report.Result("tailed", [1.0] * 9 + [5.0], "ms", limit=2.0, tail=4.0),
+        report.Result("absent", [], "ms", limit=2.0, tail=2.0, note="left out"),
     ]
-    good, bad, plain, absent, note = report.table(results, colour=False).splitlines()[1:]
-    assert good.split() == "good ms 3 2.00 1.20 7.60 1.00 9.00 <= 2.00 pass".split()
+    good, bad, plain, tailed, absent, note = report.table(results, colour=False).splitlines()[1:]
+    assert good.split() == "good ms 3 2.00 1.20 7.60 8.86 1.00 9.00 <= 2.00 pass".split()
     assert bad.endswith("FAIL")
-    assert plain.split() == "plain us 2 3.50 3.10 3.90 3.00 4.00".split()
-    assert absent.split() == "absent ms 0 <= 2.00".split()
+    assert plain.split() == "plain us 2 3.50 3.10 3.90 3.99 3.00 4.00".split()
+    assert tailed.split()[7:] == "1.00 5.00 <= 2.00, p99 <= 4.00 FAIL".split()
+    assert absent.split() == "absent ms 0 <= 2.00, p99 <= 2.00".split()
     assert note.strip() == "left out"
     assert "\x1b[31mFAIL" in report.table(results, colour=True)
     report.write_json(tmp_path / "out.json", report.host(), results)
     written = json.loads((tmp_path / "out.json").read_text())
-    assert [one["pass"] for one in written["results"]] == [True, False, None, None]
+    assert [one["pass"] for one in written["results"]] == [True, False, None, False, None]
+    assert [one.get("target-p99") for one in written["results"]] == [None, None, None, 4.0, 2.0]
+    assert written["results"][0]["p99"] == pytest.approx(8.86)
     assert written["results"][0]["samples"] == [1.0, 2.0, 9.0]
 
 
