@@ -167,6 +167,7 @@ KVM_CAP_X86_TRIPLE_FAULT_EVENT: int
 
 # ---- VM descriptor ---------------------------------------------------------------------
 KVM_ENABLE_CAP: int
+KVM_GET_STATS_FD: int
 KVM_SET_USER_MEMORY_REGION: int
 KVM_SET_TSS_ADDR: int
 KVM_SET_IDENTITY_MAP_ADDR: int

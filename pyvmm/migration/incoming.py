@@ -146,6 +146,8 @@ class Incoming:
             status.enter("completed")
         self._try(lambda: self._close_way_back(state_fd))
         self._try(self._release_memory)
+        if machine.handover.is_incoming and machine.runstate.running:
+            machine.loop.call_soon(self._watch_memory)
 
     def _find_carrier(self) -> Takeover | None:
         """Return the way from the carrier to here, if the guest runs there."""
@@ -176,6 +178,14 @@ class Incoming:
             fd = parcel.take()
             if fd is not None:
                 parcel.close(fd)
+
+    def _watch_memory(self) -> None:
+        def watch() -> None:
+            from pyvmm.migration.refault import Refault
+
+            Refault(self._machine, self._status)
+
+        self._try(watch)
 
     def _release_memory(self) -> None:
         self.holder.release()

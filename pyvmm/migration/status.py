@@ -54,6 +54,8 @@ class Status:
     :ivar running: whether the guest runs, or ran, through the exec
     :ivar fallback: why it did not, though it should
     :ivar cpu_times: when each vCPU changed hands, of a guest that ran through the exec
+    :ivar refault: how long the guest's memory was slow after it, and how many pages it has mapped
+        again; empty as long as that is not known
     :ivar capabilities: names of those that are on; ``params.Capabilities`` shows and changes them
 
     :param emit: tells of an event: name and data
@@ -67,6 +69,7 @@ class Status:
         self.running = False
         self.fallback = ""
         self.cpu_times: list[CpuTimes] = []
+        self.refault: dict[str, Any] = {}
         self.capabilities: set[str] = set()
         self._emit = emit
         self._marks = dict.fromkeys(STEPS, 0)
@@ -83,6 +86,7 @@ class Status:
         self.note = self.fallback = ""
         self.running = False
         self.cpu_times = []
+        self.refault = {}
         self._marks = dict.fromkeys(STEPS, 0)
         self.mark("preflight")
 
@@ -152,6 +156,8 @@ class Status:
                 result["fallback"] = self.fallback
             if self.cpu_times:
                 result |= self._describe_moves()
+            if self.refault:
+                result["refault"] = self.refault
             result["timeline"] = self.timeline()
             if self.note:
                 result["note"] = self.note

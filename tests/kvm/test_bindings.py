@@ -10,6 +10,7 @@ from harness import wait_until
 from harness.kvm_machine import TSC_AND_TIMER, Machine, same
 
 from pyvmm.errors import KvmError
+from pyvmm.kvm.stats import VmStats
 from pyvmm.kvm.vm import Vm
 from pyvmm.x86 import cpuid, irqchip, vcpu_state
 
@@ -254,3 +255,22 @@ def test_vm_does_not_survive_an_exec():
 def test_descriptors_are_close_on_exec(machine):
     for fd in (machine.system.fd, machine.vm.fd, machine.vcpu.fd):
         assert not os.get_inheritable(fd)
+
+
+def test_counters_of_a_vm(machine):
+    stats = VmStats(machine.vm.fd)
+    try:
+        assert stats.read("pages_4k") == 0
+        # In ring 3: KVM's emulator, which runs ring 0 on some hosts, maps no page.
+        machine.spin_in_ring_3()
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        try:
+            machine.vcpu.run()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert stats.read("pages_4k") > 0
+        assert stats.read("no such counter") == 0
+    finally:
+        stats.close()

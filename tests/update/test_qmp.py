@@ -75,6 +75,14 @@ def test_events_of_both_sides_in_order(machine, qmp):
         assert info["running"]
         assert info["downtime"] <= (time.time_ns() // 1000 - before_us) / 1000
         assert {"stop", "save", "exec", "start", "load"} <= set(info["phases"])
+        (cpu,) = info["cpu-pauses"]
+        assert cpu["cpu"] == 0
+        assert cpu["move-us"] > 0
+        assert cpu["takeover-us"] > 0
+        assert info["device-stall"] > (cpu["move-us"] + cpu["takeover-us"]) / 1000
+        named = {(span["name"], span.get("cpu")) for span in info["timeline"]}
+        assert {("exec", None), ("move", 0), ("carried", 0), ("takeover", 0)} <= named
+        wait_until(lambda: "refault" in qmp.execute("query-migrate"), "the end of the faults")
         assert qmp.execute("query-status")["status"] == "running"
     assert machine.stderr() == ""
 

@@ -191,6 +191,9 @@ def migrate(data: Data) -> str:
         lines.append(f"vCPU {cpu['cpu']} stood (us): \tmove={move:.0f}, takeover={takeover:.0f}")
     if "device-stall" in data:
         lines.append(f"Devices stood (ms): \t{data['device-stall']:.1f}")
+    if "refault" in data:
+        pages, ms = data["refault"]["pages"], data["refault"]["ms"]
+        lines.append(f"Memory slow for (ms): \t{ms:.0f} ({pages} pages mapped again)")
     return "".join(f"{line}\n" for line in lines)
 
 
