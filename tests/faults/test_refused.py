@@ -214,7 +214,7 @@ def test_cancel_of_a_probe_that_hangs(ticker):
     hang = replaced(machine, "pyvmm:", "import signal; signal.pause()", probe=True)
     assert machine.hmp("update -d " + " ".join(f"'{word}'" for word in hang)) == ""
     assert "in progress" in update(machine)
-    wait_until(machine.children, "the probe")
+    wait_until(machine.probes, "the probe")
     machine.hmp("migrate_cancel")
     wait_until(lambda: "cancelled" in machine.hmp("info migrate"), "the end of the update")
     assert machine.children() == []
@@ -301,7 +301,7 @@ def test_update_right_behind_a_cancel(ticker):
     machine = ticker()
     hang = replaced(machine, "pyvmm:", "import signal; signal.pause()", probe=True)
     assert machine.hmp("update -d " + " ".join(f"'{word}'" for word in hang)) == ""
-    wait_until(machine.children, "the probe")
+    wait_until(machine.probes, "the probe")
     # In one piece: no moment for the probe to end in between.
     machine.hmp_send("migrate_cancel\nupdate")
     assert machine.hmp_reply() == ""
@@ -314,7 +314,7 @@ def test_quit_during_the_preflight_leaves_no_probe(ticker):
     machine = ticker()
     hang = replaced(machine, "pyvmm:", "import signal; signal.pause()", probe=True)
     machine.hmp("update -d " + " ".join(f"'{word}'" for word in hang))
-    (probe,) = wait_until(machine.children, "the probe")
+    (probe,) = wait_until(machine.probes, "the probe")
     machine.hmp_send("quit")
     assert machine.wait_exit() == 0
     wait_until(lambda: not os.path.exists(f"/proc/{probe}"), "the end of the probe")

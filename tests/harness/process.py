@@ -18,6 +18,8 @@ DEADLINE_S = float(os.environ.get("PYVMM_TEST_DEADLINE", "30"))
 POLL_S = 0.005
 #: What the tasks are called that run a guest while its process executes the next image.
 CARRIER = "pyvmm-carrier"
+#: In the environment of an update's probe alone.
+PROBE = b"PYVMM_CPR_PROBE="
 PR_SET_CHILD_SUBREAPER = 36
 WALL = 0x40000000  # waitid(2): children of clone that send no signal, too
 
@@ -129,6 +131,16 @@ def children(pid):
     """Ids of the child processes, those not waited for yet among them."""
     tasks = _each(f"/proc/{pid}/task", lambda task: (task / "children").read_text().split())
     return [int(child) for _, ids in tasks for child in ids]
+
+
+def probes(pid):
+    """Those of the child processes that are probes of an update: they execute its command."""
+    found = []
+    for child in children(pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if PROBE in Path(f"/proc/{child}/environ").read_bytes():
+                found.append(child)
+    return found
 
 
 def others_at_work(folder):

@@ -330,6 +330,10 @@ class Vm:
         """See :func:`harness.process.children`."""
         return process.children(self.pid)
 
+    def probes(self):
+        """See :func:`harness.process.probes`."""
+        return process.probes(self.pid)
+
     def memory_kib(self, kind="Pss", ram_names=("/memfd:",)):
         """See :func:`harness.process.memory_kib`."""
         return process.memory_kib(self.pid, kind, ram_names)

@@ -286,7 +286,7 @@ def test_end_while_an_update_is_in_its_preflight(vm, tmp_path, way):
     command, gate = gated(machine, tmp_path)
     machine.set_update(command)
     assert machine.hmp(f"migrate -d {STATE}") == ""
-    wait_until(machine.children, "the preflight")
+    wait_until(machine.probes, "the preflight")
     if way == "quit":
         assert machine.hmp_quit() == 0
     elif way == "SIGTERM":
