@@ -79,6 +79,27 @@ def test_pages_name_files_that_are_there():
     assert [one for one in sorted(named) if not any((at / one[1]).exists() for at in places)] == []
 
 
+def test_rules_of_the_kernel_are_shown():
+    """Each test of theirs is named beside a rule in docs/carrier.md, and nothing else is."""
+    cells = set()
+    column = None
+    for line in (ROOT / "docs" / "carrier.md").read_text().splitlines():
+        row = [cell.strip() for cell in line.split("|")]
+        if "shown by" in row:
+            column = row.index("shown by")
+        elif not line.startswith("|"):
+            column = None
+        elif column and set(row[column]) != {"-"}:
+            cells |= set(row[column].split(", "))
+    tests = {
+        node.name.removeprefix("test_")
+        for name in ("test_carrier_rules.py", "test_access_rules.py")
+        for node in ast.parse((ROOT / "tests" / "kvm" / name).read_text()).body
+        if isinstance(node, FUNCTIONS) and node.name.startswith("test_")
+    }
+    assert cells - {"the same"} == tests
+
+
 def test_missing_docstrings_are_found():
     source = "class A:\n    def f(self): ...\nclass B(A):\n    'b'\n    def f(self): ...\n"
     found = list(undocumented(ast.parse(source)))
