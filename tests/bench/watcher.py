@@ -26,6 +26,7 @@ from itertools import pairwise
 
 PERIOD_S = 50e-6
 LEAST_NS = 100_000  # shorter gaps are the looking itself
+PRECISE_NS = 20_000  # a value and its time are at most so far apart
 NOTE_NS = 1_000_000  # how often the counter's value is noted
 PR_SET_TIMERSLACK = 29
 
@@ -47,8 +48,11 @@ def watch(path, offset, least_ns):
         last, changed = counter[0], clock()
         noted = changed
         while True:
+            before = clock()
             value = counter[0]
             now = clock()
+            if now - before > PRECISE_NS:
+                continue  # not of one moment: this process had to wait in between
             if value != last:
                 if now - changed > least_ns:
                     gaps.append((changed, now, value - last))
@@ -100,11 +104,6 @@ class Watched:
             if since < end and until > start
         ]
         return [length / 1e6 for length in lengths if length >= least_ns]
-
-    def pause(self, start, end):
-        """When the longest gap began that overlaps that time; ``end`` if there is none."""
-        found = [gap for gap in self.gaps if gap[0] < end and gap[1] > start]
-        return max(found, key=lambda gap: gap[1] - gap[0], default=(end,))[0]
 
     def back_at(self, start, speed, window_ns):
         """When, from ``start`` on, the counter has begun to go at that :meth:`speed` for so long;
