@@ -12,7 +12,7 @@ PAGE = ROOT / "docs" / "cpu-state.md"
 # Neither state nor a part of making it: what the host is asked, and running the guest.
 ASKING = {
     *("KVM_GET_API_VERSION", "KVM_CHECK_EXTENSION", "KVM_GET_VCPU_MMAP_SIZE"),
-    *("KVM_GET_SUPPORTED_CPUID", "KVM_GET_MSR_INDEX_LIST", "KVM_RUN"),
+    *("KVM_GET_SUPPORTED_CPUID", "KVM_GET_MSR_INDEX_LIST", "KVM_RUN", "KVM_GET_STATS_FD"),
 }
 NO_IOCTLS = ("KVM_CAP_", "KVM_VCPUEVENT_", "KVM_IRQCHIP_", "KVM_SREGS2_", "KVM_EXIT_")
 
