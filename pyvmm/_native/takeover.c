@@ -5,6 +5,8 @@
 #include "raw.h"
 
 static const int64_t LOOK_NS = 20000000;
+/* How long, at most, the vCPUs' threads are waited for on their way into the guest, and how often. */
+enum { ENTRY_NS = 5000000, ENTRY_LOOK_NS = 20000 };
 
 static struct pyvmm_slot *slot_of(struct pyvmm_control *control, uint32_t index)
 {
@@ -42,6 +44,7 @@ int pyvmm_take_over(struct pyvmm_takeover *takeover)
 {
 	struct pyvmm_control *control = takeover->control;
 	struct pyvmm_state_error *error = &takeover->error;
+	const struct __kernel_timespec look = { 0, ENTRY_LOOK_NS };
 	int64_t deadline;
 	uint32_t number;
 	int result = 0;
@@ -82,5 +85,11 @@ int pyvmm_take_over(struct pyvmm_takeover *takeover)
 		wake_word(&slot->owner);
 	}
 	control->taken_at = raw_clock(CLOCK_MONOTONIC);
+	/* This processor is theirs first: a thread that was woken here waits for the caller's turn to
+	 * end, which has much to do now. */
+	for (uint32_t i = 0; takeover->is_running && i < control->cpu_count; i++)
+		while (!*(volatile uint64_t *)&slot_of(control, i)->run_at &&
+		       raw_clock(CLOCK_MONOTONIC) - (int64_t)control->taken_at < ENTRY_NS)
+			raw_syscall(__NR_nanosleep, (long)&look, 0, 0, 0, 0);
 	return 0;
 }

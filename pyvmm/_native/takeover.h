@@ -13,6 +13,7 @@ struct pyvmm_takeover {
 	const int *vcpu_fds;
 	int vm_fd;
 	int kick_signal;
+	int is_running; /* whether threads wait for the vCPUs */
 	uint32_t event_flags;
 	int64_t spin; /* how long to wait for a vCPU without giving the processor up, ns */
 	int64_t patience; /* how long the vCPUs may take to stop, ns */

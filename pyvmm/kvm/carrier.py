@@ -379,11 +379,13 @@ class Takeover:
                 lambda index=vcpu.index: self._brought(index),  # type: ignore[misc]
             )
 
-    def take(self) -> None:
+    def take(self, *, running: bool) -> None:
         """Give the vCPUs and the VM their states; what waits in ``Vcpu.run`` goes on.
 
+        :param running: whether threads wait there
         :raises MigrationError: they stay the carrier's, or there is none
         """
+        self._native.is_running = running
         result = lib.pyvmm_take_over(self._native)
         if result < 0:
             raise MigrationError(self._explain(-result))

@@ -45,10 +45,11 @@ class Takeover:
         """
         machine = self._machine
         self._status.running = True
-        if state == runstate.RUNNING:
+        running = state == runstate.RUNNING
+        if running:
             machine.await_cpus()
-        self._carrier.take()
-        if state != runstate.RUNNING:
+        self._carrier.take(running=running)
+        if not running:
             machine.runstate.set(state)
 
     def finish(self, holder: Holder) -> None:

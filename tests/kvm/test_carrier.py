@@ -111,7 +111,7 @@ class Pair:
         takeover = Takeover(self.control, self.new.vm, self.new.vcpus, KICK)
         threads = [Thread(vcpu, answer) for vcpu in self.new.vcpus]
         self.threads += threads
-        takeover.take()
+        takeover.take(running=True)
         return threads
 
     @property
@@ -269,7 +269,7 @@ def test_a_takeover_that_fails_leaves_the_guest_where_it_is(pair):
     takeover = Takeover(guest.control, guest.new.vm, guest.new.vcpus, KICK)
     takeover._native.vm_fd = -1
     with pytest.raises(MigrationError, match="KVM_SET_IRQCHIP: Bad file descriptor"):
-        takeover.take()
+        takeover.take(running=True)
     guest.counts()
     guest.take_over()
     guest.counts()
@@ -285,7 +285,7 @@ def test_an_access_outlives_a_takeover_that_fails(pair, name):
     takeover = Takeover(guest.control, guest.new.vm, guest.new.vcpus, KICK)
     takeover._native.vm_fd = -1
     with pytest.raises(MigrationError):
-        takeover.take()
+        takeover.take(running=True)
     (thread,) = guest.take_over(ANSWER)
     guest.counts()
     assert thread.exits == expected
@@ -325,7 +325,7 @@ def test_a_paused_guest_stays_so(pair):
     guest.control.pages.phase = lib.PYVMM_CROSSING
     guest.control.pages.deadline = (1 << 63) - 1
     takeover = Takeover(guest.control, guest.new.vm, guest.new.vcpus, KICK)
-    takeover.take()
+    takeover.take(running=False)
     assert guest.count == 0
     assert guest.new.vcpu.get_regs().rip == CODE
 
@@ -355,7 +355,7 @@ def test_an_irqfd_stays_if_the_takeover_fails(irqfd_pair):
     takeover = Takeover(guest.control, guest.new.vm, guest.new.vcpus, KICK)
     takeover._native.vm_fd = -1
     with pytest.raises(MigrationError):
-        takeover.take()
+        takeover.take(running=True)
     guest.counts()
     os.eventfd_write(fd, 1)
     wait_until(lambda: requests(guest.old), "the interrupt")
