@@ -1,12 +1,13 @@
 """A hundred updates in a row under each kind of guest: it must notice nothing, and pyvmm must
-not grow. The guests check themselves and say FAIL."""
+not grow. The guests check themselves and say FAIL. ``PYVMM_SOAK_UPDATES=1000``: as many of each."""
 
+import os
 import re
 
 import pytest
 from harness import guests
 
-UPDATES = 100
+UPDATES = int(os.environ.get("PYVMM_SOAK_UPDATES", "100"))
 MEMORY_TOLERANCE_KIB = 512
 
 
@@ -67,8 +68,9 @@ def test_halted(vm, program, updates):
 
 
 @pytest.mark.slow
-def test_port_io(vm):
-    soak(vm(append="piospin"), "piospin")
+@pytest.mark.parametrize("smp", [1, 2])
+def test_port_io(vm, smp):
+    soak(vm(append="piospin", smp=smp), "piospin")
 
 
 @pytest.mark.slow
