@@ -15,6 +15,9 @@ from harness import process
 from harness.process import DEADLINE_S, Deadline
 from pyvmm import rundir
 
+#: A descriptor that a new image has until the guest's memory is as fast as before.
+STATS = "anon_inode:kvm-vm-stats"
+
 
 class VmExitedError(AssertionError):
     """The VMM ended, or closed a connection, while the test waited for something else."""
@@ -346,6 +349,8 @@ class Vm:
         if "monitor" in self._streams:
             self.hmp("info status")
         process.wait_until(lambda: not self.children(), "the end of pyvmm's child processes")
+        # For a moment it counts the pages that the guest has mapped again.
+        process.wait_until(lambda: STATS not in self.fds(), "the end of the count")
         return self.fds(), self.threads()
 
     def sections(self):
