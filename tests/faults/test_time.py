@@ -2,7 +2,7 @@
 
 import pytest
 from faults.tools import BACK, faulty, replaced, update
-from harness.lives import LAST
+from harness.lives import LAST, LAST_PLAIN
 
 # Written down by each image when the guest goes on there: per vCPU the distance of its TSC
 # from the host's, and of kvmclock from the host's boot clock.
@@ -40,7 +40,7 @@ def test_tsc_and_kvmclock_do_not_drift(vm, is_plain):
         program=faulty(*(word for pair in notes.items() for word in pair)),
     )
     machine.expect("timers ok 1 ")
-    broken = replaced(machine, "pyvmm.wayback:close" if is_plain else LAST, "raise ValueError")
+    broken = replaced(machine, LAST_PLAIN if is_plain else LAST, "raise ValueError")
     for number in range(UPDATES):
         if is_plain:
             machine.plain()

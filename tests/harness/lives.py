@@ -16,6 +16,7 @@ from harness.vm import UpdateError, Vm
 
 #: The last that a new image does before its guest runs: all is loaded, and all threads are there.
 LAST = "pyvmm.kvm.carrier:Takeover.take"
+LAST_PLAIN = "pyvmm.wayback:close"
 SAVED = "vm.saved"
 
 
@@ -27,6 +28,7 @@ class Life:
     :param live: what happens to the machine
     :param ram_file: name of the file in the machine's folder that RAM must be in
     :param stands_still: whether a guest that runs is stopped by it and told so
+    :param runs_through: whether its vCPUs run all the time, but for a moment
     :param is_connected: whether clients' connections and the host's open files live on
     """
 
@@ -34,6 +36,7 @@ class Life:
     live: Callable[[Vm], object]
     ram_file: str | None = None
     stands_still: bool = True
+    runs_through: bool = False
     is_connected: bool = True
 
     def options(self, memory):
@@ -53,7 +56,8 @@ def stop_and_cont(machine):
 
 def come_back(machine):
     """An update that fails after all is loaded: the guest goes on in the image before."""
-    command = replaced(machine, LAST, "raise ValueError('injected')")
+    fault = "raise ValueError('injected')"
+    command = replaced(machine, LAST, fault, LAST_PLAIN, fault)
     reply = machine.hmp(f"update {shlex.join(command)}")
     if BACK not in reply:
         raise UpdateError(f"update to {command}: {reply!r}")
@@ -78,9 +82,9 @@ def restore(machine):
 #: A new mode of passing a guest on is one entry more.
 LIVES = (
     Life("booted", lambda machine: None, stands_still=False),
-    Life("updated", Vm.update),
+    Life("updated", Vm.update, runs_through=True),
     Life("plain", lambda machine: machine.plain().update()),
-    Life("returned", come_back),
+    Life("returned", come_back, runs_through=True),
     Life("restored", restore, ram_file="ram", is_connected=False),
 )
 #: A part of all that follow "booted": only for tests whose subject it is.
@@ -94,3 +98,6 @@ def _those(*chosen):
 #: Marks for tests that do not make sense in every life.
 CONNECTED = _those(*(life for life in LIVES if life.is_connected))
 STANDS_STILL = _those(STOPPED, *(life for life in LIVES if life.stands_still))
+LONG_STILL = _those(
+    STOPPED, *(life for life in LIVES if life.stands_still and not life.runs_through)
+)

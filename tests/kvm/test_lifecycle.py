@@ -269,7 +269,7 @@ def test_stop_and_cont(any_vm):
     assert machine.serial.count(b"counter ready") == 1
 
 
-@lives.STANDS_STILL
+@lives.LONG_STILL
 def test_guest_learns_that_it_stood_still(any_vm, tmp_path):
     """PVCLOCK_GUEST_STOPPED, by which a guest's watchdogs forgive the time that they missed."""
     machine = any_vm("-kernel", guests.flat(tmp_path, guests.KVMCLOCK), smp=2)

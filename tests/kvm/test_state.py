@@ -18,11 +18,30 @@ def machine_state(tmp_path_factory):
     options = ["-device", "pvpanic", "-device", "isa-debug-exit", "-serial", "null"]
     with Vm(folder, *options, append="ticker", smp=2) as machine:
         machine.expect("tick 2")
-        machine.update()
+        # Of a guest that runs through the exec the file has the devices alone.
+        machine.plain().update()
         machine.expect("tick 4")
         # The names of the sockets do not matter for the state.
         shape = ["-m", "64M", "-smp", "2", "-serial", "null", *options]
         return shape, folder / "vm.state.0"
+
+
+def test_a_guest_that_ran_through_leaves_its_devices(vm):
+    machine = vm(append="ticker")
+    machine.expect("tick 2")
+    machine.update()
+    path = machine.folder / "vm.state.0"
+    shown = json.loads(state("show", "--json", path).stdout)
+    assert "problem" not in shown
+    names = {part["name"] for part in shown["sections"]}
+    assert "serial" in names
+    assert "kvm-vcpu" not in names
+    result = state("check", path, "--", "-m", "64M")
+    assert "kvm-vcpu: the state has none, this machine 1" in result.stdout
+    # Nobody else can go on with it, and is told why.
+    done = run_cli("run", "-nodefaults", "-m", "64M", "-incoming", f"file:{path}")
+    assert done.returncode == 1
+    assert "they ran through an exec to the image it was made for" in done.stderr
 
 
 def state(*argv):
