@@ -27,6 +27,8 @@ from harness.lives import LAST
 
 import pyvmm
 
+#: Where the host may refuse what only a guest needs that runs through the exec.
+SPARED = ["pyvmm.kvm.carrier:Control.make", "pyvmm.kvm.carrier:Carrier.start"]
 #: Those of the plain way alone.
 PLAIN = [
     "pyvmm.x86.vcpu_state:write",
@@ -397,7 +399,13 @@ def test_exception_before_the_exec(ticker, step, error):
     footprint = machine.footprint()
     (machine.folder / "armed").touch()
     reply = update(machine)
-    assert error.split("'")[1] in reply
+    why = error.split("'")[1]
+    if error.startswith("OSError") and step in SPARED:
+        # What the host refuses there the guest need not have: it stands instead.
+        assert reply == ""
+        assert f"Guest in the exec: \tstopped ([Errno 28] {why})" in machine.hmp("info migrate")
+    else:
+        assert why in reply
     assert machine.status == "running"
     assert machine.footprint() == footprint
     check_alive(machine)
