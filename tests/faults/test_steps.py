@@ -120,7 +120,8 @@ def test_harmed(tmp_path, harm):
     with Victim(tmp_path, program=faulty(*QUICK)) as victim:
         count = victim.count()
         done = [victim.check_back(at, harm) for at in spread(count, 8, 4)]
-        assert sum(done) > 4
+        # The last calls may come when the guest is the new image's already.
+        assert sum(done) >= 4
         check_whole(victim.machine)
 
 
