@@ -137,7 +137,8 @@ def test_nothing_is_lost(vm, tmp_path, console, smp, cache):
         try:
             for _ in range(UPDATES // ROUND):
                 for _ in range(ROUND):
-                    machine.update(BOOT_S)
+                    # With one vCPU it runs through the exec, with two it stands: either way.
+                    (machine.plain() if smp > 1 else machine).update(BOOT_S)
                 wait_for_progress(machine, console, echo)
         finally:
             sent, returned = echo.end()
