@@ -44,6 +44,7 @@ def test_guest_stands_and_the_present_says_why(vm, order):
         qmp.execute("migrate-set-capabilities", capabilities=[capability])
         for version in (*order[::-1], order[1]):
             why = {"running": False, "fallback": reason} if present in machine.cmdline else {}
+            qmp.execute("query-status")  # the events of what came before are there then
             qmp.events.clear()
             upgrade(machine, version)
             qmp.execute("query-status")
