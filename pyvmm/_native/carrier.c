@@ -268,13 +268,13 @@ static void run_task(void *argument)
 	__atomic_fetch_add(&control->ready, 1, __ATOMIC_SEQ_CST);
 	wake_word(&control->ready);
 	for (;;) {
-		uint32_t command;
+		uint32_t owner = load_word(&slot->owner), command;
 
-		if (load_word(&slot->owner) == PYVMM_OLD) {
+		if (owner == PYVMM_OLD || owner == PYVMM_KEPT) {
 			/* A kick ends the wait, too. */
 			if ((load_word(&control->command) & COMMAND_MASK) == PYVMM_END)
 				leave();
-			wait_word(&slot->owner, PYVMM_OLD, 0);
+			wait_word(&slot->owner, owner, 0);
 			continue;
 		}
 		/* The flag first: a kick that comes after sets it again. */

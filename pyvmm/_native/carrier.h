@@ -43,6 +43,7 @@ enum pyvmm_owner {
 	PYVMM_OLD, /* a thread of the image before */
 	PYVMM_CARRIED, /* its task in the carrier */
 	PYVMM_NEW, /* a thread of the new image */
+	PYVMM_KEPT, /* a thread of the image before, which gives it to nobody any more */
 };
 
 /* A write to a port or to an address without memory that no device has seen yet. */

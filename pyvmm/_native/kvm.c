@@ -97,7 +97,7 @@ int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate)
 	uint32_t owner;
 	int result;
 
-	if (slot && load_word(&slot->owner) != PYVMM_OLD) {
+	if (slot && (owner = load_word(&slot->owner)) != PYVMM_OLD && owner != PYVMM_KEPT) {
 		while (load_word(&slot->owner) == PYVMM_CARRIED)
 			wait_word(&slot->owner, PYVMM_CARRIED, 0);
 		slot->run_at = now_ns();
@@ -110,7 +110,9 @@ int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate)
 	if (result != -EINTR || !slot)
 		return result;
 	slot->left = now_ns();
-	store_word(&slot->owner, PYVMM_CARRIED);
+	/* Unless that was taken back since. */
+	if (!change_word(&slot->owner, PYVMM_OLD, PYVMM_CARRIED))
+		return result;
 	wake_word(&slot->owner);
 	while ((owner = load_word(&slot->owner)) != PYVMM_OLD)
 		wait_word(&slot->owner, owner, 0);
@@ -148,6 +150,12 @@ void *pyvmm_map_private(size_t size)
 			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	return address == MAP_FAILED ? NULL : address;
+}
+
+/* Change a word if it has a value: whether it had. */
+int pyvmm_change(uint32_t *word, uint32_t from, uint32_t to)
+{
+	return change_word(word, from, to);
 }
 
 /* Wake whoever waits for a word to change. */

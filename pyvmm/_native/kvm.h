@@ -81,5 +81,6 @@ int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate);
 int pyvmm_install_kick(int signum);
 void *pyvmm_map(int fd, size_t size);
 void *pyvmm_map_private(size_t size);
+int pyvmm_change(uint32_t *word, uint32_t from, uint32_t to);
 void pyvmm_wake(uint32_t *word);
 int pyvmm_unmap(void *address, size_t size);

@@ -299,9 +299,11 @@ class Carrier:
         """
         for vcpu in self._vcpus:
             vcpu.gate.slot = ffi.NULL
+        # A thread may have seen that it is to hand its vCPU over, and be about to.
+        moved = [vcpu.index for vcpu in self._vcpus if not self._keep_back(vcpu.index)]
         self.control.command(lib.PYVMM_BACK, self._kick_signal)
         deadline = time.monotonic() + PATIENCE_S
-        stuck = [vcpu.index for vcpu in self._vcpus if not self._returns(vcpu.index, deadline)]
+        stuck = [index for index in moved if not self._returns(index, deadline)]
         if stuck and self.is_alive():
             raise HostError(f"vCPU {stuck[0]} does not come back from the carrier")
         for index in stuck:
@@ -311,6 +313,10 @@ class Carrier:
             slot.owner = lib.PYVMM_OLD
             lib.pyvmm_wake(ffi.addressof(slot, "owner"))
         self.end()
+
+    def _keep_back(self, index: int) -> bool:
+        owner = ffi.addressof(self.control.slot(index), "owner")
+        return bool(lib.pyvmm_change(owner, lib.PYVMM_OLD, lib.PYVMM_KEPT))
 
     def _returns(self, index: int, deadline: float) -> bool:
         while not self.wait_owner(index, lib.PYVMM_OLD, _TURN_S):

@@ -174,7 +174,7 @@ class Outgoing:
         undo: list[Callable[[], None]] = []
         if self._quiesce is not None:
             undo.append(self._quiesce.undo)
-        status.fallback = answer.plain
+        status.fallback = answer.plain if self._wants_running else ""
         try:
             if not answer.plain and self._wants_running:
                 try:

@@ -189,22 +189,32 @@ def test_terminal_is_restored_when_both_images_fail(vm):
 # ---- signals and quit at each step: the update is finished or undone, then the VMM ends -----
 
 
-@pytest.mark.parametrize("step", [*OLD, "os:execve"])
+@pytest.mark.parametrize(
+    ("step", "is_plain"),
+    [(step, False) for step in (*OLD, "os:execve")] + [(step, True) for step in OLD_PLAIN],
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_in_the_old_image(ticker, step, number):
+def test_signal_in_the_old_image(ticker, step, is_plain, number):
     fault = f"import os; os.kill(os.getpid(), {number:d})"
     machine = ticker(program=armed(step, fault))
+    if is_plain:
+        machine.plain()
     (machine.folder / "armed").touch()
     send_update(machine)
     assert machine.wait_exit() == 128 + number
     assert machine.stderr().count("Traceback") == 0
 
 
-@pytest.mark.parametrize("step", [*NEW, *NEW_RUNNING])
+@pytest.mark.parametrize(
+    ("step", "is_plain"),
+    [(step, False) for step in (*NEW, *NEW_RUNNING)] + [(step, True) for step in NEW_PLAIN],
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_in_the_new_image(ticker, step, number):
+def test_signal_in_the_new_image(ticker, step, is_plain, number):
     fault = f"import os; os.kill(os.getpid(), {number:d})"
     machine = ticker()
+    if is_plain:
+        machine.plain()
     send_update(machine, replaced(machine, step, fault))
     assert machine.wait_exit() == 128 + number
     assert machine.stderr() == ""

@@ -14,9 +14,11 @@ from faults.tools import (
     BACK,
     QMP,
     Qmp,
+    armed,
     check_alive,
     check_ticking,
     faulty,
+    once,
     options,
     replaced,
     update,
@@ -406,6 +408,27 @@ def test_exception_before_the_exec(ticker, step, error):
         assert f"Guest in the exec: \tstopped ([Errno 28] {why})" in machine.hmp("info migrate")
     else:
         assert why in reply
+    assert machine.status == "running"
+    assert machine.footprint() == footprint
+    check_alive(machine)
+    assert machine.footprint() == footprint
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "pyvmm.machine.machine:Machine.pause_cpus",
+        "pyvmm.x86.vcpu_state:read",
+        "pyvmm.migration.cpr_exec:CprExec.hold_memory",
+        "pyvmm.cpr.state:write",
+    ],
+)
+def test_exception_before_the_exec_with_the_guest_standing(ticker, step):
+    machine = ticker(program=armed(step, once("raise ValueError('injected')")))
+    check_alive(machine)
+    footprint = machine.footprint()
+    (machine.folder / "armed").touch()
+    assert update(machine.plain()) == "Error: ValueError: injected\n"
     assert machine.status == "running"
     assert machine.footprint() == footprint
     check_alive(machine)

@@ -19,6 +19,7 @@ PARTS = 4
 NAME = "victim"
 OVER = ("completed", "failed")
 KVMCLOCK_CTRL, KVM_IRQ_LINE = ("ioctl", 0xAEAD), ("ioctl", 0x4008AE61)
+KVM_SET_CLOCK = ("ioctl", 0x4030AE7B)
 
 EVERY_DEVICE = [
     *("-serial", "null", "-chardev", "ringbuf,id=rb", "-device", "isa-debugcon,chardev=rb"),
@@ -110,16 +111,17 @@ def chosen(calls):
     """Which of a good update's calls are tried: all kinds, before and behind the end of the way
     back, at first and at last; of what importing consists of, a few."""
     # The alarm is stopped before the guest changes hands, and when it has.
-    behind = max(at for at, call in enumerate(calls) if call.gives_up)
+    gives_up = [at for at, call in enumerate(calls) if call.gives_up]
     of_import, kinds = [], {}
     for at, call in enumerate(calls):
         if call.name in IMPORTING or call.kind == TTY_ASKED:
             of_import.append(at)
         else:
-            kinds.setdefault((at > behind, call.kind), []).append(at)
+            kinds.setdefault((at > gives_up[-1], call.kind), []).append(at)
     picked = {at for places in kinds.values() for at in (places[0], places[-1])}
     # Right behind the end of the way back nothing at all may matter.
-    return sorted({*picked, *of_import[::STRIDE], *range(behind, behind + 12)})
+    near = {at + ahead for at in gives_up for ahead in range(12)}
+    return sorted({*picked, *of_import[::STRIDE], *near})
 
 
 @pytest.mark.slow
@@ -147,19 +149,41 @@ def test_each_call_fails_in_turn(tmp_path, part):
     assert tried[True] > 20
 
 
-def test_nothing_that_can_fail_stands_behind_the_way_back(tmp_path):
-    """From there until the vCPUs run the new image only wakes threads and raises interrupts. Where
-    the guest runs through the exec, that is one native function."""
-    victim = Victim(tmp_path)
+def calls_of_an_update(folder, *, running):
+    """Those of the new image.
+
+    :param running: whether the guest runs through it
+    """
+    victim = Victim(folder)
     try:
-        victim.update(running=False)
-        assert victim.update(running=False)
-        calls = victim.supervisor.calls
+        victim.update(running=running)
+        assert victim.update(running=running)
+        return victim.supervisor.calls
     finally:
         victim.close()
-    behind = [at for at, call in enumerate(calls) if call.gives_up]
-    assert len(behind) == 1
+
+
+def test_nothing_that_can_fail_stands_behind_the_takeover(tmp_path):
+    """The last that the new image gives KVM is the clock; then it tells the carrier, and the vCPUs
+    run, before it does anything else."""
+    calls = calls_of_an_update(tmp_path, running=True)
+    timer, closed = [at for at, call in enumerate(calls) if call.gives_up]
+    main = calls[closed].thread
+    # It is set again if the first time was not exact.
+    clock = max(at for at in range(timer, closed) if calls[at].kind == KVM_SET_CLOCK)
+    takeover = [call for call in calls[clock + 1 : closed] if call.thread == main]
+    # And waits for them a little; that may fail.
+    assert {call.kind for call in takeover} <= {("clock_gettime", 0), ("nanosleep", 0)}, takeover
+    # The vCPUs' threads have done before what they do first.
+    assert not [call for call in calls[clock:] if call.kind == KVMCLOCK_CTRL]
+
+
+def test_nothing_that_can_fail_stands_behind_the_way_back(tmp_path):
+    """The same where the guest stands: from there until the vCPUs run the new image only wakes
+    threads and raises interrupts."""
+    calls = calls_of_an_update(tmp_path, running=False)
+    (behind,) = [at for at, call in enumerate(calls) if call.gives_up]
     runs = [at for at, call in enumerate(calls) if call.kind == KVMCLOCK_CTRL]
     assert len(runs) == 2
-    between = {call.kind for call in calls[behind[0] + 1 : max(runs)]}
-    assert between <= {KVMCLOCK_CTRL, ("write", 0), KVM_IRQ_LINE}, calls[behind[0] : max(runs)]
+    between = {call.kind for call in calls[behind + 1 : max(runs)]}
+    assert between <= {KVMCLOCK_CTRL, ("write", 0), KVM_IRQ_LINE}, calls[behind : max(runs)]

@@ -310,6 +310,15 @@ def test_a_carrier_that_is_killed_before_the_exec(pair):
     guest.counts()
 
 
+def test_a_vcpu_that_is_about_to_leave_stays(pair):
+    """Its thread has seen that it is to be handed over, and is told late that it is not."""
+    guest = pair(AFTER)
+    guest.carrier.take_back()
+    guest.old.vcpus[0].gate.slot = guest.control.slot(0)
+    guest.threads[0].kick()
+    guest.counts()
+
+
 def test_an_image_that_comes_too_late(pair):
     guest = pair(AFTER)
     guest.move()

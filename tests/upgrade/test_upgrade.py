@@ -3,7 +3,10 @@
 import pytest
 from faults.tools import BACK, Qmp, check_ticking, options, ticks, update
 from harness import versions
+from harness.qmp import Qmp as Events
 from upgrade.machines import WORKS, Memory, Peers, Ticker, complaints, upgrade
+
+import pyvmm
 
 #: A fault that each version has a place for, behind the exec.
 FAULT = ("pyvmm.devices.rtc:Rtc.load", "raise ValueError('injected')")
@@ -27,6 +30,34 @@ def test_there_and_back_twice(vm, tmp_path, order, kind):
                 footprints.append(machine.footprint())
         assert footprints[0] == footprints[1]
         assert complaints(machine) == []
+
+
+def test_guest_stands_and_the_present_says_why(vm, order):
+    """No predecessor knows a carrier."""
+    present = versions.present().pyvmm
+    qmp_option = ("-qmp", "unix:q.sock,server=on,wait=off")
+    machine = vm(*qmp_option, append=Ticker.append, smp=2, program=order[0].run)
+    machine.expect(r"tick 2\r\n")
+    reason = f"the new version {pyvmm.__version__} cannot take over from this carrier"
+    with Events(machine.folder / "q.sock") as qmp:
+        capability = {"capability": "events", "state": True}
+        qmp.execute("migrate-set-capabilities", capabilities=[capability])
+        for version in (*order[::-1], order[1]):
+            why = {"running": False, "fallback": reason} if present in machine.cmdline else {}
+            qmp.execute("query-status")  # the events of what came before are there then
+            qmp.events.clear()
+            upgrade(machine, version)
+            qmp.execute("query-status")
+            told = [event["data"] for event in qmp.events if event["event"] == "MIGRATION"]
+            # The old image's word is the first of the two.
+            done = next(data for data in told if data["status"] == "completed")
+            assert done == {"status": "completed", **why}
+            check_ticking(machine)
+            if version.pyvmm == present:
+                assert "Guest in the exec: \tstopped\n" in machine.hmp("info migrate")
+                assert update(machine) == ""
+                assert "Guest in the exec: \trunning\n" in machine.hmp("info migrate")
+                check_ticking(machine)
 
 
 @pytest.mark.parametrize("backend", ["memfd,", "file,mem-path=ram,share=on,"])

@@ -1,8 +1,9 @@
-"""What an update compares before it stops the guest: the sections of the state."""
+"""What an update compares before it begins: the sections of the state, and what of carriers."""
 
 import pytest
 
 from pyvmm.errors import MigrationError
+from pyvmm.kvm import carrier
 from pyvmm.migration import preflight
 from pyvmm.migration.channel import MemoryChannel
 from pyvmm.testing import streams
@@ -50,3 +51,28 @@ def test_places_decide_if_they_are_told(own):
         compare(own, places=elsewhere)
     with pytest.raises(MigrationError, match=r"reads virtio-mmio@.* in versions 7 to 8"):
         compare(own, places=own["places"] | {PLACE: [7, 8]})
+
+
+def explain(own, **changes):
+    """Why the guest stands through an exec to an image that answers the same but for that."""
+    return preflight.explain_plain(compare(own, **changes))
+
+
+@pytest.mark.parametrize(("oldest", "newest"), [(0, 0), (0, 1), (1, 0), (2, 3)])
+def test_guest_runs_to_an_image_that_knows_this_carrier(own, oldest, newest):
+    assert explain(own) == ""
+    assert explain(own, carrier=[carrier.VERSION - oldest, carrier.VERSION + newest]) == ""
+
+
+@pytest.mark.parametrize("versions", [None, [0, 0], [2, 9], [-9, 0], [2, 0]])
+def test_guest_stands_if_the_new_image_knows_other_carriers(own, versions):
+    if versions:
+        versions = [carrier.VERSION - 1 + number for number in versions]
+    reason = explain(own, carrier=versions, version="9.8")
+    assert reason == "the new version 9.8 cannot take over from this carrier"
+
+
+def test_guest_stands_if_the_new_image_does_not_go_on_with_it(own):
+    assert "-incoming defer" in explain(own, incoming="defer")
+    assert "-S" in explain(own, autostart=False)
+    assert "-S" in explain(own, autostart=None)
