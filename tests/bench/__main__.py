@@ -16,6 +16,7 @@ folder in which `make build` was run.
 import argparse
 import os
 import sys
+import traceback
 
 from harness import versions
 
@@ -23,13 +24,21 @@ from bench import compare
 from bench.block import bench_block
 from bench.boot import bench_boot
 from bench.console import bench_console
+from bench.host import facts
 from bench.machines import BenchError
 from bench.memory import bench_memory
 from bench.move import bench_move, bench_nested_move
 from bench.network import bench_network
 from bench.pause import bench_pause, bench_phases
 from bench.plan import Plan, cpu_counts
-from bench.report import Result, host, progress, table, write_json
+from bench.report import (
+    Result,
+    header,
+    progress,
+    repeat_progress,
+    table,
+    write_json,
+)
 from bench.speed import bench_speed
 from bench.stall import bench_stall
 from bench.startup import bench_exits, bench_imports, bench_start
@@ -79,29 +88,36 @@ def main():
     options = _options()
     # It led to this program, and is not to lengthen the path of what is measured.
     os.environ.pop("PYTHONPATH", None)
-    facts = host()
-    if facts["load"][0] > BUSY * facts["cpus"]:
-        progress(f"the host is busy (load {facts['load'][0]:.1f}): the times will be too long")
-    results, failed = [], False
+    host = facts()
+    if host["load"][0] > BUSY * host["processors"]:
+        progress(f"the host is busy (load {host['load'][0]:.1f}): the times will be too long")
+    repeat_progress()
+    results = []
     for name in options.names:
         benchmark = BENCHMARKS[name]
         runs = min(options.plan.runs, benchmark.most or options.plan.runs)
         plan = options.plan.but(runs=runs)
-        try:
-            # Keeps what a benchmark found before it failed.
-            if options.other:
-                rows = compare.bench(benchmark.measure, plan, options.other, benchmark.turn)
-            else:
-                rows = benchmark.measure(plan)
-            results.extend(rows)
-        except (BenchError, AssertionError, OSError) as error:
-            failed = True
-            progress(f"{name}: {error}")
-            results.append(Result(name, [], "", note=f"failed: {error}"))
-    print(", ".join(f"{name} {_shown(value)}" for name, value in facts.items()), end="\n\n")
+        if options.other:
+            rows = compare.bench(benchmark.measure, plan, options.other, benchmark.turn)
+        else:
+            rows = benchmark.measure(plan)
+        results.extend(measure(name, rows))
+    print(header(host), end="\n\n")
     print(table(results, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-    write_json(options.json, facts, results)
-    return int(failed or any(result.passed is False for result in results))
+    write_json(options.json, host, results)
+    return int(any(result.failed or result.passed is False for result in results))
+
+
+def measure(name, rows):
+    """The rows of a benchmark; if it fails, whatever with, those until then and why."""
+    try:
+        yield from rows
+    except Exception as error:
+        if not isinstance(error, BenchError):
+            traceback.print_exc()
+        why = str(error) or type(error).__name__
+        progress(f"{name}: {why}")
+        yield Result(name, [], "", note=f"failed: {why}", failed=True)
 
 
 def _options():
@@ -153,15 +169,10 @@ def _options():
         updates=options.updates,
         pictures=options.pictures,
         plain=options.plain,
+        beside=options.other is None,
         version=versions.present(),
     )
     return options
-
-
-def _shown(value):
-    if isinstance(value, (list, tuple)):
-        return " ".join(f"{one:.2f}" if isinstance(one, float) else str(one) for one in value)
-    return str(value)
 
 
 if __name__ == "__main__":

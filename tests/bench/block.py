@@ -36,7 +36,7 @@ def bench_block(plan):
             def measure(kind, words=words, scale=scale):
                 return _run(kind, path, words) * scale
 
-            yield from beside(f"block {name}", unit, plan.runs, measure, limit)
+            yield from beside(f"block {name}", unit, plan, measure, limit)
     finally:
         shutil.rmtree(folder)
 

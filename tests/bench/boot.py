@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from bench.machines import BenchError
-from bench.report import Result, progress
+from bench.report import Result, paired, progress
 from bench.spawn import first_output
 
 SCRIPT = "echo init: here\nreboot -f\n"
@@ -23,7 +23,7 @@ BOOT_S = 240.0
 TESTS = Path(__file__).parents[1]
 LIMIT = 1.0
 #: What is compared; the first is what the limit is for.
-RATIOS = [("pyvmm", "qemu"), ("pyvmm unpacking", "qemu"), ("pyvmm", "qemu anonymous")]
+RATIOS = [("pyvmm", "qemu"), ("pyvmm unpacking", "qemu"), ("pyvmm", "qemu, own memory")]
 
 PYVMM = "pyvmm run -m 256M -serial stdio -monitor none".split()
 QEMU = [
@@ -67,11 +67,10 @@ def bench_boot(plan):
         raise BenchError(f"boot: the program that measures ended with {code}")
     found = json.loads(output[output.rindex("\n{") :])
     for name, samples in found.items():
-        yield Result(f"boot to init {name}", samples, "s", note=place)
+        yield Result(f"boot to init: {name}", samples, "s", note=place)
     for name, other in RATIOS if "qemu" in found else ():
-        ratios = [ours / theirs for ours, theirs in zip(found[name], found[other], strict=True)]
         limit = LIMIT if (name, other) == RATIOS[0] else None
-        yield Result(f"boot to init {name}/{other}", ratios, "x", limit)
+        yield paired(f"boot to init: {name}/{other}", found[name], found[other], limit)
 
 
 def _show(data):
@@ -87,7 +86,7 @@ def main():
     runs, options = int(sys.argv[1]), sys.argv[2:]
     kinds = {"pyvmm": PYVMM, "pyvmm unpacking": PYVMM}
     if shutil.which(QEMU[0]):
-        kinds |= {"qemu": [*QEMU, *MEMFD], "qemu anonymous": QEMU}
+        kinds |= {"qemu": [*QEMU, *MEMFD], "qemu, own memory": QEMU}
     found = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
         # The first round brings everything into the page cache, and the kernel into pyvmm's.

@@ -3,7 +3,7 @@
 They are measured in turns of a few samples, and which of them begins changes from turn to turn.
 """
 
-from bench.report import Result
+from bench.report import Result, of_medians
 
 
 def bench(benchmark, plan, other, turn):
@@ -47,5 +47,4 @@ def _rows(results, this, other):
     if theirs is None or not theirs.samples or not own.samples:
         return
     yield Result(f"  {other.name}", theirs.samples, theirs.unit)
-    ratio = own.median / theirs.median if theirs.median else float("nan")
-    yield Result(f"  {this.name}/{other.name}", [ratio], "x")
+    yield of_medians(f"  {this.name}/{other.name}", own.samples, theirs.samples)

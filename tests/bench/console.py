@@ -41,7 +41,7 @@ def bench_console(plan):
         def measure(kind, words=words, scale=scale):
             return _run(kind, words) / scale
 
-        yield from beside(f"console {name}", unit, plan.runs, measure, LIMIT)
+        yield from beside(f"console {name}", unit, plan, measure, LIMIT)
 
 
 def _run(kind, words):

@@ -1,5 +1,7 @@
 """The machines that are measured: of any version of pyvmm, and of QEMU with the same options."""
 
+import re
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -24,9 +26,12 @@ class Vmm(Vm):
     :param size: guest RAM in bytes
     :param version: the :class:`harness.versions.Version` that is run, default this one
     :param folder: an existing one: the machine's own is a new one in it
+    :cvar label: what its rows are called
+    :cvar memory: what guest RAM is in
     """
 
-    program = "pyvmm"
+    program = label = "pyvmm"
+    memory = "memfd, shared"
 
     def __init__(self, *options, size=256 * MIB, version=None, folder=None, **arguments):
         self.size = size
@@ -60,18 +65,28 @@ class Qemu(Vmm):
     """The same with QEMU's microvm machine. It drops connections in an update."""
 
     program = "qemu-system-x86_64"
+    label = "qemu"
+    machine = ("-machine", "microvm,accel=kvm,acpi=off,aux-ram-share=on")
     prompt = b"(qemu) "
     reconnects = True
 
     def words(self, version):
         """QEMU has to be told what pyvmm does by itself."""
-        size = f"{self.size // MIB}M"
+        return [*self.command(self.size), "-kernel", builtin.path(builtin.GUEST)]
+
+    @classmethod
+    def command(cls, size):
+        """The first words of a command without a kernel."""
         return [
-            *[self.program, "-nodefaults", "-no-user-config", "-display", "none"],
-            *["-machine", "microvm,accel=kvm,acpi=off,aux-ram-share=on,memory-backend=ram0"],
-            *["-object", f"memory-backend-memfd,id=ram0,size={size},share=on"],
-            *["-kernel", builtin.path(builtin.GUEST)],
+            *(cls.program, "-nodefaults", "-no-user-config", "-display", "none"),
+            *(*cls.machine, *cls.ram(size)),
         ]
+
+    @staticmethod
+    def ram(size):
+        """Options: memory of the kind that pyvmm's is."""
+        ram = f"memory-backend-memfd,id=ram0,size={size // MIB}M,share=on"
+        return ["-object", ram, "-machine", "memory-backend=ram0"]
 
     def hmp(self, command, timeout=DEADLINE_S):
         """As :meth:`harness.Vm.hmp`; without the echo, which is the first line."""
@@ -100,11 +115,29 @@ class Qemu(Vmm):
 class QemuVirtio(Qemu):
     """QEMU with virtio devices where the guest looks for them."""
 
-    def words(self, version):
-        """The first words of the command."""
-        return [
-            *(self.program, "-nodefaults", "-no-user-config", "-display", "none"),
-            *("-machine", "microvm,accel=kvm,acpi=on,ioapic2=off,rtc=off"),
-            *("-global", "virtio-mmio.force-legacy=false"),
-            *("-kernel", builtin.path(builtin.GUEST)),
-        ]
+    machine = (
+        *("-machine", "microvm,accel=kvm,acpi=on,ioapic2=off,rtc=off"),
+        *("-global", "virtio-mmio.force-legacy=false"),
+    )
+
+
+class QemuDefault(QemuVirtio):
+    """The same with the memory that QEMU takes if it is not told, which no update carries over."""
+
+    label = "qemu, own memory"
+    memory = "anonymous, private"
+
+    @staticmethod
+    def ram(size):
+        """Options: none."""
+        return []
+
+
+def qemu_version(path=Qemu.program):
+    """(major, minor) of a QEMU, (0, 0) if it does not tell, or is not there."""
+    try:
+        output = subprocess.run([path, "--version"], capture_output=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return 0, 0
+    found = re.search(rb"version (\d+)\.(\d+)", output)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

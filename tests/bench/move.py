@@ -43,6 +43,7 @@ def bench_move(plan):
     """On this host's kernel."""
     with built() as program:
         for kind, count, title in EVERYTHING:
+            progress(f"move: {title}")
             command = [program, kind, str(count), str(plan.runs)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
             yield _result(title, done.returncode, done.stdout, done.stderr)

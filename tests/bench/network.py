@@ -52,9 +52,9 @@ def bench_network(plan):
             def receive(kind, size=size, window=window):
                 return _receive(kind, size, window)
 
-            yield from beside(f"net {name} to host", "Gb/s", plan.runs, send, LIMIT)
-            yield from beside(f"net {name} to guest", "Gb/s", plan.runs, receive, LIMIT)
-        yield from beside("net round trip", "us", plan.runs, _round_trip, less_is_better=True)
+            yield from beside(f"net {name} to host", "Gb/s", plan, send, LIMIT)
+            yield from beside(f"net {name} to guest", "Gb/s", plan, receive, LIMIT)
+        yield from beside("net round trip", "us", plan, _round_trip, less_is_better=True)
 
 
 @contextlib.contextmanager

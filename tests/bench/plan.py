@@ -10,6 +10,7 @@ class Plan:
     :ivar updates: how many of those of which the longest pause counts
     :ivar pictures: a folder for pictures of one of them, or None
     :ivar plain: updates stop the guest first
+    :ivar beside: measure QEMU, too, where there is one
     :ivar version: the :class:`harness.versions.Version` that is measured
     """
 
@@ -22,12 +23,14 @@ class Plan:
         updates=1000,
         pictures=None,
         plain=False,
+        beside=True,
         version=None,
     ):
         self.runs = runs
         self.updates = updates
         self.pictures = pictures
         self.plain = plain
+        self.beside = beside
         self.quick = quick
         self.smp = smp
         self.version = version

@@ -1,7 +1,9 @@
 """Guests that are one 16-byte program in a ROM, at the reset vector: nothing runs before it.
 
 Start-up: from the spawn of ``pyvmm run`` to the guest's first byte on the serial port, and the
-modules that are imported on the way. Exits: port accesses that Python serves, by the thousand.
+modules that are imported on the way. Life: from the spawn to the end of a VM whose guest ends it at
+once, beside QEMU's microvm with the same ROM, in whose place its own firmware would run first.
+Exits: port accesses that Python serves, by the thousand.
 """
 
 import contextlib
@@ -12,13 +14,25 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-from bench.machines import Vmm
+from harness.process import environment
+
+from bench.beside import rows, turns
+from bench.life import Life
+from bench.machines import MIB, BenchError, Vmm
 from bench.report import Result, progress
 from bench.spawn import first_output
 
 START_LIMIT_MS = 100.0
+LIFE_LIMIT_MS = 60.0
+#: A row for each: what it is called, its unit, how to get it of a :class:`bench.life.Life`.
+LIFE = (
+    ("", "ms", lambda life: life.wall_ms),
+    (", processor time", "ms", lambda life: life.processor_ms),
+    (", peak memory", "MiB", lambda life: life.peak_mib),
+)
+SIZE = 256 * MIB
 EXITS = 1000  # port accesses between two bytes on the serial port
-ROM_SIZE = 4096
+ROM_SIZE = 64 << 10  # QEMU's are a multiple of that
 RESET_VECTOR = ROM_SIZE - 16
 SCRATCH = 0x3FF  # a register of the serial port that does nothing
 THR = 0x3F8
@@ -27,6 +41,10 @@ IMPORT = b"import time:"
 
 # mov al, 0; mov dx, THR; out dx, al; hlt; jmp to hlt
 HELLO = struct.pack("<BBBHB", 0xB0, 0, 0xBA, THR, 0xEE) + b"\xf4\xeb\xfd"
+
+# mov al, 0; out EXIT_PORT, al; hlt; jmp to hlt
+EXIT_PORT, EXIT_CODE = 0xF4, 1
+END = struct.pack("<BBBB", 0xB0, 0, 0xE6, EXIT_PORT) + b"\xf4\xeb\xfd"
 
 
 def exit_loop(opcode):
@@ -51,6 +69,32 @@ def bench_start(plan):
         with _hello(plan, name) as command:
             times = _times(command, plan.runs)
         yield Result(f"start {name}", times, "ms", START_LIMIT_MS, bound)
+    yield from _life(plan)
+
+
+def _life(plan):
+    with _rom(END) as image:
+        found = turns("start to exit", plan, lambda kind: _live(kind, plan, image))
+    for name, unit, value in LIFE:
+        samples = {kind: [value(one) for one in lives] for kind, lives in found.items()}
+        first, *others = rows(f"start to exit{name}", unit, samples, less_is_better=True)
+        if not name:
+            first.limit = LIFE_LIMIT_MS
+        yield from (first, *others)
+
+
+def _live(kind, plan, image):
+    """The life of one process of that kind of machine."""
+    if kind is Vmm:
+        command = [*plan.version.run, "-serial", "null", "-monitor", "none"]
+    else:
+        command = kind.command(SIZE)
+    device = f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=4"
+    command += ["-m", f"{SIZE // MIB}M", "-bios", str(image), "-device", device]
+    life = Life.of(command, environment())
+    if life.code != EXIT_CODE:
+        raise BenchError(f"start to exit: {kind.program} ended with {life.code}")
+    return life
 
 
 def bench_imports(plan):
@@ -85,14 +129,21 @@ def imports(command):
 @contextlib.contextmanager
 def _hello(plan, monitor):
     """The command of a machine that writes a NUL byte to standard output."""
-    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
-        image = Path(folder, "rom")
-        image.write_bytes(rom(HELLO))
-        socket = f"unix:{folder}/monitor,server=on,wait=off"
+    with _rom(HELLO) as image:
+        socket = f"unix:{image.parent}/monitor,server=on,wait=off"
         yield [
             *(*plan.version.run, "-m", "256M", "-serial", "stdio", "-append", ""),
             *("-bios", str(image), "-monitor", "none" if monitor == "no monitor" else socket),
         ]
+
+
+@contextlib.contextmanager
+def _rom(code):
+    """The path of an image with ``code``, in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
+        image = Path(folder, "rom")
+        image.write_bytes(rom(code))
+        yield image
 
 
 def _next_byte(vm):

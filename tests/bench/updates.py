@@ -5,14 +5,11 @@ and a watchdog have to do with that one.
 """
 
 import os
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 from bench.chain import chain
-from bench.machines import MIB, BenchError, Qemu
-from bench.report import Result
+from bench.machines import MIB, BenchError, Qemu, qemu_version
+from bench.report import Result, of_medians
 from pyvmm.verbs.trace import render
 
 SMALL = 256 * MIB
@@ -85,25 +82,13 @@ def write_pictures(folder, title, found):
 
 
 def _qemu(plan, own):
-    path = shutil.which(Qemu.program)
-    if not path or qemu_version(path) < QEMU_NEEDED:
+    version = qemu_version()
+    if version < QEMU_NEEDED:
         yield Result("updates qemu", [], "ms", note=QEMU_ABSENT)
         return
-    version = ".".join(map(str, qemu_version(path)))
-    name = f"updates qemu {version} microvm 256M"
+    name = "updates qemu {}.{} microvm 256M".format(*version)
     found = chain(name, plan.but(plain=False), plan.runs, SMALL, kind=Qemu)
-    first, *others = found.rows(name)
-    first.note = f"qemu / pyvmm = {first.median / Result('', own.longest, 'ms').median:.1f}"
-    yield from (first, *others)
+    yield from found.rows(name)
+    yield of_medians(f"{name}, qemu/pyvmm", found.longest, own.longest)
     if found.problem:
         raise BenchError(found.problem)
-
-
-def qemu_version(path):
-    """(major, minor) of a QEMU, (0, 0) if it does not tell."""
-    try:
-        output = subprocess.run([path, "--version"], capture_output=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return 0, 0
-    found = re.search(rb"version (\d+)\.(\d+)", output)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
