@@ -83,7 +83,7 @@ clean:  ## remove what make made
 
 # setuptools is taken out again because the .pth file that it installs costs every start 2 ms;
 # builds get their own in isolation.
-$(READY): pyproject.toml pyvmm/_native/build.py pyvmm/_native/linux.cdef \
+$(READY): pyproject.toml pyvmm/_native/bin/pyvmm pyvmm/_native/build.py pyvmm/_native/linux.cdef \
 		$(filter-out %/_kvm.c,$(wildcard pyvmm/_native/*.[ch])) | $(BIN)/python
 	@echo "installing pyvmm into $(VENV)"
 	@rm -f pyvmm/_native/_kvm.*.so

@@ -1,5 +1,5 @@
 """``python -m pyvmm``."""
 
-from pyvmm.cli import main
+from pyvmm.cli import command
 
-raise SystemExit(main())
+command()

@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
     from collections.abc import Callable
+    from typing import NoReturn
 
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.state import CprState
@@ -62,6 +63,17 @@ usage: pyvmm run [OPTION...]                     run a guest (pyvmm run -help li
 Without options 'pyvmm run' boots the built-in guest, with its serial console and the monitor
 on the terminal: Ctrl-a h shows the keys, Ctrl-a c switches between them, Ctrl-a x quits.
 """
+
+
+def command() -> NoReturn:
+    """The installed command: run a verb, and end the process with its exit code."""
+    exit_code = main()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        exit_code = exit_code or EXIT_FAILURE  # nobody reads it
+    # The interpreter would take itself apart, which takes milliseconds; the kernel frees it all.
+    os._exit(exit_code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,9 +142,10 @@ def run(argv: list[str], started: int) -> int:
             from pyvmm.monitor import attach  # noqa: F401
 
             return preflight.answer(argv)
-        from pyvmm.cpr import state as cpr_state
+        if wayback.STATE in os.environ:
+            from pyvmm.cpr import state as cpr_state
 
-        carried = cpr_state.inherit(keep=wayback.is_open())
+            carried = cpr_state.inherit(keep=wayback.is_open())
         if carried is None:
             from pyvmm.cpr import probe
 
@@ -182,7 +195,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.handover import Handover
-    from pyvmm.machine import builder, options
+    from pyvmm.machine import builder, cpu, options
     from pyvmm.migration.manager import Migration
 
     try:
@@ -227,15 +240,20 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     try:
         # The guest runs, perhaps for months: nothing that fails from here on ends it.
         loop.on_error = machine.handle_error
+        tell_drops(loop)
         # They come blocked out of an exec, so that they are not lost on a way back.
         machine.attempt(unblock_signals, "signals")
         monitors = open_monitors(machine, migration)
-        publication = publish(machine, migration, entry)
-        import_ahead(machine, migration)
-        entry = publication.entry if publication else entry
-        migration.settle()
+        import_ahead(machine, "errors of memory cannot be told", cpu.import_ahead)
+        # What the image before left there is taken over whatever comes.
+        if carried is not None or goes_on(machine):
+            publication = publish(machine, migration, entry)
+            entry = publication.entry if publication else entry
+        import_ahead(machine, "there can be no update", migration.import_ahead)
+        import_ahead(machine, "there can be no reset", machine.kernel.keep)
+        if goes_on(machine):
+            migration.settle()
         gc.enable()
-        tell_drops(loop)
         loop.run()
         # Also if this image still waits for its state: who ends it does not want the old one back.
         wayback.close()
@@ -298,21 +316,28 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
         return []
 
 
-def import_ahead(machine: Machine, migration: Migration) -> None:
-    """Have each part import what it needs later: when an update or a reset comes, the package on
-    disk may be another version, and the kernel file another, too."""
-    from pyvmm.machine import cpu
+def goes_on(machine: Machine) -> bool:
+    """Return whether the guest has not brought the machine to its end yet: it may be quicker than
+    what is done while it runs, which nobody needs then."""
+    try:
+        machine.end.serve()
+    except Exception as error:
+        machine.handle_error(error, machine.end.serve)
+    return not machine.ended
 
-    parts: tuple[tuple[str, Callable[[], None]], ...] = (
-        ("there can be no update", migration.import_ahead),
-        ("there can be no reset", machine.kernel.keep),
-        ("errors of memory cannot be told", cpu.import_ahead),
-    )
-    for lost, part in parts:
-        try:
-            part()
-        except Exception as error:
-            machine.warn(f"{lost}: {type(error).__name__}: {error}")
+
+def import_ahead(machine: Machine, lost: str, part: Callable[[], None]) -> None:
+    """Have a part import what it needs later: when an update or a reset comes, the package on
+    disk may be another version, and the kernel file another, too.
+
+    :param lost: what there cannot be without it
+    """
+    if not goes_on(machine):
+        return
+    try:
+        part()
+    except Exception as error:
+        machine.warn(f"{lost}: {type(error).__name__}: {error}")
 
 
 def tell_drops(loop: EventLoop) -> None:

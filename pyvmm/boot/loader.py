@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot import bootparams, bzimage, elf, flat, linux, multiboot, pvh
+from pyvmm.boot import elf, flat, multiboot, pvh
 from pyvmm.boot.blob import FileBlob
 from pyvmm.boot.place import check_place, load_initrd, load_segments, write_cmdline
 from pyvmm.errors import ConfigError
@@ -102,6 +102,8 @@ def prepare(blob: Blob, config: KernelConfig) -> int:
         if head.startswith(elf.MAGIC):
             return elf.Elf(blob).file_end
         if head.endswith(_SETUP_HEADER_MAGIC):
+            from pyvmm.boot import bzimage, linux
+
             header = bzimage.BzImage(blob)
             if config.unpack == "host":
                 linux.prepare(blob, header)
@@ -144,7 +146,7 @@ def _recognize(blob: Blob, wanted: str) -> Callable[[_Boot], LoadedKernel]:
     head = blob.head(_HEAD_SIZE)
     executable = elf.Elf(blob) if head[:4] == elf.MAGIC[: len(head)] else None
     if executable is None and head.endswith(_SETUP_HEADER_MAGIC) and (auto or wanted == "linux"):
-        return lambda boot: _load_linux(boot, None)
+        return _linux_loader(None)
     entry = pvh.find_entry(executable) if executable and (auto or wanted == "pvh") else None
     prefers_pvh = executable is not None and executable.is_64 and entry is not None
     if not prefers_pvh and (auto or wanted == "multiboot"):
@@ -154,7 +156,7 @@ def _recognize(blob: Blob, wanted: str) -> Callable[[_Boot], LoadedKernel]:
     if executable and entry is not None:
         return lambda boot: _load_pvh(boot, executable, entry)
     if executable and (wanted == "linux" or (auto and _is_linux(blob, executable))):
-        return lambda boot: _load_linux(boot, executable)
+        return _linux_loader(executable)
     if auto and executable is None and _is_boot_sector(head):
         return _load_flat
     # The names of what is no kernel are only imported when they are needed.
@@ -164,6 +166,8 @@ def _recognize(blob: Blob, wanted: str) -> Callable[[_Boot], LoadedKernel]:
 
 
 def _is_linux(blob: Blob, executable: elf.Elf) -> bool:
+    from pyvmm.boot import linux
+
     return executable.is_64 and linux.is_vmlinux(executable) and not multiboot.is_version_2(blob)
 
 
@@ -180,7 +184,17 @@ def _load_flat(boot: _Boot) -> LoadedKernel:
     return LoadedKernel(FLAT, flat.load(boot.memory, boot.blob))
 
 
+def _linux_loader(executable: elf.Elf | None) -> Callable[[_Boot], LoadedKernel]:
+    """Return what loads a bzImage, or the vmlinux *executable*. What that needs is imported here:
+    most of the loaders is of use to Linux alone, whose resets shall find it imported."""
+    from pyvmm.boot import bootparams, linux  # noqa: F401
+
+    return lambda boot: _load_linux(boot, executable)
+
+
 def _load_linux(boot: _Boot, executable: elf.Elf | None) -> LoadedKernel:
+    from pyvmm.boot import bootparams, linux
+
     memory, config = boot.memory, boot.config
     if executable:
         kernel = linux.load_vmlinux(memory, boot.blob, executable)

@@ -11,7 +11,7 @@ one immutable map from first to last, without a lock; a change puts another map 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from _bisect import bisect_right  # all that bisect has of it, without its import
 
 from pyvmm.core.threads import Lock
 from pyvmm.errors import InternalError

@@ -12,7 +12,7 @@ import _thread
 import os
 import select
 import time
-from heapq import heappop, heappush
+from _heapq import heappop, heappush  # what heapq has of them, without its import
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

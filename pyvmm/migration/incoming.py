@@ -14,7 +14,7 @@ from pyvmm import wayback
 from pyvmm.core import runstate
 from pyvmm.cpr.handover import CLIENT, CPR, OWN, ROLLBACK
 from pyvmm.errors import CommandError, PyvmmError
-from pyvmm.migration import open_channel, savevm
+from pyvmm.migration import open_channel
 from pyvmm.migration.status import PACKED
 
 TYPE_CHECKING = False
@@ -110,6 +110,8 @@ class Incoming:
 
     def _load(self, source: Channel) -> None:
         """The recipe, from the state to the running guest."""
+        from pyvmm.migration import savevm  # a fresh start does without it
+
         machine, status = self._machine, self._status
         status.mark("load")
         status.enter("setup")

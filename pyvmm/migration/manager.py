@@ -10,7 +10,6 @@ from __future__ import annotations
 from pyvmm.core import runstate
 from pyvmm.errors import ConfigError, MigrationError
 from pyvmm.migration import open_channel
-from pyvmm.migration.channel import MemoryChannel
 from pyvmm.migration.incoming import Incoming
 from pyvmm.migration.status import Status, blockers
 
@@ -137,6 +136,8 @@ class Migration:
         :param done: as of ``Outgoing.begin``
         :raises MigrationError: refused
         """
+        from pyvmm.migration.channel import MemoryChannel  # which ``outgoing`` has imported
+
         self._refuse_if_busy()
         channel = MemoryChannel()
         self._begin([*command, "-incoming", channel.text] if command else None, channel, done)

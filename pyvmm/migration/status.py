@@ -10,8 +10,6 @@ import struct
 import time
 from itertools import pairwise
 
-from pyvmm.vmstate.stream import MAX_BLOCKS
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -219,6 +217,8 @@ class Status:
 
 def blockers(machine: Machine) -> list[str]:
     """Return what keeps this machine from being updated, whatever the command."""
+    from pyvmm.vmstate.stream import MAX_BLOCKS  # a start has no use for the rest of it
+
     count = len(machine.ram_blocks)
     too_many = [
         f"{count} blocks of memory, of which a state names {MAX_BLOCKS}; leave out an -object"

@@ -25,6 +25,7 @@ PORT_LOOP = b"\xe6\x80\xeb\xfc"
 
 def facts():
     """What there is to say of it, in an order for people; numbers, texts and lists."""
+    load = os.getloadavg()  # before this adds to it
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "pyvmm": pyvmm.__version__,
@@ -39,7 +40,7 @@ def facts():
         "memory": {kind.label: kind.memory for kind in (Vmm, Qemu, QemuDefault)},
         "shmem_enabled": _setting(f"{THP}/shmem_enabled"),
         "transparent_hugepage": _setting(f"{THP}/enabled"),
-        "load": os.getloadavg(),
+        "load": load,
     }
 
 

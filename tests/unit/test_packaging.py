@@ -86,7 +86,7 @@ def test_installed_command_works_from_an_empty_folder(wheel, tmp_path):
 
 def test_launcher_imports_nothing_but_the_command():
     launcher = (ROOT / "pyvmm/_native/bin/pyvmm").read_text().splitlines()
-    assert launcher == ["#!python", "from pyvmm.cli import main", "raise SystemExit(main())"]
+    assert launcher == ["#!python", "from pyvmm.cli import command", "command()"]
 
 
 def test_missing_toolchain_is_one_line(source, tmp_path):
