@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.state import CprState
     from pyvmm.machine.machine import Machine
-    from pyvmm.migration.manager import Migration
-    from pyvmm.monitor.frontend import MonitorFrontend
-    from pyvmm.monitor.server import Publication
     from pyvmm.rundir import Entry
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
@@ -195,8 +192,9 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     from pyvmm._native import name_thread
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.handover import Handover
-    from pyvmm.machine import builder, cpu, options
+    from pyvmm.machine import builder, options
     from pyvmm.migration.manager import Migration
+    from pyvmm.monitor.front import Front
 
     try:
         config = options.parse(argv)
@@ -221,8 +219,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     entry = reserve(config.name) if config.name and carried is None else None
     loop = EventLoop()
     machine: Machine | None = None
-    monitors: list[MonitorFrontend] = []
-    publication: Publication | None = None
+    front: Front | None = None
     try:
         machine = builder.build(config, loop, handover, loop.stop)
         handle_signals(machine)
@@ -243,17 +240,8 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         tell_drops(loop)
         # They come blocked out of an exec, so that they are not lost on a way back.
         machine.attempt(unblock_signals, "signals")
-        monitors = open_monitors(machine, migration)
-        import_ahead(machine, "errors of memory cannot be told", cpu.import_ahead)
-        # What the image before left there is taken over whatever comes.
-        if carried is not None or goes_on(machine):
-            publication = publish(machine, migration, entry)
-            entry = publication.entry if publication else entry
-        import_ahead(machine, "there can be no update", migration.import_ahead)
-        import_ahead(machine, "there can be no reset", machine.kernel.keep)
-        if goes_on(machine):
-            migration.settle()
-        gc.enable()
+        front = Front(machine, migration, entry)
+        machine.attempt(front.open, "start")
         loop.run()
         # Also if this image still waits for its state: who ends it does not want the old one back.
         wayback.close()
@@ -262,10 +250,9 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         # While there is a way back, what is open is the other image's, which goes on with it.
         if not wayback.is_open():
             migration.close()
-            for monitor in monitors:
-                monitor.close()
-            if publication is not None:
-                publication.close()
+            if front is not None:
+                front.close()
+                entry = front.entry
             machine.close()
             log.err.on_drop = None
             log.err.catch_up()
@@ -302,44 +289,6 @@ def unblock_signals() -> None:
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, ENDING)
 
 
-def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFrontend]:
-    """Put a monitor on each chardev that is to have one; return the monitors."""
-    if not machine.monitors:
-        return []
-    try:
-        from pyvmm.monitor import attach
-
-        return attach.open_monitors(machine, migration, machine.monitors)
-    except Exception as error:
-        # The guest runs already, perhaps for months: it does not end for want of a monitor.
-        machine.warn(f"there is no monitor: {type(error).__name__}: {error}")
-        return []
-
-
-def goes_on(machine: Machine) -> bool:
-    """Return whether the guest has not brought the machine to its end yet: it may be quicker than
-    what is done while it runs, which nobody needs then."""
-    try:
-        machine.end.serve()
-    except Exception as error:
-        machine.handle_error(error, machine.end.serve)
-    return not machine.ended
-
-
-def import_ahead(machine: Machine, lost: str, part: Callable[[], None]) -> None:
-    """Have a part import what it needs later: when an update or a reset comes, the package on
-    disk may be another version, and the kernel file another, too.
-
-    :param lost: what there cannot be without it
-    """
-    if not goes_on(machine):
-        return
-    try:
-        part()
-    except Exception as error:
-        machine.warn(f"{lost}: {type(error).__name__}: {error}")
-
-
 def tell_drops(loop: EventLoop) -> None:
     """Have the loop say how many messages standard error did not take, once it takes some."""
 
@@ -355,18 +304,6 @@ def reserve(name: str) -> Entry:
     from pyvmm import rundir
 
     return rundir.reserve(name)
-
-
-def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publication | None:
-    """Make the VM known in the run directory, or go on there for the image before; return
-    its publication; None, with a warning, if there can be none."""
-    try:
-        from pyvmm.monitor.server import Publication
-
-        return Publication(machine, migration, entry)
-    except Exception as error:
-        machine.warn(f"'pyvmm list' does not show this VM: {error}")
-        return None
 
 
 def _handle(machine: Machine, number: int, handler: Callable[[], None]) -> None:
