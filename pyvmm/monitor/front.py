@@ -4,8 +4,9 @@ disk may be another version, and the kernel file another, too.
 
 It takes some tens of milliseconds, nearly all of them imports. After an update the guest's devices
 need the main loop at once: so a thread imports while the loop runs, and the loop does the rest, one
-step at a time. At a VM's first start all of it comes before the loop: a monitor hears of whatever
-the guest does. Without a monitor nobody needs it whose guest has ended meanwhile, as one of CI may.
+step at a time. At a VM's first start all of it comes before the loop if there is a monitor, which
+hears of whatever the guest does. If there is none the loop does it, step by step, and not at all
+for a guest that ends at once, as a test's may.
 
 Main loop thread, but for the imports.
 """
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 #: How long the end of a VM waits for imports that are under way.
 IMPORT_TIMEOUT_S = 10.0
+#: How long a guest without a monitor is left alone first.
+REST_S = 0.002
 
 
 class Front:
@@ -59,9 +62,13 @@ class Front:
 
     def open(self) -> None:
         """Do it, or begin to: nothing that fails ends the guest."""
+        machine = self._machine
         # Files can be gone at any moment: it opens them.
-        self._attempt(self._machine.kernel.keep, "there can be no reset")
-        if self._machine.handover.is_incoming:
+        self._attempt(machine.kernel.keep, "there can be no reset")
+        if not self._is_awaited:
+            machine.loop.call_later(REST_S, self._go_on)
+            return
+        if machine.handover.is_incoming:
             # It takes the thread that imports it for the main one, which the terminal's signals
             # depend on.
             import threading  # noqa: F401
@@ -73,9 +80,15 @@ class Front:
                 pass  # without a thread it is done here
         self._finish()
 
+    @property
+    def _is_awaited(self) -> bool:
+        """Whether it is needed even if the VM ends: by who is at a monitor and hears of that, or
+        to take over what the image before left."""
+        return bool(self._machine.monitors) or self._machine.handover.is_incoming
+
     def close(self) -> None:
-        """The VM ends; whoever is at a monitor hears of it, so all have to be open."""
-        if self._steps:
+        """The VM ends."""
+        if self._steps and self._is_awaited:
             self._imported.wait(IMPORT_TIMEOUT_S)
             self._finish()
         for monitor in self._monitors:
@@ -103,21 +116,7 @@ class Front:
 
     def _finish(self) -> None:
         while self._steps:
-            if self._is_needless():
-                self._steps.clear()
             self._step()
-
-    def _is_needless(self) -> bool:
-        """Return whether nobody needs the rest: the guest has brought the VM to its end, no monitor
-        tells of that, and there is nothing of an image before to be taken over."""
-        machine = self._machine
-        if machine.monitors or machine.handover.is_incoming:
-            return False
-        try:
-            machine.end.serve()
-        except Exception as error:
-            machine.handle_error(error, machine.end.serve)
-        return machine.ended
 
     def _go_on(self) -> None:
         self._step()

@@ -19,7 +19,10 @@ def beside(name, unit, plan, measure, limit=None, *, less_is_better=False):
     for kind, samples in found.items():
         if not all(samples):
             raise BenchError(f"{name}: {kind.label} did nothing")
-    return rows(name, unit, found, limit, less_is_better=less_is_better)
+    results = rows(name, unit, found, limit, less_is_better=less_is_better)
+    if len(found) == 1:
+        results[0].note = "no QEMU to compare with"
+    return results
 
 
 def turns(name, plan, measure):
@@ -44,8 +47,6 @@ def rows(name, unit, found, limit=None, *, less_is_better=False):
     """
     (own, *others), (ours, *theirs) = found, found.values()
     results = [Result(f"{name}: {kind.label}", one, unit) for kind, one in found.items()]
-    if not others:
-        results[0].note = "no QEMU to compare with"
     for kind, samples in zip(others, theirs, strict=True):
         most = limit if kind.memory == own.memory else None
         if less_is_better:
