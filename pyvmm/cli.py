@@ -299,11 +299,13 @@ def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFronten
 
 
 def import_ahead(machine: Machine, migration: Migration) -> None:
-    """Have each part import what it needs later: when an update or a reset comes, the package on
-    disk may be another version, and the kernel file another, too."""
+    """Have each part import what it needs later, and memory taken care of: when an update or a
+    reset comes, the package on disk may be another version, and the kernel file another, too."""
     from pyvmm.machine import cpu
 
     parts: tuple[tuple[str, Callable[[], None]], ...] = (
+        # First: the guest feels it.
+        ("guest RAM gets no huge pages", machine.keep_up_ram),
         ("there can be no update", migration.import_ahead),
         ("there can be no reset", machine.kernel.keep),
         ("errors of memory cannot be told", cpu.import_ahead),

@@ -351,6 +351,8 @@ class Vm:
         process.wait_until(lambda: not self.children(), "the end of pyvmm's child processes")
         # For a moment it counts the pages that the guest has mapped again.
         process.wait_until(lambda: STATS not in self.fds(), "the end of the count")
+        # Once in a while it looks at the guest's memory.
+        process.wait_until(lambda: "upkeep" not in self.threads(), "the end of the upkeep")
         return self.fds(), self.threads()
 
     def sections(self):
