@@ -1,5 +1,5 @@
-/* What is done for a block of guest RAM beside the guest: it is mapped ahead, and huge pages are made of it,
- * a little at a time. */
+/* What is done for a block of guest RAM beside the guest, a little at a time: it is mapped ahead, and
+ * huge pages are made of it. */
 #pragma once
 
 #ifndef FOR_CFFI
@@ -9,7 +9,7 @@
 /* One block. What is said to be read meanwhile may be, by any thread. */
 struct pyvmm_upkeep {
 	uint8_t *start; /* a multiple of 2 MiB */
-	uint8_t *huge;	/* a byte for each 2 MiB of it: whether it was made a huge page; read meanwhile */
+	uint8_t *huge;	/* a byte for each 2 MiB of it: whether they are a huge page; read meanwhile */
 	uint32_t count; /* of these */
 	uint32_t made;	/* how many are; read meanwhile */
 	uint32_t least; /* a huge page is made where so many of its 512 pages have memory */

@@ -3,6 +3,8 @@ may answer, with a fake of it."""
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 from harness import needs
@@ -218,6 +220,40 @@ def test_what_cannot_have_any(loop, keep, backend, reason):
     assert reason in told["reason"]
     assert care.close()
     backend.close()
+
+
+IN_GROUP = """
+import os, sys
+from pyvmm.memory.backend import RamBackend
+from pyvmm.memory.config import RamConfig
+from pyvmm.memory.upkeep import Block
+group = sys.argv[1]
+open(f"{group}/cgroup.procs", "w").write(str(os.getpid()))
+backend = RamBackend(RamConfig("memory-backend-memfd", "ram0", 16 << 20, prealloc=True))
+(limit, usage) = ("max", "current") if os.path.exists(f"{group}/memory.max") else (
+    "limit_in_bytes", "usage_in_bytes")
+used = int(open(f"{group}/memory.{usage}").read())
+block = Block(backend, b"")
+for room in (1 << 20, 16 << 20):
+    open(f"{group}/memory.{limit}", "w").write(str(used + room))
+    block.begin()
+    block.collapse()
+    print(block.made, block.reason)
+"""
+
+
+def test_a_control_group_without_room(tmp_path):
+    """Has its memory as it is: nobody is killed for a huge page, and later there is one."""
+    needs.collapse()
+    group = needs.memory_group(f"pyvmm-test-{os.getpid()}", 1 << 30)
+    try:
+        command = [sys.executable, "-c", IN_GROUP, str(group)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), "the group is empty")
+        group.rmdir()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "0 the control group may have no more memory\n8 \n"
 
 
 def mapped_again(backend):
