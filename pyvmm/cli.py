@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.state import CprState
     from pyvmm.machine.machine import Machine
-    from pyvmm.migration.manager import Migration
-    from pyvmm.monitor.frontend import MonitorFrontend
-    from pyvmm.monitor.server import Publication
     from pyvmm.rundir import Entry
 else:
     import _signal  # what signal wraps in enums, at the cost of importing enum
@@ -184,6 +181,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     from pyvmm.cpr.handover import Handover
     from pyvmm.machine import builder, options
     from pyvmm.migration.manager import Migration
+    from pyvmm.monitor.front import Front
 
     try:
         config = options.parse(argv)
@@ -208,8 +206,7 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
     entry = reserve(config.name) if config.name and carried is None else None
     loop = EventLoop()
     machine: Machine | None = None
-    monitors: list[MonitorFrontend] = []
-    publication: Publication | None = None
+    front: Front | None = None
     try:
         machine = builder.build(config, loop, handover, loop.stop)
         handle_signals(machine)
@@ -229,12 +226,8 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         loop.on_error = machine.handle_error
         # They come blocked out of an exec, so that they are not lost on a way back.
         machine.attempt(unblock_signals, "signals")
-        monitors = open_monitors(machine, migration)
-        publication = publish(machine, migration, entry)
-        import_ahead(machine, migration)
-        entry = publication.entry if publication else entry
-        migration.settle()
-        gc.enable()
+        front = Front(machine, migration, entry)
+        machine.attempt(front.open, "start")
         tell_drops(loop)
         loop.run()
         # Also if this image still waits for its state: who ends it does not want the old one back.
@@ -244,10 +237,9 @@ def serve(argv: list[str], started: int, carried: CprState | None = None) -> int
         # While there is a way back, what is open is the other image's, which goes on with it.
         if not wayback.is_open():
             migration.close()
-            for monitor in monitors:
-                monitor.close()
-            if publication is not None:
-                publication.close()
+            if front is not None:
+                front.close()
+                entry = front.entry
             machine.close()
             log.err.on_drop = None
             log.err.catch_up()
@@ -284,39 +276,6 @@ def unblock_signals() -> None:
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, ENDING)
 
 
-def open_monitors(machine: Machine, migration: Migration) -> list[MonitorFrontend]:
-    """Put a monitor on each chardev that is to have one; return the monitors."""
-    if not machine.monitors:
-        return []
-    try:
-        from pyvmm.monitor import attach
-
-        return attach.open_monitors(machine, migration, machine.monitors)
-    except Exception as error:
-        # The guest runs already, perhaps for months: it does not end for want of a monitor.
-        machine.warn(f"there is no monitor: {type(error).__name__}: {error}")
-        return []
-
-
-def import_ahead(machine: Machine, migration: Migration) -> None:
-    """Have each part import what it needs later, and memory taken care of: when an update or a
-    reset comes, the package on disk may be another version, and the kernel file another, too."""
-    from pyvmm.machine import cpu
-
-    parts: tuple[tuple[str, Callable[[], None]], ...] = (
-        # First: the guest feels it.
-        ("guest RAM gets no huge pages", machine.keep_up_ram),
-        ("there can be no update", migration.import_ahead),
-        ("there can be no reset", machine.kernel.keep),
-        ("errors of memory cannot be told", cpu.import_ahead),
-    )
-    for lost, part in parts:
-        try:
-            part()
-        except Exception as error:
-            machine.warn(f"{lost}: {type(error).__name__}: {error}")
-
-
 def tell_drops(loop: EventLoop) -> None:
     """Have the loop say how many messages standard error did not take, once it takes some."""
 
@@ -332,18 +291,6 @@ def reserve(name: str) -> Entry:
     from pyvmm import rundir
 
     return rundir.reserve(name)
-
-
-def publish(machine: Machine, migration: Migration, entry: Entry | None) -> Publication | None:
-    """Make the VM known in the run directory, or go on there for the image before; return
-    its publication; None, with a warning, if there can be none."""
-    try:
-        from pyvmm.monitor.server import Publication
-
-        return Publication(machine, migration, entry)
-    except Exception as error:
-        machine.warn(f"'pyvmm list' does not show this VM: {error}")
-        return None
 
 
 def _handle(machine: Machine, number: int, handler: Callable[[], None]) -> None:

@@ -2,7 +2,7 @@
 
 A new image of an update needs none of this before its guest runs, since memory has it all. So the
 loaders are imported when they are used first, or ahead of that, when the guest runs
-(``cli.import_ahead``). Main loop thread.
+(``monitor.front``). Main loop thread.
 """
 
 from __future__ import annotations

@@ -73,7 +73,6 @@ class Incoming:
             self._load(open_channel(machine.config.incoming))
         # Off the pause, but before the descriptors that nobody took are closed.
         self._try(self._adopt_added)
-        machine.loop.call_soon(self._end_start)
 
     def load(self, uri: str) -> None:
         """Load the state that ``-incoming defer`` waits for. After a failure that changed
@@ -201,8 +200,8 @@ class Incoming:
         if self._is_recording:
             self.early_events.append((name, data, time.time_ns()))
 
-    def _end_start(self) -> None:
-        # The monitors are there by now.
+    def end_start(self) -> None:
+        """The monitors are there: say what is wrong with the update, if they told nobody."""
         self._is_recording = False
         self.early_events.clear()
         error = self.take_error()

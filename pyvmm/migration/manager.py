@@ -52,6 +52,7 @@ class Migration:
 
     def settle(self) -> None:
         """All of the machine is there, monitors and all: close what nobody goes on with."""
+        self._incoming.end_start()
         self._incoming.settle()
 
     def import_ahead(self) -> None:

@@ -15,6 +15,8 @@ from pyvmm.monitor.registry import Context
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.chardev.base import Chardev
     from pyvmm.cpr.handover import Handover
     from pyvmm.machine.config import MonitorConfig
@@ -34,8 +36,7 @@ def open_monitors(
     registry = build_registry()
     monitors: list[MonitorFrontend] = []
     for config, chardev in specs:
-        context = Context(machine, migration, registry)
-        monitor = _make(config, chardev, context)
+        monitor = kind(config, chardev)(Context(machine, migration, registry))
         name = _unused(chardev.id, machine.handover)
         parcel = machine.handover.parcel(MONITOR, name)
         state = parcel.take_state()
@@ -51,18 +52,20 @@ def open_monitors(
     return monitors
 
 
-def _make(config: MonitorConfig, chardev: Chardev, context: Context) -> MonitorFrontend:
+def kind(config: MonitorConfig, chardev: Chardev) -> Callable[[Context], MonitorFrontend]:
+    """Return what makes a monitor of the kind that a chardev is to have. Any thread."""
     if config.mode == "control":
         from pyvmm.monitor.qmp.session import QmpSession
 
-        return QmpSession(chardev, context, pretty=config.pretty)
+        return lambda context: QmpSession(chardev, context, pretty=config.pretty)
     if chardev.is_terminal and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown"):
         from pyvmm.monitor.hmp.console import Console
 
-        return Console(chardev, context)
+        return lambda context: Console(chardev, context)
     from pyvmm.monitor.hmp.lines import LineMonitor
 
-    return LineMonitor(chardev, context, echo=chardev.is_terminal or chardev.is_typed)
+    echo = chardev.is_terminal or chardev.is_typed
+    return lambda context: LineMonitor(chardev, context, echo=echo)
 
 
 def _unused(id: str, handover: Handover) -> str:

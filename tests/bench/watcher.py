@@ -34,6 +34,8 @@ PR_SET_TIMERSLACK = 29
 
 def watch(path, offset, least_ns):
     """Look until SIGINT; gaps and notes of :class:`Watched`."""
+    # A shell that starts something in the background has it ignore that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(1), 0, 0, 0)
     with contextlib.suppress(PermissionError):
         # What it has to wait for it does not see: looks are short.

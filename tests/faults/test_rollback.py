@@ -447,7 +447,7 @@ def test_package_that_goes_while_the_guest_runs_already(ticker):
     # Too late for a way back: the guest runs on, without what could not be imported.
     machine = ticker()
     gone = "import sys; sys.modules['pyvmm.migration.preflight'] = None"
-    assert update(machine, replaced(machine, "pyvmm.cli:open_monitors", gone)) == ""
+    assert update(machine, replaced(machine, "pyvmm.monitor.front:Front.open", gone)) == ""
     check_ticking(machine)
     assert "there can be no update" in machine.stderr()
     assert "Error: The preflight cannot be made" in update(machine)

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from faults.tools import replaced
 from harness import process, pyvmm, run_cli, wait_until
 
 COUNTER = 0x200000
@@ -341,3 +342,19 @@ def test_update_by_python_m(vm):
     machine.update()
     machine.expect(r"tick \d+")
     assert shlex.join(machine.cmdline).endswith("-incoming file:vm.state.0")
+
+
+def test_devices_work_before_the_monitors_are_there(vm):
+    # What the monitors need takes long to be imported: the guest's console does not wait for it.
+    machine = vm()
+    machine.expect("guest> ")
+    slow = "import os, time; open('begun', 'w'); "
+    slow += "[time.sleep(0.01) for _ in iter(lambda: os.path.exists('go-on'), True)]"
+    command = replaced(machine, "pyvmm.monitor.front:Front._import", slow)
+    machine.hmp_send(f"update {shlex.join(command)}")
+    wait_until((machine.folder / "begun").exists, "the new image imports")
+    assert machine.shell("echo x") == "x\n"
+    assert not machine.replied
+    (machine.folder / "go-on").touch()
+    assert machine.hmp_reply() == ""
+    assert machine.status == "running"
