@@ -64,23 +64,27 @@ int pyvmm_map_ahead(struct pyvmm_upkeep *upkeep)
 		if (!find_present(start, present))
 			continue;
 		for (int first = 0, end; first < PAGES; first = end) {
-			for (end = first + 1; end < PAGES && present[end] == present[first]; end++)
-				;
-			if (present[first] &&
-			    madvise(start + first * PAGE, (size_t)(end - first) * PAGE, POPULATE_READ))
+			size_t size;
+
+			end = first + 1;
+			while (end < PAGES && present[end] == present[first])
+				end++;
+			size = (size_t)(end - first) * PAGE;
+			if (present[first] && madvise(start + first * PAGE, size, POPULATE_READ))
 				return -errno;
 		}
 	}
 	return 0;
 }
 
-/* Make a huge page, for which the kernel copies 512 others: 0, or the error number. Whoever touches it
- * meanwhile waits. */
-static int make(uint8_t *start, int is_shared)
+/* Make a huge page, for which the kernel copies 512 others: 0, or the error number. Whoever touches
+ * it meanwhile waits. */
+static int make(const struct pyvmm_upkeep *upkeep, uint8_t *start)
 {
-	/* Out of each table that maps them the kernel takes the pages one by one, and tells KVM of each.
-	 * Taken out all at once before, which is quicker by far, they are in the file still. */
-	if (is_shared)
+	/* Out of each table that maps them the kernel takes the pages one by one, and tells KVM of
+	 * each. Taken out all at once before, which is quicker by far, they are in the file still.
+	 * Not before it is known that this kernel makes any. */
+	if (upkeep->is_shared && upkeep->made)
 		madvise(start, HUGE_PAGE, MADV_DONTNEED);
 	return madvise(start, HUGE_PAGE, COLLAPSE) ? errno : 0;
 }
@@ -106,7 +110,7 @@ int pyvmm_collapse(struct pyvmm_upkeep *upkeep)
 		if (find_present(start, present) < upkeep->least)
 			continue;
 		before = raw_clock(CLOCK_MONOTONIC);
-		error = make(start, upkeep->is_shared);
+		error = make(upkeep, start);
 		took = raw_clock(CLOCK_MONOTONIC) - before;
 		if (took > upkeep->longest_ns)
 			upkeep->longest_ns = took;
@@ -116,8 +120,8 @@ int pyvmm_collapse(struct pyvmm_upkeep *upkeep)
 			continue;
 		}
 		upkeep->error = error;
-		/* No huge page is free, or the control group may have no more memory. Other errors are
-		 * of these pages: somebody has one of them in use. */
+		/* No huge page is free, or the control group may have no more memory. Other errors
+		 * are of these pages: somebody has one of them in use. */
 		if (error == ENOMEM || error == EBUSY)
 			return -error;
 	}
