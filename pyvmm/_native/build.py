@@ -34,6 +34,7 @@ SUBJECTS = (
     "trial",
     "guard",
     "memory",
+    "upkeep",
     "virtq",
 )
 #: Subjects that do without libc. The compiler must add no call of it and no canary to them, which

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/vfs.h>
 #include <x86intrin.h>
@@ -22,6 +23,18 @@ int64_t pyvmm_fs_type(int fd)
 	struct statfs status;
 
 	return fstatfs(fd, &status) < 0 ? -errno : (int64_t)status.f_type;
+}
+
+/* Map a file, or with -1 private anonymous memory, readable and writable at an address of the caller's
+ * own, in place of what was mapped there: 0, or the negative error number, and then what was there is
+ * gone. Private memory is not reserved. */
+int pyvmm_map_over(void *address, size_t size, int fd, int is_shared)
+{
+	int flags = MAP_FIXED | (is_shared ? MAP_SHARED : MAP_PRIVATE | MAP_NORESERVE);
+
+	if (fd < 0)
+		flags |= MAP_ANONYMOUS;
+	return mmap(address, size, PROT_READ | PROT_WRITE, flags, fd, 0) == MAP_FAILED ? -errno : 0;
 }
 
 /* Name the calling thread: 0, or the negative error number. Linux keeps 15 bytes. */

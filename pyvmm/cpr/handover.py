@@ -35,6 +35,9 @@ RNG = "rng"
 MONITOR = "monitor"
 CLIENT = "client-fd"  # what monitors' clients handed over
 
+# What is told of one of them beside its own state.
+HUGE = "huge"  # which pages of a block of memory are huge
+
 # And of others, with the names that they have.
 BOOT = "boot"  # what a reset loads: kernel, initrd
 RUN = "run"  # the entry in the run directory: lock, and the listeners of readline, control

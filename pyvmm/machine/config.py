@@ -51,6 +51,7 @@ class MachineConfig:
         self.rngs: list[RngConfig] = []
         self.memory_backend = ""  # id of the object that is main memory
         self.anon_alloc = "memfd"  # where memory without an object comes from: memfd, mmap
+        self.ram_collapse = True  # whether memory is made huge pages of
         self.topology = Topology(1, 1, 1)
         self.cpu_changes: dict[str, bool] = {}  # features that -cpu wants, and does not want
         self.acpi = True  # whether the guest finds ACPI tables

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.kernel import GuestKernel
     from pyvmm.machine.parts import Listener, Parts
+    from pyvmm.memory.upkeep import Upkeep
 
 # How long the loop stands still for a host that is busy with the guest's requests: when the
 # operator stops the guest, who then finds nothing under way or an error, and when the guest
@@ -54,6 +55,7 @@ class Machine:
     Its parts are seen under their names (:class:`pyvmm.machine.parts.Parts`).
 
     :ivar cpus: the vCPUs, each with its thread
+    :ivar upkeep: takes care of guest RAM beside the guest; None before :meth:`keep_up_ram`
     :ivar autostart: whether a guest that is still being loaded shall run afterwards
     :ivar signalled: the number of a signal that is about to end the VMM, or 0
     """
@@ -78,6 +80,7 @@ class Machine:
             Cpu(vcpu, parts.ports, parts.mmio, parts.end, parts.memory)
             for vcpu in parts.platform.vcpus
         ]
+        self.upkeep: Upkeep | None = None
         self.autostart = not config.start_paused
         self.signalled = 0
         self._parts = parts
@@ -384,6 +387,15 @@ class Machine:
         self.prepare_devices()
         self.kernel.load()
 
+    def keep_up_ram(self) -> None:
+        """Have guest RAM taken care of from now on, beside the guest."""
+        # An update's guest waits for no import that it can do without.
+        from pyvmm.memory.upkeep import Upkeep
+
+        self.upkeep = Upkeep(
+            self.loop, self.handover, self.ram_blocks, collapses=self.config.ram_collapse
+        )
+
     @property
     def kernel(self) -> GuestKernel:
         """What the guest boots; an update has no use for it before its guest runs."""
@@ -465,6 +477,8 @@ class Machine:
             cpu.end()
         # All of them first: one that still runs may be about to stop the others.
         stuck = not all(cpu.wait_stopped() for cpu in self.cpus)
+        if self.upkeep is not None and not self.upkeep.close():
+            stuck = True
         self._parts.opened.close(stuck=stuck)
 
     def device_sections(self) -> list[Section]:

@@ -46,7 +46,7 @@ MAX_CPUS = 255
 
 MACHINE_PROPERTIES = (
     "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack",
-    "kernel-type",
+    "kernel-type", "ram-collapse",
 )  # fmt: skip
 
 
@@ -176,6 +176,8 @@ class Options:
             mend = did_you_mean(self._type, TYPES) or f"give one of {', '.join(TYPES)}"
             raise ConfigError(f"{option}: kernel-type={shorten(self._type)}: {mend}")
         self.config.acpi = parse_bool(keys.get("acpi", "on"), option, "acpi")
+        collapse = keys.get("ram-collapse", "on")
+        self.config.ram_collapse = parse_bool(collapse, option, "ram-collapse")
 
     def _accel(self, value: str, option: str) -> None:
         if value != "kvm":
@@ -438,11 +440,12 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                Options._object),
     "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]"
                 "[,aux-ram-share=on][,kernel-unpack=host|guest]"
-                f"[,kernel-type={'|'.join(TYPES)}]",
+                f"[,kernel-type={'|'.join(TYPES)}][,ram-collapse=on|off]",
                 "machine type and its properties; without ACPI there is still an MP table;\n"
                 "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"
                 "it, or the kernel itself, with KASLR; kernel-type says of what kind -kernel is\n"
-                "if it does not show that: flat for a real-mode image that is no boot sector",
+                "if it does not show that: flat for a real-mode image that is no boot sector;\n"
+                "ram-collapse says whether memory that the guest has touched becomes huge pages",
                 Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
     "cpu": ("host|max[,+FEATURE][,-FEATURE][,FEATURE=on|off...]",

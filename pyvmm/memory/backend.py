@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from pyvmm.memory.config import RamConfig
 
 _PAGE = 4096
-_MAP_NORESERVE = 0x4000  # mmap(2); not in every supported Python's mmap module
+HUGE_PAGE = 2 << 20
+"""What one entry of x86's second-lowest page tables maps."""
+_PROT_NONE, _MAP_NORESERVE = 0, 0x4000  # mmap(2); not in every supported Python's mmap module
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in the mmap module
 _TMPFS, _HUGETLBFS = 0x01021994, 0x958458F6  # statfs(2)
 _SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
@@ -36,12 +38,14 @@ class RamBackend:
 
     ``view`` is the mapping (a writable buffer; KVM gets its address through the buffer protocol),
     which only system calls and ``_native`` may touch: the host may be unable to back a page, which
-    they survive; ``address`` where it is;
+    they survive; ``address`` where it is, of one huge page or more a multiple of its size, so that
+    the host's and KVM's tables can map it by such pages, whose guest addresses have the same
+    remainder (``x86.layout``);
     ``fd`` the descriptor to preserve over a live update, None for private anonymous memory;
     ``is_shared`` whether the pages are the descriptor's, so that they outlive this process.
     """
 
-    __slots__ = ("_created", "address", "config", "fd", "name", "view")
+    __slots__ = ("_created", "_mapping", "_start", "address", "config", "fd", "name", "view")
 
     def __init__(self, config: RamConfig, fd: int | None = None, name: str = "") -> None:
         """Allocate, or with *fd* adopt a descriptor that the process before left.
@@ -59,13 +63,13 @@ class RamBackend:
         try:
             if fd is not None:
                 self._check_adopted(fd)
-                self.view = self._map(fd)
+                self._map(fd)
             else:
                 if config.kind == "memory-backend-file":
                     self._open_file()
                 elif config.kind == "memory-backend-memfd" or config.share:
                     self._create_memfd()
-                self.view = self._map(self.fd)
+                self._map(self.fd)
             self._advise()
             if config.prealloc and fd is None:
                 self._populate()
@@ -79,7 +83,6 @@ class RamBackend:
             raise
         if fd is not None:
             self.fd = fd
-        self.address = _address(self.view)
 
     @property
     def id(self) -> str:
@@ -95,6 +98,11 @@ class RamBackend:
     def is_shared(self) -> bool:
         """Whether a live update can keep the pages."""
         return self.config.share and self.fd is not None
+
+    @property
+    def is_hugetlb(self) -> bool:
+        """Whether it is made of huge pages that the host has reserved."""
+        return self.fd is not None and lib.pyvmm_fs_type(self.fd) == _HUGETLBFS
 
     def write(self, offset: int, data: bytes) -> None:
         """Store *data*, which fits.
@@ -128,7 +136,7 @@ class RamBackend:
                 f"its file has been cut to {format_size(size)}; give it {format_size(self.size)}"
                 " again (truncate -s)"
             )
-        if self.config.hugetlb or lib.pyvmm_fs_type(self.fd) == _HUGETLBFS:
+        if self.is_hugetlb:
             return "no huge page is left; reserve more in /proc/sys/vm/nr_hugepages"
         # Without blocks it has no limit: a memfd.
         if free.f_blocks and free.f_bfree * free.f_frsize < _PAGE:
@@ -156,7 +164,8 @@ class RamBackend:
     def close(self) -> None:
         """Unmap and close. Nobody may hold a view of the memory any longer."""
         try:
-            self.view.close()
+            self.view.release()
+            self._mapping.close()
         except BufferError as error:
             raise InternalError(f"memory {self.id} is closed while in use") from error
         if self.fd is not None:
@@ -232,19 +241,33 @@ class RamBackend:
             if held & _SEALS != _SEALS:
                 raise HostError(f"{name} is not sealed against resizing")
 
-    def _map(self, fd: int | None) -> mmap.mmap:
-        flags = mmap.MAP_SHARED if self.config.share else mmap.MAP_PRIVATE | _MAP_NORESERVE
-        if fd is None:
-            return mmap.mmap(-1, self.size, flags | mmap.MAP_ANONYMOUS)
-        try:
-            return mmap.mmap(fd, self.size, flags)
-        except ValueError as error:
-            raise HostError(f"memory {self.id}: the file shrank while it was mapped") from error
+    def _map(self, fd: int | None) -> None:
+        """Map the descriptor, or private memory, where it is aligned: the kernel does that by
+        itself only for files that get huge pages without being asked."""
+        align = mmap.PAGESIZE if self.size < HUGE_PAGE else HUGE_PAGE
+        if fd is not None:
+            if os.fstat(fd).st_size < self.size:
+                raise HostError(f"memory {self.id}: the file shrank while it was mapped")
+            if lib.pyvmm_fs_type(fd) == _HUGETLBFS:
+                align = max(align, os.fstatvfs(fd).f_bsize)  # its page
+        # Addresses alone, which cost no memory; what is left over at both ends stays so.
+        room = (self.size + align - 1) // align * align + align - mmap.PAGESIZE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._mapping = mmap.mmap(-1, room, flags, _PROT_NONE)
+        self._start = -_address(self._mapping) % align
+        place = memoryview(self._mapping)[self._start : self._start + self.size]
+        memory = ffi.from_buffer("char[]", place)
+        result = lib.pyvmm_map_over(memory, self.size, -1 if fd is None else fd, self.config.share)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        # It can be written to, which its place could not. It keeps the place from being closed.
+        self.view = memoryview(ffi.buffer(memory))
+        self.address = _address(self.view)
 
     def _advise(self) -> None:
         config = self.config
         # A helper that is forked must not share the guest, nor copy its page tables.
-        self.view.madvise(mmap.MADV_DONTFORK)
+        self._madvise(mmap.MADV_DONTFORK)
         optional = [] if config.hugetlb else [mmap.MADV_HUGEPAGE]
         # Huge pages keep page tables small; tearing those down is part of a live update's pause.
         if config.merge:
@@ -253,7 +276,7 @@ class RamBackend:
             optional.append(mmap.MADV_DONTDUMP)
         for advice in optional:
             try:
-                self.view.madvise(advice)
+                self._madvise(advice)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # a kernel without THP or KSM
                     raise
@@ -263,11 +286,14 @@ class RamBackend:
         if self.fd is not None and self.config.share:
             os.posix_fallocate(self.fd, 0, self.size)
         try:
-            self.view.madvise(_MADV_POPULATE_WRITE)
+            self._madvise(_MADV_POPULATE_WRITE)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            touch(_address(self.view), self.size)
+            touch(self.address, self.size)
+
+    def _madvise(self, advice: int) -> None:
+        self._mapping.madvise(advice, self._start, self.size)
 
     def _undo(self) -> None:
         if self.fd is not None:
@@ -295,5 +321,5 @@ class RamBackend:
         return HostError(f"{what}: {reason}")
 
 
-def _address(view: mmap.mmap) -> int:
-    return int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+def _address(buffer: mmap.mmap | memoryview) -> int:
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))

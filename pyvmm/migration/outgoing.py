@@ -131,6 +131,8 @@ class Outgoing:
         except MigrationError:
             channel.discard(machine.handover)
             raise
+        if machine.upkeep is not None:
+            machine.upkeep.pause()
         self._done = done
         self._wants_running = running
         if running and self._kernel is None:
@@ -246,6 +248,8 @@ class Outgoing:
             self._machine.handover.parcel(OWN, name).give(state)
 
     def _tell(self, error: str | None) -> None:
+        if self._machine.upkeep is not None:
+            self._machine.upkeep.resume()
         done, self._done = self._done, None
         if done is not None:
             done(error)

@@ -41,7 +41,8 @@ class Refault:
         if self._machine.ended:
             self._stats.close()
             return
-        self._counts.append(sum(map(self._stats.read, ("pages_4k", "pages_2m", "pages_1g"))))
+        huge = self._stats.read("pages_2m") + self._stats.read("pages_1g")
+        self._counts.append(self._stats.read("pages_4k") + huge)
         passed = time.monotonic() - self._start
         if len(self._counts) > WINDOW:
             first = self._counts.pop(0)
@@ -50,6 +51,7 @@ class Refault:
             if recent <= RARE * self._busiest or passed > LONGEST_S:
                 self._stats.close()
                 until = max(passed - WINDOW * INTERVAL_S, 0)
-                self._status.refault = {"pages": self._counts[-1], "ms": round(until * 1e3, 1)}
+                told = {"pages": self._counts[-1], "huge": huge, "ms": round(until * 1e3, 1)}
+                self._status.refault = told
                 return
         self._machine.loop.call_later(INTERVAL_S, self._look)

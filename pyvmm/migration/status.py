@@ -53,7 +53,7 @@ class Status:
     :ivar fallback: why it did not, though it should
     :ivar cpu_times: when each vCPU changed hands, of a guest that ran through the exec
     :ivar refault: how long the guest's memory was slow after it, and how many pages it has mapped
-        again; empty as long as that is not known
+        again, and of these huge ones; empty as long as that is not known
     :ivar capabilities: names of those that are on; ``params.Capabilities`` shows and changes them
 
     :param emit: tells of an event: name and data

@@ -78,6 +78,7 @@ class Front:
                 return
             except HostError:
                 pass  # without a thread it is done here
+        self._keep_up_ram()
         self._finish()
 
     @property
@@ -98,13 +99,20 @@ class Front:
 
     def _import(self) -> None:
         """On a thread of its own: import what the steps will; they tell what cannot be."""
-        for part in (self._import_monitors, self._migration.import_ahead):
+        # In the order in which the guest feels it.
+        for part in (self._import_upkeep, self._import_monitors, self._migration.import_ahead):
             try:
                 part()
             except Exception:
                 pass
         self._imported.set()
         self._machine.loop.call_soon(self._go_on)
+
+    def _import_upkeep(self) -> None:
+        try:
+            from pyvmm.memory import upkeep  # noqa: F401
+        finally:
+            self._machine.loop.call_soon(self._keep_up_ram)
 
     def _import_monitors(self) -> None:
         from pyvmm.machine import cpu
@@ -126,6 +134,9 @@ class Front:
     def _step(self) -> None:
         if self._steps:
             self._machine.attempt(self._steps.pop(0), "start")
+
+    def _keep_up_ram(self) -> None:
+        self._attempt(self._machine.keep_up_ram, "guest RAM gets no huge pages")
 
     def _open_monitors(self) -> None:
         """Put a monitor on each chardev that is to have one."""

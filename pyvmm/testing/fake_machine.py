@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backends.block import BlockFile
+    from pyvmm.memory.upkeep import Upkeep
 
 RAM_SIZE = 1 << 20
 
@@ -132,6 +133,7 @@ class FakeMachine:
         self.memory = GuestMemory()
         self.ram_blocks = [RamBackend(RamConfig("memory-backend-memfd", "ram0", RAM_SIZE))]
         self.memory.add_ram(self.ram_blocks[0], [(0, RAM_SIZE, 0)])
+        self.upkeep: Upkeep | None = None
         self.ports = Bus("I/O", 1 << 16)
         self.mmio = Bus("memory", 1 << 64)
         self.port_recorder = PortRecorder()

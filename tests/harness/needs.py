@@ -110,6 +110,20 @@ def memory_group(name, limit):
     return group
 
 
+def collapse():
+    """See that the kernel makes huge pages of memory on request, Linux 6.1."""
+    from pyvmm.memory.backend import HUGE_PAGE, RamBackend
+    from pyvmm.memory.config import RamConfig
+
+    memory = RamBackend(RamConfig("memory-backend-memfd", "probe", HUGE_PAGE, prealloc=True))
+    try:
+        memory._madvise(25)
+    except OSError as error:
+        another_host(f"no huge pages on request ({error.strerror})")
+    finally:
+        memory.close()
+
+
 def disk(folder):
     """See that a folder is on a disk: files in memory need no flush and take any alignment."""
     if in_memory(folder):

@@ -351,7 +351,9 @@ class Vm:
         process.wait_until(lambda: not self.children(), "the end of pyvmm's child processes")
         # For a moment it counts the pages that the guest has mapped again.
         process.wait_until(lambda: STATS not in self.fds(), "the end of the count")
-        return self.fds(), self.threads()
+        # Once in a while it looks at the guest's memory, and may do so again at any moment.
+        process.wait_until(lambda: "upkeep" not in self.threads(), "the end of the upkeep")
+        return self.fds(), [name for name in self.threads() if name != "upkeep"]
 
     def sections(self):
         """Title and text of everything that helps to understand a failure."""

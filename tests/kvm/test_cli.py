@@ -64,6 +64,7 @@ def refuse(*options, text="", exit_code=2, **arguments):
             ["-machine", "kernel-unpack=nobody"],
             "-machine: kernel-unpack='nobody': give host or guest",
         ),
+        (["-machine", "ram-collapse=maybe"], "-machine: ram-collapse='maybe'"),
         (["-machine", "memory-backend=x"], "-machine: memory-backend='x': there is no such"),
         (["-accel", "tcg"], "-accel: 'tcg' is no accelerator"),
         (["-cpu", "486"], "-cpu: '486' is no CPU"),

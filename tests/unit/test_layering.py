@@ -199,7 +199,10 @@ def test_run_path_imports_nothing_slow():
 @pytest.mark.parametrize(
     ("importer", "names"),
     [
-        ("pyvmm.machine.builder", ("boot.loader", "boot.linux", "boot.elf")),
+        (
+            "pyvmm.machine.builder",
+            ("boot.loader", "boot.linux", "boot.elf", "memory.upkeep"),
+        ),
         # The old image's side of an update is imported when the new image's guest runs.
         (
             "pyvmm.migration.manager",

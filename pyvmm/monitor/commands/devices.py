@@ -72,7 +72,11 @@ def _collect_registers(vcpu: Any) -> dict[str, Any]:
 
 
 def query_memdev(context: Context) -> list[dict[str, Any]]:
-    """Return the memory backends."""
+    """Return the memory backends, sizes in bytes and times in ms.
+
+    ``collapse`` says what became of making huge pages of them (``memory.upkeep``).
+    """
+    upkeep = context.machine.upkeep
     return [
         {
             "id": backend.id,
@@ -83,6 +87,7 @@ def query_memdev(context: Context) -> list[dict[str, Any]]:
             "share": backend.config.share,
             "host-nodes": [],
             "policy": "default",
+            "collapse": upkeep.describe(backend) if upkeep else {"state": "off", "huge": 0},
         }
         for backend in context.machine.ram_blocks
     ]
@@ -166,6 +171,12 @@ _MEMDEV: Shape = {
     "share": "bool",
     "host-nodes": ["int"],
     "policy": ("default",),
+    "collapse": {
+        "state": ("off", "waiting", "working", "paused", "refused"),
+        "huge": "int",
+        "*longest-ms": "number",
+        "*reason": "str",
+    },
 }
 _RAMBLOCK: Shape = {
     "name": "str",

@@ -150,7 +150,7 @@ _INFO: Shape = {
     "*fallback": "str",
     "*cpu-pauses": [{"cpu": "int", "move-us": "number", "takeover-us": "number"}],
     "*device-stall": "number",
-    "*refault": {"pages": "int", "ms": "number"},
+    "*refault": {"pages": "int", "huge": "int", "ms": "number"},
     "*timeline": [{"name": "str", "*cpu": "int", "begin-us": "number", "end-us": "number"}],
     "*error-desc": "str",
     "*error-where": "str",

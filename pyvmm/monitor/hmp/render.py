@@ -82,6 +82,12 @@ def memdev(data: list[Data]) -> str:
     def on(flag: bool) -> str:
         return "true" if flag else "false"
 
+    def collapse(told: Data) -> str:
+        pages = [f"{told['huge'] >> 20} MiB in huge pages"] if told["huge"] else []
+        took = [f"{told['longest-ms']} ms for one at most"] if "longest-ms" in told else []
+        reason = [told["reason"]] if "reason" in told else []
+        return "; ".join([told["state"], *pages, *took, *reason])
+
     return "".join(
         f"memory backend: {entry['id']}\n"
         f"  size:  {entry['size']}\n"
@@ -91,6 +97,7 @@ def memdev(data: list[Data]) -> str:
         f"  share: {on(entry['share'])}\n"
         f"  policy: {entry['policy']}\n"
         f"  host nodes: {','.join(map(str, entry['host-nodes']))}\n"
+        f"  collapse: {collapse(entry['collapse'])}\n"
         for entry in data
     )
 
@@ -192,8 +199,9 @@ def migrate(data: Data) -> str:
     if "device-stall" in data:
         lines.append(f"Devices stood (ms): \t{data['device-stall']:.1f}")
     if "refault" in data:
-        pages, ms = data["refault"]["pages"], data["refault"]["ms"]
-        lines.append(f"Memory slow for (ms): \t{ms:.0f} ({pages} pages mapped again)")
+        pages, huge, ms = (data["refault"][key] for key in ("pages", "huge", "ms"))
+        text = f"{pages} pages mapped again, {huge} of them huge"
+        lines.append(f"Memory slow for (ms): \t{ms:.0f} ({text})")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -167,7 +167,7 @@ KINDS = {
 
 def test_no_id_of_a_kind_meets_another():
     handover = Handover()
-    assert len(KINDS) == len(set(KINDS.values())) == 13
+    assert len(KINDS) == len(set(KINDS.values())) == 14
     ids = ("kvm", "ram", "chardev", "note", "holders", "pc.bios", "vmstate")
     names = [
         handover.parcel(kind, id).name
@@ -198,6 +198,7 @@ def test_no_id_of_a_kind_meets_another():
         ("rng", "r", "rng/r"),
         ("monitor", "mon0/fds", "monitor/mon0/fds"),
         ("client-fd", "set/0", "client-fd/set/0"),
+        ("huge", "ram/kvm", "huge/ram/kvm"),
         ("boot", "kernel", "boot/kernel"),
         (RUN, "lock", "run/lock"),
         ("cpr", "vmstate", "cpr/vmstate"),

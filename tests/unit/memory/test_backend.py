@@ -66,6 +66,28 @@ def test_memfd_is_sealed_named_and_not_inherited():
     backend.close()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [True, False])
+def test_huge_pages_find_it_aligned(kind, share):
+    """Wherever the kernel has room: of three blocks of odd sizes each."""
+    backends = [
+        RamBackend(RamConfig(kind, "r", size, share=share, mem_path="/dev/shm"))
+        for size in (SIZE, SIZE + 4096, 3 * SIZE - 4096)
+    ]
+    for backend in backends:
+        assert backend.address % SIZE == 0
+        backend.view[backend.size - 1] = 1
+    for backend in backends:
+        backend.close()
+
+
+def test_a_mapping_has_no_descriptor_of_its_own():
+    before = open_fds()
+    backend = RamBackend(RamConfig(MEMFD, "ram0", SIZE))
+    assert set(open_fds()) - set(before) == {backend.fd}
+    backend.close()
+
+
 def test_private_anonymous_memory_has_no_descriptor():
     backend = RamBackend(RamConfig(RAM, "ram0", SIZE))
     assert backend.fd is None

@@ -22,12 +22,13 @@ class Loop:
             self.calls.pop()()
 
 
-def watched(monkeypatch, counts, looks=1000):
-    """What is told of a VM with these numbers of pages, the last of which stays."""
+def watched(monkeypatch, counts, looks=1000, huge=0):
+    """What is told of a VM with these numbers of small pages, the last of which stays, and so many
+    huge ones."""
     values = iter(counts)
     last = counts[-1]
     stats = SimpleNamespace(
-        read=lambda name: next(values, last) if name == "pages_4k" else 0,
+        read=lambda name: next(values, last) if name == "pages_4k" else huge * (name == "pages_2m"),
         close=lambda: closed.append(True),
     )
     closed = []
@@ -57,8 +58,9 @@ def test_not_over_while_they_go_on(monkeypatch):
 
 
 def test_a_guest_that_touches_nothing(monkeypatch):
-    told, _ = watched(monkeypatch, [7])
-    assert told["pages"] == 7
+    told, _ = watched(monkeypatch, [7], huge=3)
+    assert told["pages"] == 10
+    assert told["huge"] == 3
 
 
 def test_a_host_that_does_not_count(monkeypatch):

@@ -1,6 +1,7 @@
 """What the human monitor prints, byte for byte."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -79,6 +80,14 @@ def test_memdev(run):
         "  merge: true",
     ]
     assert "  share: true\n" in run("info memdev")
+    assert "  collapse: off\n" in run("info memdev")
+
+
+def test_huge_pages(run, machine):
+    told = {"state": "waiting", "huge": 64 << 20, "longest-ms": 0.7, "reason": "none is free"}
+    machine.upkeep = SimpleNamespace(describe=lambda backend: told)
+    line = "  collapse: waiting; 64 MiB in huge pages; 0.7 ms for one at most; none is free\n"
+    assert line in run("info memdev")
 
 
 def test_trees(run):
