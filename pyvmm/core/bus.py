@@ -5,6 +5,8 @@ never sees two accesses at once. An address where nobody answers reads as all on
 ignores writes, as on a PC; unless it is RAM that the host could not back when the guest
 touched it: that access is made here.
 
+Some accesses native code answers, before they get here (``core.native``): the device says which.
+
 Regions come, go and move while vCPUs run (a BAR that the guest moves). A vCPU's thread looks at
 one immutable map from first to last, without a lock; a change puts another map in its place.
 """
@@ -19,7 +21,10 @@ from pyvmm.errors import InternalError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _thread import LockType
+    from collections.abc import Callable
     from typing import Protocol
+
+    from pyvmm.core.native import NativeAnswers, SharedLock
 
     class Ram(Protocol):
         """What a bus asks of guest memory (``memory.guest``)."""
@@ -36,7 +41,10 @@ class BusDevice:
     the region's ``width``; values are little-endian integers.
     """
 
-    lock: LockType
+    lock: LockType | SharedLock
+
+    #: What native code answers of them; None for nothing.
+    answers: NativeAnswers | None = None
 
     def on_read(self, offset: int, size: int) -> int:
         """Return what a read gives; the bus cuts it to ``size`` bytes."""
@@ -78,6 +86,12 @@ class Bus:
         self._changing = Lock()
         # The regions' first addresses, and the regions, in rising order; replaced as one.
         self._map: tuple[tuple[int, ...], tuple[Region, ...]] = ((), ())
+        self._observer: Callable[[], None] | None = None
+
+    def observe(self, observer: Callable[[], None]) -> None:
+        """Have ``observer()`` called after each change of the regions, on whatever thread makes
+        it; there is one."""
+        self._observer = observer
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -136,6 +150,8 @@ class Bus:
                 regions.append(new)
                 regions.sort(key=lambda region: region.start)
             self._map = tuple([region.start for region in regions]), tuple(regions)
+        if self._observer is not None:
+            self._observer()
 
     def find(self, address: int) -> Region | None:
         """Return the region that contains ``address``, if any."""

@@ -17,6 +17,7 @@ from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
+from pyvmm.kvm.answers import Answers
 from pyvmm.kvm.system import System
 from pyvmm.machine.guest_end import GuestEnd
 from pyvmm.machine.machine import Machine
@@ -88,6 +89,7 @@ def build(
             rngs={rng.id: rng for rng in config.rngs},
         )
         add_devices(parts, config)
+        Answers(platform.vcpus, parts.ports, parts.mmio)
         # The serial ports come first on a mux: the console begins with the focus.
         parts.monitors += [chardevs.claim(monitor.chardev) for monitor in config.monitors]
         # All chardevs are there, and nobody reads them yet: what they did in the image before
