@@ -23,6 +23,7 @@ enum {
 };
 enum { FCR_ENABLE = 0x01, LCR_DLAB = 0x80, MCR_LOOP = 0x10, MSR_DELTAS = 0x0F };
 enum { LSR_DR = 0x01, LSR_EMPTY = 0x60 };
+enum { INTERRUPT_STATUS = 0x60, INTERRUPT_ACK = 0x64, CONFIG_GENERATION = 0xFC, CONFIG = 0x100 };
 
 /* One access, of up to 8 bytes, lowest first. */
 struct access {
@@ -156,6 +157,69 @@ static int answer_uart(struct pyvmm_uart *uart, struct access *access)
 	return answered;
 }
 
+/* ---- ports without registers ---------------------------------------------------------------- */
+
+static int answer_debugcon(struct pyvmm_debugcon *port, struct access *access)
+{
+	int answered = 1;
+
+	if (access->size != 1 || !try_lock(&port->lock))
+		return 0;
+	if (!access->is_write)
+		*access->data = port->readback;
+	else if (port->has_chardev && (answered = has_room(&port->output)))
+		put(&port->output, *access->data);
+	unlock(&port->lock);
+	return answered;
+}
+
+static int answer_nobody(struct access *access)
+{
+	if (!access->is_write)
+		memset(access->data, 0xFF, access->size);
+	return 1;
+}
+
+/* ---- virtio-mmio ---------------------------------------------------------------------------- */
+
+static int read_config(struct pyvmm_config *config, const void *from, struct access *access)
+{
+	if (!try_lock(&config->lock))
+		return 0;
+	memcpy(access->data, from, access->size);
+	unlock(&config->lock);
+	return 1;
+}
+
+static int answer_virtio_mmio(struct pyvmm_virtio_mmio *regs, struct access *access)
+{
+	struct pyvmm_config *config = regs->config;
+	uint32_t value;
+
+	/* Of any width that a register of a device has, and not beyond its end. */
+	if (access->offset >= CONFIG)
+		return !access->is_write && access->size <= 4 && access->size != 3 &&
+		       read_config(config, config->bytes + (access->offset - CONFIG), access);
+	if (access->size != 4 || access->offset % 4)
+		return 0;
+	if (access->is_write) {
+		if (access->offset != INTERRUPT_ACK)
+			return 0;
+		memcpy(&value, access->data, sizeof(value));
+		__atomic_fetch_and(&regs->interrupt_status, ~value, __ATOMIC_SEQ_CST);
+		return 1;
+	}
+	switch (access->offset) {
+	case INTERRUPT_STATUS:
+		value = __atomic_load_n(&regs->interrupt_status, __ATOMIC_SEQ_CST);
+		memcpy(access->data, &value, sizeof(value));
+		return 1;
+	case CONFIG_GENERATION:
+		return read_config(config, &config->generation, access);
+	}
+	return 0;
+}
+
 /* ---- the table ------------------------------------------------------------------------------ */
 
 static int answer(const struct pyvmm_region *region, struct access *access, unsigned shift)
@@ -168,6 +232,12 @@ static int answer(const struct pyvmm_region *region, struct access *access, unsi
 	switch ((enum pyvmm_kind)region->kind) {
 	case PYVMM_UART:
 		return answer_uart(region->device, access);
+	case PYVMM_DEBUGCON:
+		return answer_debugcon(region->device, access);
+	case PYVMM_VIRTIO_MMIO:
+		return answer_virtio_mmio(region->device, access);
+	case PYVMM_NOBODY:
+		return answer_nobody(access);
 	}
 	return 0;
 }

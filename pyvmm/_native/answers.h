@@ -13,6 +13,7 @@
 #endif
 
 enum {
+	PYVMM_CONFIG_SIZE = 256,
 	PYVMM_OUTPUT_SIZE = 4096, /* a power of two */
 	PYVMM_FIFO_DEPTH = 16,
 };
@@ -46,8 +47,31 @@ struct pyvmm_uart {
 	struct pyvmm_output output;
 };
 
+/* A port that takes bytes. */
+struct pyvmm_debugcon {
+	uint32_t lock;
+	uint8_t readback; /* what a read gives */
+	uint8_t has_chardev; /* or bytes go nowhere */
+	struct pyvmm_output output;
+};
+
+/* The configuration space of a virtio device. The lock is for a change of it. */
+struct pyvmm_config {
+	uint32_t lock, generation;
+	uint8_t bytes[PYVMM_CONFIG_SIZE];
+};
+
+/* The registers of virtio-mmio. */
+struct pyvmm_virtio_mmio {
+	uint32_t interrupt_status; /* changed by atomic operations, with no lock */
+	struct pyvmm_config *config;
+};
+
 enum pyvmm_kind {
 	PYVMM_UART, /* struct pyvmm_uart */
+	PYVMM_DEBUGCON, /* struct pyvmm_debugcon */
+	PYVMM_VIRTIO_MMIO, /* struct pyvmm_virtio_mmio */
+	PYVMM_NOBODY, /* reads as all ones, ignores writes; no structure */
 };
 
 /* Accesses to consecutive addresses of one device. */

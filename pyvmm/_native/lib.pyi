@@ -26,9 +26,13 @@ def pyvmm_lock(lock: _Pointer) -> None: ...
 def pyvmm_add_word_functions(module: _Pointer) -> int: ...
 
 # ---- answers ---------------------------------------------------------------------------
+PYVMM_CONFIG_SIZE: int
 PYVMM_OUTPUT_SIZE: int
 PYVMM_FIFO_DEPTH: int
 PYVMM_UART: int
+PYVMM_DEBUGCON: int
+PYVMM_VIRTIO_MMIO: int
+PYVMM_NOBODY: int
 
 def pyvmm_answer(answers: _Pointer, run: _Pointer) -> int: ...
 

@@ -15,6 +15,7 @@ from pyvmm.core.bus import Bus
 from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
 from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.acpi_pm import AcpiPm
+from pyvmm.devices.post import PostPort
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.kvm.answers import Answers
@@ -205,6 +206,9 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
         for device in config.devices:
             if device.driver.bus == bus:
                 device.driver.add(parts, device)
+    # Unless a -device has it.
+    if parts.ports.find(layout.POST_CODE[0]) is None:
+        parts.add_isa(PostPort(), *layout.POST_CODE)
 
 
 def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamBackend:
