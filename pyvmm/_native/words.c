@@ -1,5 +1,5 @@
-/* Functions of a module, and not cffi's, for the same reason as in memory.c: what they do takes
- * less time than giving up the interpreter lock and getting it back. */
+/* A type and functions of a module, and not cffi's functions, for the same reason as in memory.c: what
+ * they do takes less time than giving up the interpreter lock and getting it back. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -8,45 +8,95 @@
 
 #include "words.h"
 
-#include <sched.h>
+/* A lock whose word is in a device's structure. */
+struct shared_lock {
+	PyObject_HEAD
+	uint32_t *word;
+};
 
-enum { SPINS = 100 };
-
-/* Wait for a lock, which native code holds for the time of one answer: without the interpreter
- * lock. */
-void pyvmm_lock(uint32_t *lock)
-{
-	for (int turn = 0; !try_lock(lock); turn++)
-		if (turn < SPINS)
-			__builtin_ia32_pause();
-		else
-			sched_yield();
-}
-
-/* The word at an address, which is the first argument; NULL with an exception set. */
+/* The word at an address, which is an argument; NULL with an exception set. */
 static uint32_t *word_at(PyObject *address)
 {
-	return (uint32_t *)PyLong_AsVoidPtr(address);
+	uint32_t *word = PyLong_AsVoidPtr(address);
+
+	if (!word && !PyErr_Occurred())
+		PyErr_SetString(PyExc_ValueError, "no address");
+	return word;
 }
 
-static PyObject *try_lock_word(PyObject *self, PyObject *address)
+static PyObject *new_lock(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
-	uint32_t *word = word_at(address);
+	struct shared_lock *lock;
+	PyObject *address;
+	uint32_t *word;
 
-	(void)self;
-	return word ? PyBool_FromLong(try_lock(word)) : NULL;
-}
-
-static PyObject *unlock_word(PyObject *self, PyObject *address)
-{
-	uint32_t *word = word_at(address);
-
-	(void)self;
-	if (!word)
+	(void)keywords;
+	if (!PyArg_ParseTuple(arguments, "O", &address) || !(word = word_at(address)))
 		return NULL;
-	unlock(word);
+	lock = (struct shared_lock *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+	if (lock)
+		lock->word = word;
+	return (PyObject *)lock;
+}
+
+static void free_lock(PyObject *self)
+{
+	PyTypeObject *type = Py_TYPE(self);
+
+	((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+	Py_DECREF(type);
+}
+
+/* Take it; who has it is waited for without the interpreter lock. */
+static PyObject *enter(PyObject *self, PyObject *unused)
+{
+	uint32_t *word = ((struct shared_lock *)self)->word;
+
+	(void)unused;
+	if (!try_lock(word)) {
+		Py_BEGIN_ALLOW_THREADS;
+		while (__atomic_exchange_n(word, LOCK_AWAITED, __ATOMIC_ACQUIRE) != LOCK_FREE)
+			syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, LOCK_AWAITED, NULL, NULL, 0);
+		Py_END_ALLOW_THREADS;
+	}
 	Py_RETURN_NONE;
 }
+
+static PyObject *leave(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+	(void)arguments;
+	(void)count;
+	unlock(((struct shared_lock *)self)->word);
+	Py_RETURN_NONE;
+}
+
+static PyObject *locked(PyObject *self, PyObject *unused)
+{
+	uint32_t *word = ((struct shared_lock *)self)->word;
+
+	(void)unused;
+	return PyBool_FromLong(__atomic_load_n(word, __ATOMIC_RELAXED) != LOCK_FREE);
+}
+
+#define METHOD(name, function, flags) { name, (PyCFunction)(void (*)(void))function, flags, NULL }
+static PyMethodDef lock_methods[] = {
+	METHOD("__enter__", enter, METH_NOARGS),
+	METHOD("__exit__", leave, METH_FASTCALL),
+	METHOD("locked", locked, METH_NOARGS),
+	{ NULL, NULL, 0, NULL },
+};
+static PyType_Slot lock_slots[] = {
+	{ Py_tp_new, new_lock },
+	{ Py_tp_dealloc, free_lock },
+	{ Py_tp_methods, lock_methods },
+	{ 0, NULL },
+};
+static PyType_Spec lock_spec = {
+	.name = "pyvmm._native.SharedLock",
+	.basicsize = sizeof(struct shared_lock),
+	.flags = Py_TPFLAGS_DEFAULT,
+	.slots = lock_slots,
+};
 
 /* Address and mask: whether they are. */
 static int parse(PyObject *const *arguments, Py_ssize_t count, uint32_t **word, uint32_t *mask)
@@ -82,12 +132,9 @@ static PyObject *clear_bits(PyObject *self, PyObject *const *arguments, Py_ssize
 	Py_RETURN_NONE;
 }
 
-#define METHOD(name) { #name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL }
 static PyMethodDef functions[] = {
-	{ "try_lock", try_lock_word, METH_O, NULL },
-	{ "unlock", unlock_word, METH_O, NULL },
-	METHOD(set_bits),
-	METHOD(clear_bits),
+	METHOD("set_bits", set_bits, METH_FASTCALL),
+	METHOD("clear_bits", clear_bits, METH_FASTCALL),
 	{ NULL, NULL, 0, NULL },
 };
 
@@ -95,8 +142,11 @@ static PyMethodDef functions[] = {
 int pyvmm_add_word_functions(void *module)
 {
 	PyGILState_STATE state = PyGILState_Ensure();
-	int failed = PyModule_AddFunctions(module, functions);
+	PyObject *type = PyType_FromSpec(&lock_spec);
+	int failed = !type || PyModule_AddObjectRef(module, "SharedLock", type) < 0 ||
+		     PyModule_AddFunctions(module, functions) < 0;
 
+	Py_XDECREF(type);
 	PyGILState_Release(state);
 	return !failed;
 }

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Protocol
 
-    from pyvmm.core.native import NativeAnswers, SharedLock
+    from pyvmm._native import SharedLock
+    from pyvmm.core.native import NativeAnswers
 
     class Ram(Protocol):
         """What a bus asks of guest memory (``memory.guest``)."""
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
         def contains(self, gpa: int, size: int, *, writable: bool = True) -> bool: ...
         def read(self, gpa: int, size: int) -> bytes: ...
         def write(self, gpa: int, data: bytes) -> None: ...
+
+
+#: Size of an access -> all the bits of its value. What is left of a split access may be of any
+#: size, and is split again.
+_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 
 
 class BusDevice:
@@ -161,29 +167,39 @@ class Bus:
             return regions[at]
         return None
 
+    # Each access of a guest that native code does not answer comes through one of these two: what
+    # find() and _fits() do stands here once more, since to call them takes as long as all the rest.
+
     def read(self, address: int, size: int) -> int:
         """Return ``size`` bytes as a little-endian integer.
 
         :raises RamError: the address is RAM that the host still cannot back
         """
-        region = self.find(address)
-        if region is None or not _fits(region, address, size):
+        starts, regions = self._map
+        at = bisect_right(starts, address) - 1
+        region = regions[at] if at >= 0 and address < regions[at].end else None
+        mask = _MASKS.get(size)
+        if region is None or mask is None or size > region.width or address + size > region.end:
             return self._split_read(address, size, region)
-        with region.device.lock:
-            value = region.device.on_read(address - region.start, size)
-        return value & ((1 << 8 * size) - 1)
+        device = region.device
+        with device.lock:
+            return device.on_read(address - region.start, size) & mask
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write the low ``size`` bytes of ``value``.
 
         :raises RamError: the address is RAM that the host still cannot back
         """
-        region = self.find(address)
-        if region is None or not _fits(region, address, size):
+        starts, regions = self._map
+        at = bisect_right(starts, address) - 1
+        region = regions[at] if at >= 0 and address < regions[at].end else None
+        mask = _MASKS.get(size)
+        if region is None or mask is None or size > region.width or address + size > region.end:
             self._split_write(address, size, value, region)
             return
-        with region.device.lock:
-            region.device.on_write(address - region.start, size, value & ((1 << 8 * size) - 1))
+        device = region.device
+        with device.lock:
+            device.on_write(address - region.start, size, value & mask)
 
     def _split_read(self, address: int, size: int, region: Region | None) -> int:
         ram = self._ram
@@ -208,8 +224,7 @@ class Bus:
 
 
 def _fits(region: Region, address: int, size: int) -> bool:
-    # What is left of a split access may be of any size.
-    return size in (1, 2, 4, 8) and size <= region.width and address + size <= region.end
+    return size in _MASKS and size <= region.width and address + size <= region.end
 
 
 def _step(address: int, size: int, region: Region | None) -> int:

@@ -7,8 +7,7 @@ code and the saved state use alike. All other accesses are the methods' alone.
 
 from __future__ import annotations
 
-from pyvmm._native import ffi, lib, try_lock, unlock
-from pyvmm.core.threads import Lock
+from pyvmm._native import SharedLock, ffi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,43 +35,14 @@ class NativeAnswers:
         self.writes = frozenset(writes)
 
 
-class SharedLock:
-    """A lock that native code tries: while a thread has it here, it gets no answer there, and
-    whoever is in there is out again in a moment.
+def shared_lock(word: Any) -> SharedLock:
+    """Return the lock of a device's structure.
 
-    :param word: the lock's word in the device's structure, a pointer, kept alive by the caller
+    :param word: pointer to its word, kept alive by the caller
     """
+    return SharedLock(address(word))
 
-    __slots__ = ("_address", "_lock", "_word")
 
-    def __init__(self, word: Any) -> None:
-        # Around the word, so that threads wait for each other as for any other lock.
-        self._lock = Lock()
-        self._word = word
-        self._address = int(ffi.cast("uintptr_t", word))
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take it; return whether that was possible."""
-        if not self._lock.acquire(blocking, timeout):
-            return False
-        if not try_lock(self._address):
-            lib.pyvmm_lock(self._word)
-        return True
-
-    def release(self) -> None:
-        """Give it back."""
-        unlock(self._address)
-        self._lock.release()
-
-    def locked(self) -> bool:
-        """Return whether somebody has it here."""
-        return self._lock.locked()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        if not try_lock(self._address):
-            lib.pyvmm_lock(self._word)
-
-    def __exit__(self, *_: object) -> None:
-        unlock(self._address)
-        self._lock.release()
+def address(word: Any) -> int:
+    """Return where a pointer points to."""
+    return int(ffi.cast("uintptr_t", word))

@@ -8,7 +8,7 @@ state. ``on_read``/``on_write`` run on vCPU threads.
 from __future__ import annotations
 
 from pyvmm._native import ffi, lib
-from pyvmm.core.native import NativeAnswers, SharedLock
+from pyvmm.core.native import NativeAnswers, shared_lock
 from pyvmm.devices.base import Device
 from pyvmm.devices.output import Output
 
@@ -39,7 +39,7 @@ class DebugConsole(Device):
         self.regs = regs = ffi.new("struct pyvmm_debugcon *")
         regs.readback = READBACK
         regs.has_chardev = chardev is not None
-        self.lock = SharedLock(ffi.addressof(regs, "lock"))
+        self.lock = shared_lock(ffi.addressof(regs, "lock"))
         self.answers = NativeAnswers(lib.PYVMM_DEBUGCON, regs, (0,), (0,))
         self._output: Output | None = None
         if chardev is not None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pyvmm._native import SharedLock
     from pyvmm.chardev.base import Chardev
-    from pyvmm.core.native import SharedLock
 
 SIZE = lib.PYVMM_OUTPUT_SIZE
 #: How long the bytes behind the first one of a burst may wait. Nobody who reads them notices.

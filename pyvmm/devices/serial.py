@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from pyvmm._native import ffi, lib
 from pyvmm.chardev.base import BREAK, CLOSED, OPENED, Frontend
-from pyvmm.core.native import NativeAnswers, SharedLock
+from pyvmm.core.native import NativeAnswers, shared_lock
 from pyvmm.devices.base import Device
 from pyvmm.devices.output import SIZE as OUTPUT_SIZE
 from pyvmm.devices.output import Output
@@ -209,7 +209,7 @@ class Serial(Device, Frontend):
         self.iobase = iobase
         self.index = index
         self.regs = regs = ffi.new("struct pyvmm_uart *", {"line": irq.wire})
-        self.lock = SharedLock(ffi.addressof(regs, "lock"))
+        self.lock = shared_lock(ffi.addressof(regs, "lock"))
         self.answers = NativeAnswers(lib.PYVMM_UART, regs, READS, WRITES)
         self._output = Output(regs.output, chardev, self.lock, self._flush)
         self._power_on()

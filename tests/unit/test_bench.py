@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from bench import chain, compare, move, pause, report, startup, updates
+from bench import chain, compare, exits, move, pause, report, startup, updates
 from bench.machines import BenchError
 from bench.memory import beside_ram
 from bench.plan import Plan, cpu_counts
@@ -261,10 +261,10 @@ def test_table_and_json_say_what_was_met(tmp_path):
 
 
 def test_programs_fit_the_reset_vector_and_jump_to_their_start():
-    for code in (startup.HELLO, startup.exit_loop(0xEE), startup.exit_loop(0xEC)):
+    for code in (startup.HELLO, exits.exit_loop(0xEE), exits.exit_loop(0xEC)):
         assert len(code) <= 16
         assert startup.rom(code)[-16:].startswith(code)
-    loop = startup.exit_loop(0xEE)
+    loop = exits.exit_loop(0xEE)
     assert len(loop) + int.from_bytes(loop[-1:], "little", signed=True) == 0
 
 

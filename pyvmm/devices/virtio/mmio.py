@@ -10,7 +10,7 @@ not of 4 bytes or hit no register read as 0 and ignore writes.
 from __future__ import annotations
 
 from pyvmm._native import clear_bits, ffi, lib, set_bits
-from pyvmm.core.native import NativeAnswers
+from pyvmm.core.native import NativeAnswers, address
 from pyvmm.devices.virtio.transport import (
     CONFIG_SIZE,
     MAX_QUEUES,
@@ -98,7 +98,7 @@ class Line(Interrupts):
 
     def __init__(self, regs: Any, pulse: Callable[[], None]) -> None:
         self._regs = regs
-        self._status = int(ffi.cast("uintptr_t", ffi.addressof(regs, "interrupt_status")))
+        self._status = address(ffi.addressof(regs, "interrupt_status"))
         self._pulse = pulse
 
     # A pulse with every event: the line is edge triggered.

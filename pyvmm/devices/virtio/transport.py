@@ -28,7 +28,7 @@ import os
 
 from pyvmm._native import ffi, lib
 from pyvmm.core.eventloop import READABLE
-from pyvmm.core.native import SharedLock
+from pyvmm.core.native import shared_lock
 from pyvmm.core.threads import Lock
 from pyvmm.devices.base import Device
 from pyvmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
@@ -156,7 +156,7 @@ class Transport(Device):
         self._bits = Lock()
         #: The configuration space as the driver reads it, also by native code.
         self.config = ffi.new("struct pyvmm_config *")
-        self._config_lock = SharedLock(ffi.addressof(self.config, "lock"))
+        self._config_lock = shared_lock(ffi.addressof(self.config, "lock"))
         self._stopped = True  # the vCPUs stand, or have not started
         self._quiesced = False
         self.holds_cpu = False

@@ -1,15 +1,16 @@
 """Locks and words that native code shares, and the table of what it answers."""
 
 import pytest
+from harness import DEADLINE_S, wait_until
 from harness.native import NativeBuses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm._native import clear_bits, ffi, lib, set_bits, try_lock, unlock
+from pyvmm._native import SharedLock, clear_bits, ffi, lib, set_bits
 from pyvmm.core.bus import BusDevice
 from pyvmm.core.irq import IrqLine
-from pyvmm.core.native import NativeAnswers, SharedLock
-from pyvmm.core.threads import Lock
+from pyvmm.core.native import NativeAnswers, address, shared_lock
+from pyvmm.core.threads import Event, Lock, spawn
 from pyvmm.devices.serial import FCR, IIR, LSR, THR
 
 
@@ -28,17 +29,6 @@ def word():
     return ffi.new("uint32_t *")
 
 
-def address(word):
-    return int(ffi.cast("uintptr_t", word))
-
-
-def test_a_word_is_locked_once(word):
-    assert try_lock(address(word))
-    assert not try_lock(address(word))
-    unlock(address(word))
-    assert word[0] == 0
-
-
 def test_bits_of_a_word(word):
     set_bits(address(word), 0x80000005)
     assert word[0] == 0x80000005
@@ -54,17 +44,37 @@ def test_arguments_are_looked_at():
         set_bits("x", 1)
 
 
-def test_a_shared_lock_is_one_for_both_sides(word):
-    lock = SharedLock(word)
+def test_a_shared_lock_is_one_word(word):
+    lock = shared_lock(word)
     with lock:
         assert lock.locked()
-        assert word[0] == 1
-        assert not lock.acquire(blocking=False)
-        assert not lock.acquire(timeout=0.001)
+        assert word[0]
     assert not lock.locked()
-    assert lock.acquire()
-    lock.release()
-    assert word[0] == 0
+    assert not word[0]
+    with pytest.raises(ValueError, match="one"), lock:
+        raise ValueError("one")
+    assert not word[0]
+
+
+def test_who_waits_for_a_lock_gets_it(word):
+    lock, got = shared_lock(word), Event()
+
+    def wait():
+        with lock:
+            got.set()
+
+    with lock:
+        spawn(wait, lambda error: None)
+        wait_until(lambda: word[0] == 2, "a thread that waits")
+        assert not got.is_set()
+    assert got.wait(DEADLINE_S)
+    wait_until(lambda: not lock.locked(), "the end of it")
+
+
+@pytest.mark.parametrize("argument", ["x", 0, 1 << 70])
+def test_a_lock_is_at_an_address(argument):
+    with pytest.raises((TypeError, ValueError, OverflowError)):
+        SharedLock(argument)
 
 
 def test_what_is_not_declared_is_not_answered():

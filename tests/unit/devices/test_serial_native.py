@@ -19,7 +19,6 @@ from harness.uart import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm._native import ffi, lib
 from pyvmm.chardev.base import BREAK, CLOSED, OPENED
 from pyvmm.core.threads import Event, spawn
 from pyvmm.devices.output import PATIENCE_S, SIZE
@@ -377,20 +376,3 @@ def test_a_vcpu_and_python_at_once(native):
     for number in range(2):
         own = [byte & 127 for byte in out if byte >> 7 == number]
         assert own == [at % 128 for at in range(count)]
-
-
-def test_who_waits_for_a_lock_gets_it():
-    regs = ffi.new("struct pyvmm_uart *")
-    lock = ffi.addressof(regs, "lock")
-    lib.pyvmm_lock(lock)
-    assert regs.lock == 1
-    got = Event()
-
-    def wait():
-        lib.pyvmm_lock(lock)
-        got.set()
-
-    spawn(wait, lambda error: None)
-    assert not got.wait(0.02)
-    regs.lock = 0
-    assert got.wait(DEADLINE_S)
