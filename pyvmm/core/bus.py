@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
+from pyvmm._native import ffi, lib
+from pyvmm.core.native import NativeAnswers
 from pyvmm.core.threads import Lock
 from pyvmm.errors import InternalError
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pyvmm._native import SharedLock
-    from pyvmm.core.native import NativeAnswers
 
     class Ram(Protocol):
         """What a bus asks of guest memory (``memory.guest``)."""
@@ -58,6 +59,16 @@ class BusDevice:
 
     def on_write(self, offset: int, size: int, value: int) -> None:
         """Take a write; the default ignores it."""
+
+
+class Nobody(BusDevice):
+    """What is at an address where nobody answers. As a device it is of use where guests write so
+    often that native code should know: the port of POST codes, for the time that it takes."""
+
+    answers = NativeAnswers(lib.PYVMM_NOBODY, ffi.NULL, (0,), (0,))
+
+    def __init__(self) -> None:
+        self.lock = Lock()
 
 
 class Region:

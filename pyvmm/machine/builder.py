@@ -11,11 +11,10 @@ import os
 
 from pyvmm.boot import builtin, rom
 from pyvmm.chardev.factory import ChardevSet
-from pyvmm.core.bus import Bus
+from pyvmm.core.bus import Bus, Nobody
 from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
 from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.acpi_pm import AcpiPm
-from pyvmm.devices.post import PostPort
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.kvm.answers import Answers
@@ -208,7 +207,7 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
                 device.driver.add(parts, device)
     # Unless a -device has it.
     if parts.ports.find(layout.POST_CODE[0]) is None:
-        parts.add_isa(PostPort(), *layout.POST_CODE)
+        parts.ports.add(*layout.POST_CODE, Nobody(), "post-code")
 
 
 def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamBackend:

@@ -111,7 +111,7 @@ def _guest(plan):
                 vm.expect("(?s).")
                 times = [_next_byte(vm) for _ in range(plan.runs + 1)]
         costs = [(later - now) / 1e3 / EXITS for now, later in pairwise(times)]
-        note = f"one exit to Python and back, mean of {EXITS}"
+        note = f"one exit to Python and back, mean of {EXITS}; with what KVM takes"
         yield Result(f"exit port {name}", costs, "us", note=note)
 
 

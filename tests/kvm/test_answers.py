@@ -6,11 +6,10 @@ from harness.kvm_machine import Events, Machine
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.core.bus import Bus, BusDevice
+from pyvmm.core.bus import Bus, BusDevice, Nobody
 from pyvmm.core.irq import IrqLine
 from pyvmm.core.threads import Event, Lock
 from pyvmm.devices.debugcon import IOBASE, DebugConsole
-from pyvmm.devices.post import PostPort
 from pyvmm.devices.serial import IER, IIR, LSR, PORTS, THR, Serial
 from pyvmm.kvm.answers import Answers
 from pyvmm.machine.cpu import Cpu
@@ -59,14 +58,13 @@ class Guest:
         self.chardevs = [MemoryChardev(), MemoryChardev()]
         line = IrqLine(GSI, machine.vm.irq_line, machine.vm.fd)
         self.serial = Serial(line, self.chardevs[0])
-        self.devices = [self.serial, DebugConsole(self.chardevs[1]), PostPort()]
+        self.devices = [self.serial, DebugConsole(self.chardevs[1])]
         self.bus, mmio, self.end = Bus("I/O", 1 << 16), Bus("memory", 1 << 64), End()
-        for start, length, device in zip(
-            (COM, IOBASE, POST), (PORTS, 1, 1), self.devices, strict=True
-        ):
+        for start, length, device in zip((COM, IOBASE), (PORTS, 1), self.devices, strict=True):
             self.bus.add(start, length, device, device.name)
             device.prepare()
             device.attach()
+        self.bus.add(POST, 1, Nobody(), "post-code")
         self.bus.add(END, 1, self.end, "end")
         if native:
             Answers(machine.vcpus, self.bus, mmio)

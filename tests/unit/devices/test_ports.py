@@ -5,11 +5,10 @@ from harness.native import NativeBuses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.core.bus import Bus
+from pyvmm.core.bus import Bus, Nobody
 from pyvmm.devices.debugcon import DebugConsole
 from pyvmm.devices.debugexit import DebugExit
 from pyvmm.devices.output import SIZE
-from pyvmm.devices.post import PostPort
 from pyvmm.devices.pvpanic import PvPanic
 from pyvmm.testing.memory_chardev import MemoryChardev
 
@@ -127,7 +126,7 @@ def test_debug_console_without_chardev_needs_no_interpreter():
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_nobody_is_at_the_port_of_post_codes(bus, size):
     before = bus.read(0x80, size)
-    bus.add(0x80, 1, PostPort(), "post-code")
+    bus.add(0x80, 1, Nobody(), "post-code")
     buses = NativeBuses(bus)
     buses.write(0x80, size, 0x5A)
     assert buses.read(0x80, size) == bus.read(0x80, size) == before == (1 << 8 * size) - 1
