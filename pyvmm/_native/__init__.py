@@ -39,11 +39,26 @@ if TYPE_CHECKING:
     def copy(to: Buffer, source: Buffer) -> None:
         """Copy between buffers of one size; either may be guest memory."""
 
+    # Words that native code changes at the same time, by host address.
+    class SharedLock:
+        """A lock that native code tries: while a thread has it here, it gets no answer there, and
+        whoever is in there is out again in a moment."""
+
+        def __init__(self, address: int) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+        def locked(self) -> bool: ...
+
+    def set_bits(address: int, mask: int) -> None: ...
+    def clear_bits(address: int, mask: int) -> None: ...
+
 
 __all__ = ["ffi", "ioctl", "ioctl_value", "lib", "memory_barrier"]
 
 lib.pyvmm_install_guard()
-lib.pyvmm_add_functions(ffi.cast("void *", id(sys.modules[__name__])))
+_module = ffi.cast("void *", id(sys.modules[__name__]))
+lib.pyvmm_add_functions(_module)
+lib.pyvmm_add_word_functions(_module)
 
 #: A full barrier: no load after it is done before the other CPUs see all stores before it.
 memory_barrier = lib.pyvmm_barrier

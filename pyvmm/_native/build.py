@@ -26,6 +26,8 @@ ROOT = NATIVE.parent.parent
 #: Each is a C file and a header. cffi reads the headers in this order.
 SUBJECTS = (
     "kvm",
+    "words",
+    "answers",
     "host",
     "holder",
     "state",

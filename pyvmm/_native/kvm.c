@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "answers.h"
 #include "carrier.h"
 #include "guard.h"
 #include "raw.h"
@@ -69,6 +70,25 @@ static int enter(int vcpu_fd)
 	return result;
 }
 
+/* Answer the access that the vCPU came back with, by the table of this moment: whether that was
+ * possible. Whoever replaces the table keeps the one that was for as long as it is in use: it is
+ * looked at again once everybody sees which that is. */
+static int answer(struct pyvmm_gate *gate)
+{
+	struct pyvmm_answers *answers = __atomic_load_n(&gate->answers, __ATOMIC_SEQ_CST);
+	struct pyvmm_answers *before;
+	int answered;
+
+	do {
+		before = answers;
+		__atomic_store_n(&gate->used, before, __ATOMIC_SEQ_CST);
+		answers = __atomic_load_n(&gate->answers, __ATOMIC_SEQ_CST);
+	} while (answers != before);
+	answered = answers && pyvmm_answer(answers, gate->run);
+	__atomic_store_n(&gate->used, NULL, __ATOMIC_RELEASE);
+	return answered;
+}
+
 static int64_t now_ns(void)
 {
 	struct timespec now;
@@ -77,7 +97,8 @@ static int64_t now_ns(void)
 	return now.tv_sec * (int64_t)SECOND_NS + now.tv_nsec;
 }
 
-/* KVM_RUN: 0 for an exit, 1 for accesses that the vCPU made elsewhere (gate->slot), or the negative
+/* KVM_RUN, again and again while what the vCPU comes back with is answered here: 0 for another
+ * exit, 1 for accesses that the vCPU made elsewhere (gate->slot), or the negative
  * error number. fcntl.ioctl retries EINTR from Python 3.14 on, and a kicked KVM_RUN must come back.
  * On x86 KVM tells of a page with a hardware error by SIGBUS, whose handler has run when ioctl
  * returns.
@@ -105,7 +126,9 @@ int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate)
 		if (slot->write_count || slot->has_exit)
 			return 1;
 	}
-	result = enter(vcpu_fd);
+	do
+		result = enter(vcpu_fd);
+	while (!result && answer(gate));
 	slot = __atomic_load_n(&gate->slot, __ATOMIC_SEQ_CST);
 	if (result != -EINTR || !slot)
 		return result;

@@ -71,10 +71,14 @@ struct pyvmm_run {
 int pyvmm_ioctl(int fd, unsigned long request, void *argument);
 int pyvmm_ioctl_value(int fd, unsigned long request, unsigned long argument);
 struct pyvmm_slot;
+struct pyvmm_answers;
 
-/* Of one vCPU: where it changes hands, or NULL. */
+/* Of one vCPU: what its thread finds between two KVM_RUNs. */
 struct pyvmm_gate {
-	struct pyvmm_slot *slot;
+	struct pyvmm_slot *slot; /* where it changes hands, or NULL */
+	struct pyvmm_run *run; /* the kvm_run mapping */
+	/* What is answered here, or NULL; and the table that is in use, which must stay. */
+	struct pyvmm_answers *answers, *used;
 };
 
 int pyvmm_run(int vcpu_fd, struct pyvmm_gate *gate);

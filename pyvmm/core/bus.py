@@ -5,6 +5,8 @@ never sees two accesses at once. An address where nobody answers reads as all on
 ignores writes, as on a PC; unless it is RAM that the host could not back when the guest
 touched it: that access is made here.
 
+Some accesses native code answers, before they get here (``core.native``): the device says which.
+
 Regions come, go and move while vCPUs run (a BAR that the guest moves). A vCPU's thread looks at
 one immutable map from first to last, without a lock; a change puts another map in its place.
 """
@@ -13,13 +15,18 @@ from __future__ import annotations
 
 from _bisect import bisect_right  # all that bisect has of it, without its import
 
+from pyvmm._native import ffi, lib
+from pyvmm.core.native import NativeAnswers
 from pyvmm.core.threads import Lock
 from pyvmm.errors import InternalError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _thread import LockType
+    from collections.abc import Callable
     from typing import Protocol
+
+    from pyvmm._native import SharedLock
 
     class Ram(Protocol):
         """What a bus asks of guest memory (``memory.guest``)."""
@@ -29,6 +36,11 @@ if TYPE_CHECKING:
         def write(self, gpa: int, data: bytes) -> None: ...
 
 
+#: Size of an access -> all the bits of its value. What is left of a split access may be of any
+#: size, and is split again.
+_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
+
+
 class BusDevice:
     """What answers accesses. ``lock`` is held around each of them.
 
@@ -36,7 +48,10 @@ class BusDevice:
     the region's ``width``; values are little-endian integers.
     """
 
-    lock: LockType
+    lock: LockType | SharedLock
+
+    #: What native code answers of them; None for nothing.
+    answers: NativeAnswers | None = None
 
     def on_read(self, offset: int, size: int) -> int:
         """Return what a read gives; the bus cuts it to ``size`` bytes."""
@@ -44,6 +59,16 @@ class BusDevice:
 
     def on_write(self, offset: int, size: int, value: int) -> None:
         """Take a write; the default ignores it."""
+
+
+class Nobody(BusDevice):
+    """What is at an address where nobody answers. As a device it is of use where guests write so
+    often that native code should know: the port of POST codes, for the time that it takes."""
+
+    answers = NativeAnswers(lib.PYVMM_NOBODY, ffi.NULL, (0,), (0,))
+
+    def __init__(self) -> None:
+        self.lock = Lock()
 
 
 class Region:
@@ -78,6 +103,12 @@ class Bus:
         self._changing = Lock()
         # The regions' first addresses, and the regions, in rising order; replaced as one.
         self._map: tuple[tuple[int, ...], tuple[Region, ...]] = ((), ())
+        self._observer: Callable[[], None] | None = None
+
+    def observe(self, observer: Callable[[], None]) -> None:
+        """Have ``observer()`` called after each change of the regions, on whatever thread makes
+        it; there is one."""
+        self._observer = observer
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -136,6 +167,8 @@ class Bus:
                 regions.append(new)
                 regions.sort(key=lambda region: region.start)
             self._map = tuple([region.start for region in regions]), tuple(regions)
+        if self._observer is not None:
+            self._observer()
 
     def find(self, address: int) -> Region | None:
         """Return the region that contains ``address``, if any."""
@@ -145,29 +178,39 @@ class Bus:
             return regions[at]
         return None
 
+    # Each access of a guest that native code does not answer comes through one of these two: what
+    # find() and _fits() do stands here once more, since to call them takes as long as all the rest.
+
     def read(self, address: int, size: int) -> int:
         """Return ``size`` bytes as a little-endian integer.
 
         :raises RamError: the address is RAM that the host still cannot back
         """
-        region = self.find(address)
-        if region is None or not _fits(region, address, size):
+        starts, regions = self._map
+        at = bisect_right(starts, address) - 1
+        region = regions[at] if at >= 0 and address < regions[at].end else None
+        mask = _MASKS.get(size)
+        if region is None or mask is None or size > region.width or address + size > region.end:
             return self._split_read(address, size, region)
-        with region.device.lock:
-            value = region.device.on_read(address - region.start, size)
-        return value & ((1 << 8 * size) - 1)
+        device = region.device
+        with device.lock:
+            return device.on_read(address - region.start, size) & mask
 
     def write(self, address: int, size: int, value: int) -> None:
         """Write the low ``size`` bytes of ``value``.
 
         :raises RamError: the address is RAM that the host still cannot back
         """
-        region = self.find(address)
-        if region is None or not _fits(region, address, size):
+        starts, regions = self._map
+        at = bisect_right(starts, address) - 1
+        region = regions[at] if at >= 0 and address < regions[at].end else None
+        mask = _MASKS.get(size)
+        if region is None or mask is None or size > region.width or address + size > region.end:
             self._split_write(address, size, value, region)
             return
-        with region.device.lock:
-            region.device.on_write(address - region.start, size, value & ((1 << 8 * size) - 1))
+        device = region.device
+        with device.lock:
+            device.on_write(address - region.start, size, value & mask)
 
     def _split_read(self, address: int, size: int, region: Region | None) -> int:
         ram = self._ram
@@ -192,8 +235,7 @@ class Bus:
 
 
 def _fits(region: Region, address: int, size: int) -> bool:
-    # What is left of a split access may be of any size.
-    return size in (1, 2, 4, 8) and size <= region.width and address + size <= region.end
+    return size in _MASKS and size <= region.width and address + size <= region.end
 
 
 def _step(address: int, size: int, region: Region | None) -> int:

@@ -8,17 +8,27 @@ modem is there and ready; they change in loopback only.
 As a byte takes no time, the character time-out comes as soon as bytes below the trigger level
 sit in the receive FIFO.
 
-What an evil guest can try: fill memory (both FIFOs hold 16 bytes; the chardev is asked for no
-more input than there is room), block a vCPU (output that the chardev does not take waits in
-the transmit FIFO, and what the guest writes on top of a full one is lost, as on the chip).
+Native code sends, and answers what a driver that sends does besides (:data:`READS`,
+:data:`WRITES`). What is sent so the guest takes for sent, while it waits to be written in a batch
+(``output``). As soon as the chardev does not take all, it is *stalled*: the transmitter is not
+empty, and the transmit FIFO behind what waits already takes 16 bytes more. It is not stalled any
+more when all of it is written.
+
+What an evil guest can try: fill memory (both FIFOs hold 16 bytes, what waits is bounded; the
+chardev is asked for no more input than there is room), block a vCPU (what the guest writes on top
+of a full FIFO is lost, as on the chip).
 
 ``on_read``/``on_write`` run on vCPU threads, the front end's methods on the main loop thread.
 """
 
 from __future__ import annotations
 
+from pyvmm._native import ffi, lib
 from pyvmm.chardev.base import BREAK, CLOSED, OPENED, Frontend
+from pyvmm.core.native import NativeAnswers, shared_lock
 from pyvmm.devices.base import Device
+from pyvmm.devices.output import SIZE as OUTPUT_SIZE
+from pyvmm.devices.output import Output
 from pyvmm.vmstate.fields import Buffer, Description, Record, Struct, i32, u8, u16, u32
 
 TYPE_CHECKING = False
@@ -35,6 +45,10 @@ RBR = THR = DLL = 0
 IER = DLM = 1
 IIR = FCR = 2
 LCR, MCR, LSR, MSR, SCR = 3, 4, 5, 6, 7
+
+#: What native code answers, unless the divisor latch or the loopback is on, or output stalls.
+READS = (IIR, LSR)
+WRITES = (THR, IER)
 
 IER_ERBFI = 0x01  # received data, and time-out
 IER_ETBEI = 0x02  # transmitter empty
@@ -67,13 +81,14 @@ LSR_OE = 0x02
 LSR_BI = 0x10
 LSR_THRE = 0x20
 LSR_TEMT = 0x40
+LSR_EMPTY = LSR_THRE | LSR_TEMT
 LSR_ERRORS = 0x1E
 
 MSR_TERI = 0x04
 MSR_DELTAS = 0x0F
 MSR_READY = 0xB0  # DCD, DSR, CTS
 
-FIFO_DEPTH = 16
+FIFO_DEPTH = lib.PYVMM_FIFO_DEPTH
 DIVIDER_9600 = 12
 
 
@@ -149,6 +164,12 @@ _UART = Description(
             needed=lambda uart: uart.xmit_fifo.num > 0,
             check=_check_xmit,
         ),
+        Description(
+            # What the guest took for sent, and the chardev did not take.
+            "serial/output",
+            [u32("output_size"), Buffer("output", "output_size", OUTPUT_SIZE - 2 * FIFO_DEPTH)],
+            needed=lambda uart: uart.output_size > 0,
+        ),
     ],
 )
 
@@ -187,6 +208,10 @@ class Serial(Device, Frontend):
         self.chardev = chardev
         self.iobase = iobase
         self.index = index
+        self.regs = regs = ffi.new("struct pyvmm_uart *", {"line": irq.wire})
+        self.lock = shared_lock(ffi.addressof(regs, "lock"))
+        self.answers = NativeAnswers(lib.PYVMM_UART, regs, READS, WRITES)
+        self._output = Output(regs.output, chardev, self.lock, self._flush)
         self._power_on()
 
     def properties(self) -> dict[str, Any]:
@@ -203,39 +228,41 @@ class Serial(Device, Frontend):
         self.chardev.accept_input()
 
     def _power_on(self) -> None:
-        self.divider = DIVIDER_9600
-        self.rbr = self.ier = self.lcr = self.mcr = self.scr = self.fcr = 0
-        self.line_errors = 0
-        self.msr = MSR_READY
-        self.thr_ipending = False
-        self.received = bytearray()
-        self.to_send = bytearray()
+        regs = self.regs
+        regs.divider = DIVIDER_9600
+        regs.rbr = regs.ier = regs.lcr = regs.mcr = regs.scr = regs.fcr = 0
+        regs.line_errors = regs.received_count = 0
+        regs.msr = MSR_READY
+        self._drop_held()
+        regs.thr_ipending = False
 
     # Guest accesses
 
     def on_read(self, offset: int, size: int) -> int:
-        if self.lcr & LCR_DLAB and offset in (DLL, DLM):
-            return self.divider >> 8 * offset & 0xFF
+        regs = self.regs
+        if regs.lcr & LCR_DLAB and offset in (DLL, DLM):
+            return int(regs.divider >> 8 * offset & 0xFF)
         if offset == RBR:
             return self._read_rbr()
         if offset == IIR:
             return self._read_iir()
         if offset == LSR:
             value = self._lsr()
-            self.line_errors = 0
+            regs.line_errors = 0
             self._update_irq()
             return value
         if offset == MSR:
-            value = self.msr
-            self.msr &= ~MSR_DELTAS
+            value = int(regs.msr)
+            regs.msr &= ~MSR_DELTAS
             self._update_irq()
             return value
-        return (0, self.ier, 0, self.lcr, self.mcr, 0, 0, self.scr)[offset]
+        return int((0, regs.ier, 0, regs.lcr, regs.mcr, 0, 0, regs.scr)[offset])
 
     def on_write(self, offset: int, size: int, value: int) -> None:
-        if self.lcr & LCR_DLAB and offset in (DLL, DLM):
+        regs = self.regs
+        if regs.lcr & LCR_DLAB and offset in (DLL, DLM):
             kept = 0xFF00 >> 8 * offset
-            self.divider = self.divider & kept | value << 8 * offset
+            regs.divider = regs.divider & kept | value << 8 * offset
         elif offset == THR:
             self._write_thr(value)
         elif offset == IER:
@@ -243,74 +270,84 @@ class Serial(Device, Frontend):
         elif offset == FCR:
             self._write_fcr(value)
         elif offset == LCR:
-            self.lcr = value
+            regs.lcr = value
         elif offset == MCR:
             self._write_mcr(value & MCR_MASK)
         elif offset == SCR:
-            self.scr = value
+            regs.scr = value
 
     def _read_rbr(self) -> int:
-        if self.received:
-            self.rbr = self.received.pop(0)
+        regs = self.regs
+        if regs.received_count:
+            regs.rbr = regs.received[0]
+            regs.received_count -= 1
+            ffi.memmove(regs.received, regs.received + 1, regs.received_count)
             # A read starts the character time-out anew: its interrupt goes away and comes
             # back. A handler that takes one byte each time depends on that edge.
             self._update_irq(timed_out=False)
             self._update_irq()
-            if not self.received:
+            if not regs.received_count:
                 self.chardev.accept_input()
-        return self.rbr
+        return int(regs.rbr)
 
     def _read_iir(self) -> int:
         cause = self._cause()
         if cause == IIR_THR_EMPTY:
-            self.thr_ipending = False
+            self.regs.thr_ipending = False
             self._update_irq()
-        return cause | (IIR_FIFO if self.fcr & FCR_ENABLE else 0)
+        return cause | (IIR_FIFO if self.regs.fcr & FCR_ENABLE else 0)
 
     def _write_thr(self, value: int) -> None:
+        regs = self.regs
         # The line must be seen to go down before it comes up again for this byte, or a
         # driver that writes without reading IIR misses the edge.
-        self.thr_ipending = False
+        regs.thr_ipending = False
         self._update_irq()
-        if self.mcr & MCR_LOOP:
+        if regs.mcr & MCR_LOOP:
             self._take(value)
-            self.thr_ipending = True
+            regs.thr_ipending = True
         else:
-            if len(self.to_send) < self._depth():
-                self.to_send.append(value)
+            if not regs.is_stalled or regs.held < self._depth():
+                self._output.put(bytes((value,)))
+                regs.held += 1
             self._transmit()
+            if not regs.is_stalled:
+                regs.thr_ipending = True
         self._update_irq()
 
     def _write_ier(self, value: int) -> None:
-        if (value ^ self.ier) & IER_ETBEI:
+        regs = self.regs
+        if (value ^ regs.ier) & IER_ETBEI:
             # Enabling it with nothing to send raises it: that is how drivers begin to send.
-            self.thr_ipending = bool(value & IER_ETBEI) and not self.to_send
-        self.ier = value
+            regs.thr_ipending = bool(value & IER_ETBEI) and not regs.is_stalled
+        regs.ier = value
         self._update_irq()
 
     def _write_fcr(self, value: int) -> None:
+        regs = self.regs
         if not value & FCR_ENABLE:
             value = 0
-        if (value ^ self.fcr) & FCR_ENABLE:
+        if (value ^ regs.fcr) & FCR_ENABLE:
             value |= FCR_CLEAR_RECEIVE | FCR_CLEAR_TRANSMIT
-        self.fcr = value & FCR_KEPT
+        regs.fcr = value & FCR_KEPT
         if value & FCR_CLEAR_RECEIVE:
-            self.received.clear()
+            regs.received_count = 0
         if value & FCR_CLEAR_TRANSMIT:
-            self.to_send.clear()
-            self.thr_ipending = True
+            self._drop_held()
+            regs.thr_ipending = True
         self._update_irq()
         self.chardev.accept_input()
 
     def _write_mcr(self, value: int) -> None:
-        left_loop = self.mcr & ~value & MCR_LOOP
-        self.mcr = value
+        regs = self.regs
+        left_loop = regs.mcr & ~value & MCR_LOOP
+        regs.mcr = value
         lines = _looped_lines(value) if value & MCR_LOOP else MSR_READY
-        changed = (self.msr ^ lines) >> 4
+        changed = (regs.msr ^ lines) >> 4
         # RI counts when it goes away, the other three when they change.
         if lines & MSR_TERI << 4:
             changed &= ~MSR_TERI
-        self.msr = lines | self.msr & MSR_DELTAS | changed
+        regs.msr = lines | regs.msr & MSR_DELTAS | changed
         self._update_irq()
         if left_loop:
             self.chardev.accept_input()
@@ -321,9 +358,9 @@ class Serial(Device, Frontend):
         """Return the room in the receive FIFO; 0 in loopback, where the line is cut off."""
         # Without the lock, as the chardev may ask while a vCPU is in here: the answer is old
         # as soon as it is given anyway.
-        if self.mcr & MCR_LOOP:
+        if self.regs.mcr & MCR_LOOP:
             return 0
-        return max(self._depth() - len(self.received), 0)
+        return max(self._depth() - int(self.regs.received_count), 0)
 
     def receive(self, data: bytes) -> None:
         with self.lock:
@@ -334,9 +371,9 @@ class Serial(Device, Frontend):
     def handle_event(self, event: str) -> None:
         with self.lock:
             if event == BREAK:
-                if len(self.received) < self._depth():
-                    self.received.append(0)
-                self.line_errors |= LSR_BI
+                if self.regs.received_count < self._depth():
+                    self._take(0)
+                self.regs.line_errors |= LSR_BI
             elif event in (OPENED, CLOSED):
                 # With the peer gone nothing is cut short any more, so no handle_writable
                 # would come for what waits here.
@@ -345,102 +382,141 @@ class Serial(Device, Frontend):
 
     def handle_writable(self) -> None:
         with self.lock:
-            self._transmit()
-            self._update_irq()
+            self._flush()
 
-    # State
+    # Life and state
 
-    def save(self) -> Record:
-        fifo = self.fcr & FCR_ENABLE
-        received = bytes(self.received)
-        to_send = bytes(self.to_send)
-        uart = Record(
-            divider=self.divider,
-            rbr=self.rbr if fifo or not received else received[0],
-            ier=self.ier,
-            iir=self._cause() | (IIR_FIFO if fifo else 0),
-            lcr=self.lcr,
-            mcr=self.mcr,
-            lsr=self._lsr(),
-            msr=self.msr,
-            scr=self.scr,
-            fcr_vmstate=self.fcr,
-            thr_ipending=int(self.thr_ipending),
-            tsr_retry=0,
-            tsr=0,
-            thr=to_send[0] if to_send else 0,
-            recv_fifo=_pack_fifo(received if fifo else b""),
-            xmit_fifo=_pack_fifo(to_send if fifo else b""),
-        )
-        return Record(state=uart)
-
-    def load(self, state: Record) -> None:
-        uart = state.state
-        for name in ("divider", "rbr", "ier", "lcr", "mcr", "msr", "scr"):
-            setattr(self, name, getattr(uart, name))
-        self.fcr = uart.fcr_vmstate
-        self.line_errors = uart.lsr & LSR_ERRORS
-        self.thr_ipending = bool(getattr(uart, "thr_ipending", _reports_thr_empty(uart)))
-        self.received.clear()
-        self.to_send.clear()
-        if getattr(uart, "tsr_retry", 0):
-            self.to_send.append(uart.tsr)
-        if self.fcr & FCR_ENABLE:
-            if hasattr(uart, "recv_fifo"):
-                self.received += _unpack_fifo(uart.recv_fifo)
-            if hasattr(uart, "xmit_fifo"):
-                self.to_send += _unpack_fifo(uart.xmit_fifo)
-        else:
-            if uart.lsr & LSR_DR:
-                self.received.append(uart.rbr)
-            if hasattr(uart, "thr") and not uart.lsr & LSR_THRE:
-                self.to_send.append(uart.thr)
-        # The irqchip's own state has the level that the line had; only what changes from
-        # here on may be an edge.
-        self.irq.restore_level(self._cause() != IIR_NONE)
+    def prepare(self) -> None:
+        self._output.prepare()
 
     def attach(self) -> None:
         """Offer what was left to send to the chardev, and let input come."""
         self.chardev.attach(self)
         self.handle_writable()
+        self._output.attach()
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        self.handle_writable()
+
+    def close(self) -> None:
+        # One that is stalled the guest has seen stalled.
+        self._output.close(patient=not self.regs.is_stalled)
+
+    def save(self) -> Record:
+        regs = self.regs
+        fifo = regs.fcr & FCR_ENABLE
+        received = bytes(regs.received[0 : regs.received_count])
+        output = self._output.content()
+        sent = len(output) - regs.held
+        to_send = output[sent:]
+        uart = Record(
+            divider=regs.divider,
+            rbr=regs.rbr if fifo or not received else received[0],
+            ier=regs.ier,
+            iir=self._cause() | (IIR_FIFO if fifo else 0),
+            lcr=regs.lcr,
+            mcr=regs.mcr,
+            # What waits before the FIFO the subsection tells.
+            lsr=self._lsr() & ~LSR_EMPTY | (0 if to_send else LSR_EMPTY),
+            msr=regs.msr,
+            scr=regs.scr,
+            fcr_vmstate=regs.fcr,
+            thr_ipending=int(regs.thr_ipending),
+            tsr_retry=0,
+            tsr=0,
+            thr=to_send[0] if to_send else 0,
+            recv_fifo=_pack_fifo(received if fifo else b""),
+            xmit_fifo=_pack_fifo(to_send if fifo else b""),
+            output_size=sent,
+            output=output[:sent],
+        )
+        return Record(state=uart)
+
+    def load(self, state: Record) -> None:
+        regs, uart = self.regs, state.state
+        for name in ("divider", "rbr", "ier", "lcr", "mcr", "msr", "scr"):
+            setattr(regs, name, getattr(uart, name))
+        regs.fcr = uart.fcr_vmstate
+        regs.line_errors = uart.lsr & LSR_ERRORS
+        regs.thr_ipending = bool(getattr(uart, "thr_ipending", _reports_thr_empty(uart)))
+        received = to_send = b""
+        if getattr(uart, "tsr_retry", 0):
+            to_send += bytes((uart.tsr,))
+        if regs.fcr & FCR_ENABLE:
+            if hasattr(uart, "recv_fifo"):
+                received = _unpack_fifo(uart.recv_fifo)
+            if hasattr(uart, "xmit_fifo"):
+                to_send += _unpack_fifo(uart.xmit_fifo)
+        else:
+            if uart.lsr & LSR_DR:
+                received = bytes((uart.rbr,))
+            if hasattr(uart, "thr") and not uart.lsr & LSR_THRE:
+                to_send += bytes((uart.thr,))
+        regs.received[0 : len(received)] = received
+        regs.received_count = len(received)
+        self._output.clear()
+        self._output.put(getattr(uart, "output", b"") + to_send)
+        regs.held = len(to_send)
+        # Until the chardev has been asked.
+        regs.is_stalled = len(self._output) > 0
+        # The irqchip's own state has the level that the line had; only what changes from
+        # here on may be an edge.
+        self.irq.restore_level(self._cause() != IIR_NONE)
 
     # What the registers have in common
 
     def _depth(self) -> int:
-        return FIFO_DEPTH if self.fcr & FCR_ENABLE else 1
+        return FIFO_DEPTH if self.regs.fcr & FCR_ENABLE else 1
 
     def _take(self, byte: int) -> None:
         # Full only in loopback, or if the guest turned loopback on or the FIFO off after the
         # chardev had asked for room: then the byte was on a line that nobody listened to.
-        if len(self.received) < self._depth():
-            self.received.append(byte)
+        regs = self.regs
+        if regs.received_count < self._depth():
+            regs.received[regs.received_count] = byte
+            regs.received_count += 1
         else:
-            self.line_errors |= LSR_OE
+            regs.line_errors |= LSR_OE
 
     def _transmit(self) -> None:
-        if self.to_send:
-            taken = self.chardev.write(bytes(self.to_send))
-            del self.to_send[:taken]
-            if not self.to_send:
-                self.thr_ipending = True
+        self._output.write()
+        regs, waiting = self.regs, len(self._output)
+        regs.held = min(regs.held, waiting)
+        if regs.is_stalled and not waiting:
+            regs.thr_ipending = True
+        regs.is_stalled = waiting > 0
+
+    def _flush(self) -> bool:
+        self._transmit()
+        self._update_irq()
+        return not self.regs.is_stalled
+
+    def _drop_held(self) -> None:
+        regs = self.regs
+        self._output.drop_latest(regs.held)
+        regs.held = 0
+        regs.is_stalled = bool(regs.is_stalled and len(self._output))
 
     def _lsr(self) -> int:
-        empty = 0 if self.to_send else LSR_THRE | LSR_TEMT
-        return self.line_errors | empty | (LSR_DR if self.received else 0)
+        regs = self.regs
+        empty = 0 if regs.is_stalled else LSR_EMPTY
+        return int(regs.line_errors) | empty | (LSR_DR if regs.received_count else 0)
 
     def _cause(self, timed_out: bool = True) -> int:
         # In the order of the data sheet's priorities (table III).
-        if self.ier & IER_ELSI and self.line_errors:
+        regs = self.regs
+        ier, count = regs.ier, regs.received_count
+        if ier & IER_ELSI and regs.line_errors:
             return IIR_LINE
-        if self.ier & IER_ERBFI and self.received:
-            trigger = TRIGGERS[self.fcr >> 6] if self.fcr & FCR_ENABLE else 1
-            if len(self.received) >= trigger:
+        if ier & IER_ERBFI and count:
+            trigger = TRIGGERS[regs.fcr >> 6] if regs.fcr & FCR_ENABLE else 1
+            if count >= trigger:
                 return IIR_RECEIVED
             if timed_out:
                 return IIR_TIMEOUT
-        if self.ier & IER_ETBEI and self.thr_ipending:
+        if ier & IER_ETBEI and regs.thr_ipending:
             return IIR_THR_EMPTY
-        if self.ier & IER_EDSSI and self.msr & MSR_DELTAS:
+        if ier & IER_EDSSI and regs.msr & MSR_DELTAS:
             return IIR_MODEM
         return IIR_NONE
 

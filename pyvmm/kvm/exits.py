@@ -1,7 +1,10 @@
 """Why KVM_RUN came back: one small class per exit reason that pyvmm knows, decoded once
-(KVM API, section 5). An exit is valid until the vCPU's next KVM_RUN."""
+(KVM API, section 5). An exit is valid until the vCPU's next KVM_RUN, which may make another one of
+the same object."""
 
 from __future__ import annotations
+
+import struct
 
 from pyvmm._native import ffi, lib
 
@@ -114,6 +117,8 @@ class Unknown:
         return f"KVM exit with reason {self.reason}, which pyvmm does not handle"
 
 
+_EXIT_IO, _EXIT_MMIO, _OUT = lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO, lib.KVM_EXIT_IO_OUT
+
 INTERRUPTED = Interrupted()
 SHUTDOWN = Shutdown()
 HALT = Halt()
@@ -123,6 +128,13 @@ Exit = (
 )
 
 
+# Of struct kvm_run: where what differs from exit to exit is, and its form for io and mmio.
+_UNION_AT = ffi.offsetof("struct pyvmm_run", "exit")
+_IO = struct.Struct("<BBHIQ")
+_MMIO = struct.Struct("<Q8xIB")
+_REASON_AT = ffi.offsetof("struct pyvmm_run", "exit_reason") // 4
+
+
 class Decoder:
     """Finds out why one vCPU's KVM_RUN came back.
 
@@ -130,30 +142,42 @@ class Decoder:
     :param size: bytes of it
     """
 
-    __slots__ = ("_io", "_mapping", "_mmio", "_mmio_data", "_run")
+    __slots__ = ("_io", "_items", "_mapping", "_mmio", "_mmio_items", "_run", "_words")
 
     def __init__(self, base: Any, size: int) -> None:
-        # Made once: with every exit they would take as long as all the rest.
+        # All of it made once: with every exit it would take as long as all the rest.
         self._run = run = ffi.cast("struct pyvmm_run *", base)
-        self._mapping = memoryview(ffi.buffer(base, size))
-        self._io = run.exit.io
-        self._mmio = run.exit.mmio
+        self._mapping = mapping = memoryview(ffi.buffer(base, size))
+        self._words = mapping.cast("I")
+        self._io = Io(False, 0, 1, 1, mapping[:0])
+        self._mmio = Mmio(False, 0, mapping[:0])
+        # Data of one item: where and how large it is -> its bytes.
+        self._items: dict[tuple[int, int], memoryview] = {}
         # MMIO's data is in struct kvm_run itself, and at most 8 bytes: KVM splits longer accesses.
-        self._mmio_data = memoryview(ffi.buffer(self._mmio.data))
+        data = memoryview(ffi.buffer(run.exit.mmio.data))
+        self._mmio_items = [data[:length] for length in range(9)]
 
     def decode(self) -> Exit:
         """Return why KVM_RUN came back; the most frequent reasons are looked at first."""
-        run = self._run
-        reason = run.exit_reason
-        if reason == lib.KVM_EXIT_IO:
+        reason = self._words[_REASON_AT]
+        if reason == _EXIT_IO:
+            direction, size, port, count, at = _IO.unpack_from(self._mapping, _UNION_AT)
             io = self._io
+            io.is_write, io.port, io.size, io.count = direction == _OUT, port, size, count
             # Behind struct kvm_run. KVM takes input from there at the next KVM_RUN.
-            at, size, count = io.data_offset, io.size, io.count
-            data = self._mapping[at : at + size * count]
-            return Io(io.direction == lib.KVM_EXIT_IO_OUT, io.port, size, count, data)
-        if reason == lib.KVM_EXIT_MMIO:
+            data = self._items.get((at, size)) if count == 1 else None
+            if data is None:
+                data = self._mapping[at : at + size * count]
+                if count == 1:
+                    self._items[at, size] = data
+            io.data = data
+            return io
+        if reason == _EXIT_MMIO:
             mmio = self._mmio
-            return Mmio(bool(mmio.is_write), mmio.phys_addr, self._mmio_data[: mmio.len])
+            mmio.gpa, size, is_write = _MMIO.unpack_from(self._mapping, _UNION_AT)
+            mmio.is_write, mmio.size, mmio.data = bool(is_write), size, self._mmio_items[size]
+            return mmio
+        run = self._run
         # With the irqchip in the kernel nobody asks for an interrupt window. After either exit no
         # access waits for its completion.
         if reason in (lib.KVM_EXIT_INTR, lib.KVM_EXIT_IRQ_WINDOW_OPEN):

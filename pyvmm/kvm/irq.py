@@ -60,7 +60,7 @@ class IrqRouting:
         :raises InternalError: another has the GSI
         """
         self.claim(gsi, user)
-        return IrqLine(gsi, self._vm.irq_line)
+        return IrqLine(gsi, self._vm.irq_line, self._vm.fd)
 
     def pulse(self, gsi: int, user: str) -> Callable[[], None]:
         """Return what pulses an input of the IOAPIC, which the guest must have set to edge: any

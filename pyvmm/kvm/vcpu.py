@@ -67,8 +67,8 @@ class Vcpu:
             raise KvmError("mmap of kvm_run", errno.ENOMEM, f"vCPU {index}")
         self._run = ffi.cast("struct pyvmm_run *", self._base)
         self._exits = exits.Decoder(self._base, self._size)
-        #: Where the vCPU changes hands (``struct pyvmm_gate``); nowhere but in an update.
-        self.gate = ffi.new("struct pyvmm_gate *")
+        #: What its thread finds between two KVM_RUNs (``struct pyvmm_gate``).
+        self.gate = ffi.new("struct pyvmm_gate *", {"run": self._run})
         # What it did elsewhere, and no device has seen yet, and who tells of that.
         self._brought: list[exits.Exit] = []
         self._ask_brought: Callable[[], list[exits.Exit]] = list
@@ -81,8 +81,8 @@ class Vcpu:
         self.state_msrs: MsrBlock | None = None
 
     def run(self) -> exits.Exit:
-        """KVM_RUN: enter the guest until something wants attention; return what that is. Never
-        retried here.
+        """KVM_RUN: enter the guest until something wants attention that native code cannot give
+        it (``answers``); return what that is. Never retried here.
 
         An access (Io, Mmio) is only completed by the next KVM_RUN, which takes what a read is
         answered with: before that the registers are not those of a whole instruction, and no

@@ -11,12 +11,13 @@ import os
 
 from pyvmm.boot import builtin, rom
 from pyvmm.chardev.factory import ChardevSet
-from pyvmm.core.bus import Bus
+from pyvmm.core.bus import Bus, Nobody
 from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
 from pyvmm.devices import acpi_pm, i8042
 from pyvmm.devices.acpi_pm import AcpiPm
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
+from pyvmm.kvm.answers import Answers
 from pyvmm.kvm.system import System
 from pyvmm.machine.guest_end import GuestEnd
 from pyvmm.machine.machine import Machine
@@ -88,6 +89,7 @@ def build(
             rngs={rng.id: rng for rng in config.rngs},
         )
         add_devices(parts, config)
+        Answers(platform.vcpus, parts.ports, parts.mmio)
         # The serial ports come first on a mux: the console begins with the focus.
         parts.monitors += [chardevs.claim(monitor.chardev) for monitor in config.monitors]
         # All chardevs are there, and nobody reads them yet: what they did in the image before
@@ -203,6 +205,9 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
         for device in config.devices:
             if device.driver.bus == bus:
                 device.driver.add(parts, device)
+    # Unless a -device has it.
+    if parts.ports.find(layout.POST_CODE[0]) is None:
+        parts.ports.add(*layout.POST_CODE, Nobody(), "post-code")
 
 
 def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamBackend:

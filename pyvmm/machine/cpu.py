@@ -296,15 +296,16 @@ class Cpu:
 
     def _enter(self) -> None:
         # One KVM_RUN after the other, until a kick ends one with nothing left half done.
+        run = self.vcpu.run
         while True:
             exit = self._unfinished
             if exit is None:
                 try:
-                    exit = self.vcpu.run()
+                    exit = run()
                 except KvmError as error:
                     self._fail_run(error)
                     return
-                if isinstance(exit, exits.Interrupted):
+                if exit is exits.INTERRUPTED:
                     break
             try:
                 self._handle(exit)
@@ -379,17 +380,15 @@ class Cpu:
 
     def _handle_io(self, exit: exits.Io) -> None:
         size = exit.size
-        for at in range(0, exit.count * size, size):
+        for item in (exit.data,) if exit.count == 1 else _items(exit):
             if exit.is_write:
-                value = int.from_bytes(exit.data[at : at + size], "little")
-                self._ports.write(exit.port, size, value)
+                self._ports.write(exit.port, size, int.from_bytes(item, "little"))
             else:
-                value = self._ports.read(exit.port, size)
-                exit.data[at : at + size] = value.to_bytes(size, "little")
+                item[:] = self._ports.read(exit.port, size).to_bytes(size, "little")
 
     def _handle_mmio(self, exit: exits.Mmio) -> None:
         if exit.is_write:
-            self._mmio.write(exit.gpa, exit.size, int.from_bytes(exit.data[:], "little"))
+            self._mmio.write(exit.gpa, exit.size, int.from_bytes(exit.data, "little"))
         else:
             exit.data[:] = self._mmio.read(exit.gpa, exit.size).to_bytes(exit.size, "little")
 
@@ -417,6 +416,12 @@ class Cpu:
         self._ident = 0
         self._stopped.set()
         self._events.on_cpu_error(self.index, f"vCPU thread failed: {error!r}")
+
+
+def _items(exit: exits.Io) -> list[memoryview]:
+    """Return the bytes of each item of a string instruction."""
+    size = exit.size
+    return [exit.data[at : at + size] for at in range(0, exit.count * size, size)]
 
 
 def import_ahead() -> None:

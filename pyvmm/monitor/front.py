@@ -49,6 +49,7 @@ class Front:
         self._imported = Event()
         # Whoever gets a monitor's first answer may rely on the rest.
         self._steps: list[Callable[[], None]] = [
+            self._keep_up_ram,
             self._import_ahead,
             self._publish,
             self._open_monitors,
@@ -78,7 +79,6 @@ class Front:
                 return
             except HostError:
                 pass  # without a thread it is done here
-        self._keep_up_ram()
         self._finish()
 
     @property
@@ -112,7 +112,7 @@ class Front:
         try:
             from pyvmm.memory import upkeep  # noqa: F401
         finally:
-            self._machine.loop.call_soon(self._keep_up_ram)
+            self._machine.loop.call_soon(self._step)
 
     def _import_monitors(self) -> None:
         from pyvmm.machine import cpu

@@ -24,6 +24,7 @@ from bench import compare
 from bench.block import bench_block
 from bench.boot import bench_boot
 from bench.console import bench_console
+from bench.exits import bench_exits
 from bench.host import facts
 from bench.machines import BenchError
 from bench.memory import bench_memory
@@ -41,7 +42,7 @@ from bench.report import (
 )
 from bench.speed import bench_speed
 from bench.stall import bench_stall
-from bench.startup import bench_exits, bench_imports, bench_start
+from bench.startup import bench_imports, bench_start
 from bench.updates import bench_updates
 
 
@@ -52,13 +53,15 @@ class Benchmark:
     :param turn: samples in a row if two versions are compared; 0 if it cannot compare them
     :param most: samples that it takes at most
     :param asked: leave it out unless it is named
+    :param needs_kvm: it measures nothing without
     """
 
-    def __init__(self, measure, turn=0, most=None, *, asked=False):
+    def __init__(self, measure, turn=0, most=None, *, asked=False, needs_kvm=True):
         self.measure = measure
         self.turn = turn
         self.most = most
         self.asked = asked
+        self.needs_kvm = needs_kvm
 
 
 BENCHMARKS = {
@@ -70,7 +73,7 @@ BENCHMARKS = {
     "start": Benchmark(bench_start, 5),
     "imports": Benchmark(bench_imports, 1, 5),
     "memory": Benchmark(bench_memory, 1, 3),
-    "exits": Benchmark(bench_exits, 5),
+    "exits": Benchmark(bench_exits, 5, needs_kvm=False),
     "block": Benchmark(bench_block),
     "console": Benchmark(bench_console),
     "net": Benchmark(bench_network),
@@ -149,7 +152,8 @@ def _options():
     for name in ("runs", "updates"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: at least 1")
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    needs_kvm = not options.names or any(BENCHMARKS[name].needs_kvm for name in options.names)
+    if needs_kvm and not os.access("/dev/kvm", os.R_OK | os.W_OK):
         parser.error("/dev/kvm cannot be opened")
     try:
         smp = cpu_counts(options.smp) if options.smp else ()

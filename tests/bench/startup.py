@@ -3,15 +3,12 @@
 Start-up: from the spawn of ``pyvmm run`` to the guest's first byte on the serial port, and the
 modules that are imported on the way. Life: from the spawn to the end of a VM whose guest ends it at
 once, beside QEMU's microvm with the same ROM, in whose place its own firmware would run first.
-Exits: port accesses that Python serves, by the thousand.
 """
 
 import contextlib
 import struct
 import sys
 import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
 
 from harness.process import environment
@@ -31,10 +28,8 @@ LIFE = (
     (", peak memory", "MiB", lambda life: life.peak_mib),
 )
 SIZE = 256 * MIB
-EXITS = 1000  # port accesses between two bytes on the serial port
 ROM_SIZE = 64 << 10  # QEMU's are a multiple of that
 RESET_VECTOR = ROM_SIZE - 16
-SCRATCH = 0x3FF  # a register of the serial port that does nothing
 THR = 0x3F8
 #: Written by Python for each module that is imported, if it is asked to.
 IMPORT = b"import time:"
@@ -45,13 +40,6 @@ HELLO = struct.pack("<BBBHB", 0xB0, 0, 0xBA, THR, 0xEE) + b"\xf4\xeb\xfd"
 # mov al, 0; out EXIT_PORT, al; hlt; jmp to hlt
 EXIT_PORT, EXIT_CODE = 0xF4, 1
 END = struct.pack("<BBBB", 0xB0, 0, 0xE6, EXIT_PORT) + b"\xf4\xeb\xfd"
-
-
-def exit_loop(opcode):
-    """mov dx, SCRATCH; mov cx, EXITS; opcode; loop; mov dx, THR; out dx, al; jmp to start"""
-    code = struct.pack("<BHBHB", 0xBA, SCRATCH, 0xB9, EXITS, opcode) + b"\xe2\xfd"
-    code += struct.pack("<BHB", 0xBA, THR, 0xEE)
-    return code + struct.pack("<Bb", 0xEB, -len(code) - 2)
 
 
 def rom(code):
@@ -104,21 +92,6 @@ def bench_imports(plan):
     yield Result("modules imported", counts, "", note="until the guest's first byte is out")
 
 
-def bench_exits(plan):
-    """The cost of one port access, without what else the guest does."""
-    for name, opcode in (("write", 0xEE), ("read", 0xEC)):
-        progress(f"exits, port {name}")
-        with tempfile.NamedTemporaryFile(prefix="pyvmm-bench-") as image:
-            image.write(rom(exit_loop(opcode)))
-            image.flush()
-            with Vmm("-bios", image.name, monitor=False, version=plan.version) as vm:
-                vm.expect("(?s).")
-                times = [_next_byte(vm) for _ in range(plan.runs + 1)]
-        costs = [(later - now) / 1e3 / EXITS for now, later in pairwise(times)]
-        note = f"one exit to Python and back, mean of {EXITS}"
-        yield Result(f"exit port {name}", costs, "us", note=note)
-
-
 def imports(command):
     """How many modules a command imports until it prints a NUL byte, or its guest does."""
     _, output = first_output(command, b"\0", errors=True, PYTHONPROFILEIMPORTTIME="1")
@@ -144,11 +117,6 @@ def _rom(code):
         image = Path(folder, "rom")
         image.write_bytes(rom(code))
         yield image
-
-
-def _next_byte(vm):
-    vm.expect("(?s).")
-    return time.monotonic_ns()
 
 
 def _times(command, runs):

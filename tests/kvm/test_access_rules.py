@@ -339,8 +339,9 @@ def test_a_guest_goes_on_in_another_vm(guest, in_ring_3, kind, before, instructi
             exit = one.run()
             assert place(exit) == found
         one.devices.serve(exit)
+        is_write = exit.is_write
         kinds = one.finish()
-        if exit.is_write:
+        if is_write:
             assert "read" not in kinds
             assert len(kinds) < lib.PYVMM_MAX_WRITES
             if moved:

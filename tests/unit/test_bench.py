@@ -13,7 +13,7 @@ import threading
 import time
 
 import pytest
-from bench import beside, chain, compare, host, move, pause, report, startup, updates
+from bench import beside, chain, compare, exits, host, move, pause, report, startup, updates
 from bench.__main__ import measure
 from bench.life import Life
 from bench.machines import BenchError, Qemu, QemuDefault, QemuVirtio, Vmm, qemu_version
@@ -395,10 +395,10 @@ def test_life_of_a_process():
 
 
 def test_programs_fit_the_reset_vector_and_jump_to_their_start():
-    for code in (startup.HELLO, startup.END, startup.exit_loop(0xEE), startup.exit_loop(0xEC)):
+    for code in (startup.HELLO, startup.END, exits.exit_loop(0xEE), exits.exit_loop(0xEC)):
         assert len(code) <= 16
         assert startup.rom(code)[-16:].startswith(code)
-    loop = startup.exit_loop(0xEE)
+    loop = exits.exit_loop(0xEE)
     assert len(loop) + int.from_bytes(loop[-1:], "little", signed=True) == 0
 
 

@@ -90,8 +90,9 @@ class VirtioDevice:
         return self.name
 
     def read_config(self, offset: int, size: int) -> bytes:
-        """Return part of the configuration space; what is missing at the end reads as 0. vCPU
-        thread, without the device's lock, but never within a :meth:`change_config`."""
+        """Return part of the configuration space; what is missing at the end reads as 0. The
+        transport asks when it has reset, set up or loaded the device, after :meth:`write_config`
+        and within :meth:`change_config`: nothing else changes what is here."""
         return self.config[offset : offset + size]
 
     def write_config(self, offset: int, data: bytes) -> None:

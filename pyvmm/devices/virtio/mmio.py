@@ -9,7 +9,10 @@ not of 4 bytes or hit no register read as 0 and ignore writes.
 
 from __future__ import annotations
 
+from pyvmm._native import clear_bits, ffi, lib, set_bits
+from pyvmm.core.native import NativeAnswers, address
 from pyvmm.devices.virtio.transport import (
+    CONFIG_SIZE,
     MAX_QUEUES,
     QUEUE,
     Interrupts,
@@ -27,8 +30,6 @@ if TYPE_CHECKING:
     from pyvmm.devices.virtio.device import VirtioDevice
     from pyvmm.memory.guest import GuestMemory
 
-#: Addresses of one device's registers.
-SIZE = 0x200
 #: Widest access that is not split, in bytes.
 WIDTH = 4
 
@@ -55,6 +56,12 @@ SHM_LENGTH_LOW = 0x0B0
 SHM_BASE_HIGH = 0x0BC
 CONFIG_GENERATION = 0x0FC
 CONFIG = 0x100
+#: Addresses of one device's registers.
+SIZE = CONFIG + CONFIG_SIZE
+
+#: What native code answers.
+READS = (INTERRUPT_STATUS, CONFIG_GENERATION, *range(CONFIG, SIZE, 4))
+WRITES = (INTERRUPT_ACK,)
 
 MAGIC = 0x74726976  # "virt"
 VENDOR = 0x4D565950  # "PYVM"
@@ -84,30 +91,36 @@ def _check(state: Record) -> None:
 class Line(Interrupts):
     """One line, and a register that says what it was for.
 
+    :param regs: ``struct pyvmm_virtio_mmio *``, which has the register: INT_USED and INT_CONFIG,
+        until the driver acknowledges them
     :param pulse: interrupts the guest; called by one thread at a time
-    :ivar status: INT_USED and INT_CONFIG, until the driver acknowledges them
     """
 
-    def __init__(self, pulse: Callable[[], None]) -> None:
-        self.status = 0
+    def __init__(self, regs: Any, pulse: Callable[[], None]) -> None:
+        self._regs = regs
+        self._status = address(ffi.addressof(regs, "interrupt_status"))
         self._pulse = pulse
 
     # A pulse with every event: the line is edge triggered.
 
     def used(self, queue: int) -> None:
-        self.status |= INT_USED
+        set_bits(self._status, INT_USED)
         self._pulse()
 
     def config(self) -> None:
-        self.status |= INT_CONFIG
+        set_bits(self._status, INT_CONFIG)
         self._pulse()
 
+    def acknowledge(self, bits: int) -> None:
+        """The driver has seen these."""
+        clear_bits(self._status, bits)
+
     def repeat(self) -> None:
-        if self.status:
+        if self._regs.interrupt_status:
             self._pulse()
 
     def reset(self) -> None:
-        self.status = 0
+        self._regs.interrupt_status = 0
 
 
 class VirtioMmio(Transport):
@@ -146,8 +159,11 @@ class VirtioMmio(Transport):
         self.base = base
         self.place = place(base)
         self.gsi = gsi
-        self._line = Line(pulse)
+        self.regs = ffi.new("struct pyvmm_virtio_mmio *")
+        self._line = Line(self.regs, pulse)
         super().__init__(device, memory, self._line, kick_fds, thread)
+        self.regs.config = self.config
+        self.answers = NativeAnswers(lib.PYVMM_VIRTIO_MMIO, self.regs, READS, WRITES)
 
     def properties(self) -> dict[str, Any]:
         return {"address": self.base, "irq": self.gsi, **super().properties()}
@@ -155,13 +171,13 @@ class VirtioMmio(Transport):
     @property
     def interrupt_status(self) -> int:
         """The register, for the state."""
-        return self._line.status
+        return int(self.regs.interrupt_status)
 
     def clear_registers(self) -> None:
         self.device_features_sel = self.driver_features_sel = self.queue_sel = 0
 
     def load_registers(self, state: Record) -> None:
-        self._line.status = state.interrupt_status
+        self.regs.interrupt_status = state.interrupt_status
         self.device_features_sel = state.device_features_sel
         self.driver_features_sel = state.driver_features_sel
         self.queue_sel = state.queue_sel
@@ -174,7 +190,7 @@ class VirtioMmio(Transport):
         if size != 4 or offset & 3:
             return 0
         if offset == INTERRUPT_STATUS:
-            return self._line.status
+            return self.interrupt_status
         if offset == STATUS:
             return self.status
         if offset == CONFIG_GENERATION:
@@ -201,8 +217,7 @@ class VirtioMmio(Transport):
         elif size != 4 or offset & 3:
             pass
         elif offset == INTERRUPT_ACK:
-            with self._bits:
-                self._line.status &= ~value
+            self._line.acknowledge(value)
         elif offset == QUEUE_NOTIFY:
             # Only what KVM does not know: with its eventfd an existing queue never gets here.
             if value < len(self.queues):

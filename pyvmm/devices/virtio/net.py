@@ -189,10 +189,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
             self.status = S_LINK_UP if up else 0
             self._update_config()
 
-        if self.driver_features & F_STATUS:
-            self.change_config(change)
-        else:
-            change()  # the driver knows of no such field
+        # Not every driver knows of that field.
+        self.change_config(change, tell=bool(self.driver_features & F_STATUS))
         if up:
             self.kick(RX)
 

@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import os
 
+from pyvmm._native import ffi, lib
 from pyvmm.core.eventloop import READABLE
+from pyvmm.core.native import shared_lock
 from pyvmm.core.threads import Lock
 from pyvmm.devices.base import Device
 from pyvmm.devices.virtio.device import F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1
@@ -60,6 +62,7 @@ FEATURES = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1
 F_UNKNOWN = 1 << 63
 
 MAX_QUEUES = 64
+CONFIG_SIZE = lib.PYVMM_CONFIG_SIZE
 DRAIN_TIMEOUT_S = 10.0
 _SERVED = "the queue that is being served does not come to its end"
 
@@ -121,7 +124,6 @@ class Transport(Device):
     :param thread: whose loop is the device's, if it is not the main one; owned from now on
     :ivar features: feature bits that are offered
     :ivar driver_features: what the driver has written of them
-    :ivar config_generation: changes with the configuration space (virtio 1.3, 2.5.1)
     :ivar error: why the device needs a reset, if it does
     """
 
@@ -152,6 +154,9 @@ class Transport(Device):
         # The status and what was interrupted for are changed by vCPUs and by the device's loop.
         # What the configuration space holds changes under it, together with its generation.
         self._bits = Lock()
+        #: The configuration space as the driver reads it, also by native code.
+        self.config = ffi.new("struct pyvmm_config *")
+        self._config_lock = shared_lock(ffi.addressof(self.config, "lock"))
         self._stopped = True  # the vCPUs stand, or have not started
         self._quiesced = False
         self.holds_cpu = False
@@ -169,6 +174,25 @@ class Transport(Device):
         self.clear_registers()
         for queue in self.queues:
             queue.reset()
+        self._show_config()
+
+    def _show_config(self) -> None:
+        # What it depends on may have changed.
+        with self._bits, self._config_lock:
+            self._fill_config()
+
+    def _fill_config(self) -> None:
+        data = self.device.read_config(0, CONFIG_SIZE)
+        ffi.buffer(self.config.bytes)[:] = data.ljust(CONFIG_SIZE, b"\0")
+
+    @property
+    def config_generation(self) -> int:
+        """The register, which is in the state, too."""
+        return int(self.config.generation)
+
+    @config_generation.setter
+    def config_generation(self, value: int) -> None:
+        self.config.generation = value
 
     @classmethod
     def description(cls, device: type[VirtioDevice] | VirtioDevice) -> Description:
@@ -253,6 +277,7 @@ class Transport(Device):
         for queue in self.queues:
             queue.event_idx = bool(self.driver_features & F_EVENT_IDX)
             queue.indirect = bool(self.driver_features & F_INDIRECT_DESC)
+        self._show_config()
 
     def find_queue(self, index: int) -> Queue | None:
         """Return a queue; None if there is none of that number."""
@@ -304,11 +329,13 @@ class Transport(Device):
     def read_config(self, offset: int, size: int) -> int:
         """Return a part of the configuration space; not within a change of it."""
         with self._bits:
-            return int.from_bytes(self.device.read_config(offset, size), "little")
+            data = ffi.buffer(self.config.bytes)[offset : offset + size]
+        return int.from_bytes(data, "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         """Write to the configuration space."""
         self.device.write_config(offset, value.to_bytes(size, "little"))
+        self._show_config()
 
     def read_generation(self) -> int:
         """Return ``config_generation``; not between a change and its generation."""
@@ -340,8 +367,9 @@ class Transport(Device):
         :param change: does it, at once
         :param tell: interrupt the driver for it
         """
-        with self._bits:
+        with self._bits, self._config_lock:
             change()
+            self._fill_config()
             self.config_generation = self.config_generation + 1 & 0xFFFFFFFF
         if tell:
             self._interrupt_config()
@@ -514,6 +542,7 @@ class Transport(Device):
             self.error = "broken before the update"
         if self.device.vmstate is not None:
             self.device.load(state.device)
+        self._show_config()
 
 
 def _copy(state: Record, queue: Queue) -> None:

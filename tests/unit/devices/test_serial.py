@@ -66,7 +66,7 @@ def test_divisor_latch_hides_data_and_ier(port):
     assert port.sent() == b""
     port.write(LCR, 0x03)
     assert (port.read(0), port.read(1)) == (0, RECEIVE)
-    assert port.uart.divider == 0x1234
+    assert port.uart.regs.divider == 0x1234
 
 
 def test_wide_access_is_split_into_registers(port):
@@ -283,7 +283,7 @@ def test_fifo_bits_count_only_with_the_enable_bit(port):
     port.chardev.feed(b"a")
     port.write(FCR, 0xC6)
     assert port.read(LSR) == IDLE | 1
-    assert port.uart.fcr == 0
+    assert port.uart.regs.fcr == 0
 
 
 def test_surplus_after_the_fifo_was_switched_off_is_an_overrun(port):
