@@ -29,6 +29,7 @@ BATCH_S = 0.001
 #: How long a reader that is slow holds up the machine's end, for what the guest takes for sent.
 PATIENCE_S = 1.0
 _TURN_S = 0.005
+_RECOVER_S = 1.0
 
 
 class Output:
@@ -107,6 +108,15 @@ class Output:
         with self._lock:
             self._ring.is_awaited = 1
             self._ring.event_fd = self._fd
+
+    def recover(self) -> None:
+        """One of the loop's calls here failed: go on, without failing all the time."""
+        self._chardev.loop.call_later(_RECOVER_S, self._go_on)
+
+    def _go_on(self) -> None:
+        if self._fd >= 0:
+            self._chardev.loop.add(self._fd, READABLE, self._handle_event)
+            self._collect()
 
     def close(self, *, patient: bool = False) -> None:
         """Write the rest. No vCPU runs any more.

@@ -394,6 +394,14 @@ def test_life_of_a_process():
     assert 50 < life.peak_mib < 80
 
 
+def test_an_exit_loop_without_kvm():
+    with exits._built() as library:
+        for access in (*exits.NATIVE, *exits.PYTHON):
+            times = json.loads(exits._run([], library, access, 100, 2).stdout)
+            assert len(times) == 2
+            assert min(times) > 0
+
+
 def test_programs_fit_the_reset_vector_and_jump_to_their_start():
     for code in (startup.HELLO, startup.END, exits.exit_loop(0xEE), exits.exit_loop(0xEC)):
         assert len(code) <= 16

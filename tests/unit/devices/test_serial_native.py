@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from harness import DEADLINE_S
+from harness import DEADLINE_S, wait_until
 from harness.native import NativeBuses
 from harness.uart import (
     IDLE,
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from pyvmm.chardev.base import BREAK, CLOSED, OPENED
 from pyvmm.core.threads import Event, spawn
+from pyvmm.devices import output
 from pyvmm.devices.output import PATIENCE_S, SIZE
 from pyvmm.devices.serial import FCR, IER, IIR, LCR, LSR, MCR, PORTS, RBR, THR
 from pyvmm.vmstate.cursor import Cursor
@@ -267,6 +268,31 @@ def test_the_end_waits_for_no_reader_that_the_guest_waits_for(native):
     port.uart.close()
     assert time.monotonic() - begun < PATIENCE_S
     assert port.sent() == b""
+
+
+def test_a_write_that_failed_by_a_bug_is_made_again(native, monkeypatch):
+    port = native()
+    loop, write = port.chardev.loop, port.chardev.write
+    monkeypatch.setattr(output, "_RECOVER_S", 0)
+    failures = []
+
+    def fail(data):
+        raise ValueError("injected")
+
+    def recover(error, function):
+        failures.append(error)
+        port.chardev.write = write
+        function.__self__.recover()
+
+    loop.on_error = recover
+    port.chardev.write = fail
+    port.send(b"a")
+    loop.run_once(0)
+    assert len(failures) == 1
+    port.send(b"b")
+    wait_until(lambda: loop.run_once(0) or port.chardev.output == b"ab", "the output")
+    port.send(b"c")
+    wait_until(lambda: loop.run_once(0) or port.chardev.output == b"abc", "the output")
 
 
 def test_input_reaches_the_registers_that_native_code_reads(native):
