@@ -101,13 +101,9 @@ class Output:
                 ) from None
 
     def attach(self) -> None:
-        """Have native code put bytes from now on. Main loop thread."""
-        if self._fd < 0:
-            return
-        self._chardev.loop.add(self._fd, READABLE, self._handle_event)
-        with self._lock:
-            self._ring.is_awaited = 1
-            self._ring.event_fd = self._fd
+        """Have native code put bytes as soon as the main loop runs, which has much else to do
+        before it does. Main loop thread."""
+        self._chardev.loop.call_soon(self._go_on)
 
     def recover(self) -> None:
         """One of the loop's calls here failed: go on, without failing all the time."""
@@ -116,6 +112,8 @@ class Output:
     def _go_on(self) -> None:
         if self._fd >= 0:
             self._chardev.loop.add(self._fd, READABLE, self._handle_event)
+            with self._lock:
+                self._ring.event_fd = self._fd
             self._collect()
 
     def close(self, *, patient: bool = False) -> None:

@@ -80,6 +80,7 @@ class Loop:
             device.attach()
             ports.add(start, count, device, device.name)
             self._outputs.append(device.regs.output)
+        loop.run_once(0)
         self._vcpu = Vcpu(fd, 0, NoSystem())
         self._answers = Answers([self._vcpu], ports, self._driver.bus)
         self._cpu = Cpu(self._vcpu, ports, self._driver.bus, CpuEvents())

@@ -65,6 +65,8 @@ class Guest:
             self.bus.add(start, length, device, device.name)
             device.prepare()
             device.attach()
+        for chardev in self.chardevs:
+            chardev.loop.run_once(0)
         self.bus.add(POST, 1, Nobody(), "post-code")
         self.bus.add(END, 1, self.end, "end")
         if native:

@@ -61,6 +61,8 @@ def console(chardev):
     device = DebugConsole(chardev)
     device.prepare()
     device.attach()
+    if chardev is not None:
+        chardev.loop.run_once(0)
     bus = Bus("I/O", 1 << 16)
     bus.add(device.iobase, 1, device, device.name)
     return device, NativeBuses(bus)
