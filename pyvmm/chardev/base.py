@@ -89,6 +89,11 @@ class Chardev(Passenger):
         return True
 
     @property
+    def waits_for_host(self) -> bool:
+        """Whether a write may take as long as the host's storage does."""
+        return False
+
+    @property
     def frontend_open(self) -> bool:
         """Whether a front end is on it."""
         return self.frontend is not None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import termios
 
 from pyvmm.chardev.base import CLOSED, OPENED, Chardev
@@ -55,6 +56,11 @@ class FdChardev(Chardev):
     @property
     def connected(self) -> bool:
         return self._connected
+
+    @property
+    def waits_for_host(self) -> bool:
+        # O_NONBLOCK means nothing to a regular file.
+        return self._out >= 0 and stat.S_ISREG(os.fstat(self._out).st_mode)
 
     def write(self, data: bytes) -> int:
         with self.lock:

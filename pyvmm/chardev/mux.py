@@ -82,6 +82,10 @@ class MuxChardev(Chardev, Frontend):
         return self.base.connected
 
     @property
+    def waits_for_host(self) -> bool:
+        return self.base.waits_for_host
+
+    @property
     def frontend_open(self) -> bool:
         return any(port.frontend is not None for port in self._ports)
 
@@ -274,6 +278,10 @@ class MuxPort(Chardev):
     @property
     def connected(self) -> bool:
         return self.mux.connected
+
+    @property
+    def waits_for_host(self) -> bool:
+        return self.mux.waits_for_host
 
     @property
     def focused(self) -> bool:

@@ -88,11 +88,12 @@ class Output:
         self._ring.tail = self._ring.tail - count & 0xFFFFFFFF
 
     def prepare(self) -> None:
-        """Do what can fail of :meth:`attach`.
+        """Do what can fail of :meth:`attach`. A file may hang with its disk: who sends waits for it
+        then, and the main loop never does, so native code gets none of its output.
 
         :raises HostError: the host allows no further descriptor
         """
-        if self._fd < 0:
+        if self._fd < 0 and not self._chardev.waits_for_host:
             try:
                 self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             except OSError as error:
