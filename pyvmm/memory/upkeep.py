@@ -147,7 +147,7 @@ class Upkeep:
                 block = self._blocks[backend.name] = Block(backend, parcel.take_state())
                 parcel.board(block)
         self._maps_ahead = handover.is_incoming
-        self._is_paused = False
+        self._is_quiesced = False
         self._is_working = False
         self._problem = ""
         self._made = self._count()
@@ -157,24 +157,24 @@ class Upkeep:
         self._timer: Timer | None = None
         self._plan(0 if self._maps_ahead else FIRST_S)
 
-    def pause(self) -> None:
+    def quiesce(self) -> None:
         """Do nothing from now on, but finish the 2 MiB that are under way: an update comes, and has
         better use for the processor."""
-        self._is_paused = True
+        self._is_quiesced = True
         if self._timer is not None:
             self._timer.cancel()
         for block in self._blocks.values():
             block.stop()
 
-    def resume(self) -> None:
+    def unquiesce(self) -> None:
         """Go on: the update did not come."""
-        if self._is_paused:
-            self._is_paused = False
+        if self._is_quiesced:
+            self._is_quiesced = False
             self._plan(FIRST_S)
 
     def close(self) -> bool:
         """End; return whether the thread has, so that the memory may go. Idempotent."""
-        self.pause()
+        self.quiesce()
         return self._ended.wait(END_TIMEOUT_S)
 
     def describe(self, backend: RamBackend) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class Upkeep:
         state = WORKING if self._is_working else WAITING
         if block.is_refused:
             state = REFUSED
-        elif self._is_paused:
+        elif self._is_quiesced:
             state = PAUSED
         told: dict[str, Any] = {"state": state, "huge": block.made * HUGE_PAGE}
         if block.longest_ms:
@@ -199,12 +199,12 @@ class Upkeep:
         """Have the next look then, if there is anything to do."""
         if self._timer is not None:
             self._timer.cancel()
-        if not self._is_paused and (self._maps_ahead or self._candidates()):
+        if not self._is_quiesced and (self._maps_ahead or self._candidates()):
             self._timer = self._loop.call_later(delay_s, self._look)
 
     def _look(self) -> None:
         if not self._ended.is_set():
-            return  # paused and resumed, and not at its end yet, which plans the next one
+            return  # quiesced and not any more, and not at its end yet, which plans the next one
         for block in self._blocks.values():
             block.begin()
         self._ended.clear()

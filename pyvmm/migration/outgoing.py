@@ -132,7 +132,7 @@ class Outgoing:
             channel.discard(machine.handover)
             raise
         if machine.upkeep is not None:
-            machine.upkeep.pause()
+            machine.upkeep.quiesce()
         self._done = done
         self._wants_running = running
         if running and self._kernel is None:
@@ -249,7 +249,7 @@ class Outgoing:
 
     def _tell(self, error: str | None) -> None:
         if self._machine.upkeep is not None:
-            self._machine.upkeep.resume()
+            self._machine.upkeep.unquiesce()
         done, self._done = self._done, None
         if done is not None:
             done(error)

@@ -312,19 +312,19 @@ def test_an_update_finds_it_at_rest(loop, keep, backend, monkeypatch):
     care = keep(backend)
     # In the long rest after the first.
     turn(loop, lambda: care.describe(backend)["huge"] == HUGE_PAGE, "one is made")
-    care.pause()
+    care.quiesce()
     wait_until(lambda: "upkeep" not in threads("self"), "the thread ends")
     turn(loop, lambda: not loop._timers and state(care, backend) == "paused", "it is at rest")
     assert care.describe(backend)["huge"] == HUGE_PAGE
-    care.resume()
+    care.unquiesce()
     turn(loop, lambda: care.describe(backend)["huge"] == 2 * HUGE_PAGE, "it goes on")
     assert state(care, backend) == "working"
 
 
-def test_paused_before_it_began(loop, keep, backend):
+def test_quiesced_before_it_began(loop, keep, backend):
     touch(backend, 0)
     care = keep(backend)
-    care.pause()
+    care.quiesce()
     loop.run_once(0.05)
     assert care.describe(backend) == {"state": "paused", "huge": 0}
     assert huge_kib(backend) == 0
