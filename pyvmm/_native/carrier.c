@@ -50,10 +50,12 @@ static void end(int code)
 }
 
 /* The guest is elsewhere. What is left here takes long to take apart if the guest has much memory:
- * no peer waits for its end of file that long, and no vCPU for the processor. */
-static void leave(void)
+ * no peer waits for its end of file that long, and no vCPU for the processor. The last task to end
+ * does it, which is the leader or, in a moment, this one. */
+static void leave(const struct pyvmm_control *control)
 {
 	raw_syscall(__NR_close_range, 0, ~0U, 0, 0, 0);
+	raw_syscall(__NR_setpriority, PRIO_PROCESS, control->pid, 19, 0, 0);
 	raw_syscall(__NR_setpriority, PRIO_PROCESS, 0, 19, 0, 0);
 	end(0);
 }
@@ -273,7 +275,7 @@ static void run_task(void *argument)
 		if (owner == PYVMM_OLD || owner == PYVMM_KEPT) {
 			/* A kick ends the wait, too. */
 			if ((load_word(&control->command) & COMMAND_MASK) == PYVMM_END)
-				leave();
+				leave(control);
 			wait_word(&slot->owner, owner, 0);
 			continue;
 		}
@@ -315,7 +317,7 @@ static void run_task(void *argument)
 			wake_word(&slot->owner);
 			continue;
 		case PYVMM_END:
-			leave();
+			leave(control);
 		}
 		done = command;
 		wait_word(&control->command, command, 0);

@@ -227,6 +227,8 @@ class Upkeep:
 
     def _run(self) -> None:
         name_thread("upkeep")
+        # The thread's alone: vCPUs come first.
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
         if self._maps_ahead:
             self._maps_ahead = False
             for block in self._blocks.values():

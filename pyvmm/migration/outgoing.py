@@ -135,7 +135,8 @@ class Outgoing:
             machine.upkeep.quiesce()
         self._done = done
         self._wants_running = running
-        if running and self._kernel is None:
+        # Once for all images: the kernel stays, and the guest feels what is done beside the probe.
+        if running and self._kernel is None and not status.kernel_lets:
             self._trial = Trial(machine.platform.system)
         status.enter("setup")
 
@@ -166,6 +167,7 @@ class Outgoing:
                     f"on this kernel (before Linux 6.13) a vCPU takes {trial.move_ms:.0f} ms from"
                     " one task to another"
                 )
+            self._status.kernel_lets = not self._kernel
         return self._kernel or ""
 
     def _update(self, argv: list[str], path: str, channel: Channel, answer: Answer) -> None:

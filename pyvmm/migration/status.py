@@ -38,7 +38,8 @@ EVENTS = "events"
 SUPPORTED = {EVENTS}
 
 #: Names of what goes from one image to the next: marks, that of quiesce, and words.
-PACKED = ("progress", "quiesced", "capabilities", "note", "fallback")
+PACKED = ("progress", "quiesced", "capabilities", "note", "fallback", "kernel")
+_LETS = b"lets"
 _PACK = struct.Struct(f">{len(_PACKED)}Q")
 
 
@@ -51,6 +52,7 @@ class Status:
     :ivar note: what made a successful one slower than it should be
     :ivar running: whether the guest runs, or ran, through the exec
     :ivar fallback: why it did not, though it should
+    :ivar kernel_lets: whether this kernel was found to let a guest run through an exec
     :ivar cpu_times: when each vCPU changed hands, of a guest that ran through the exec
     :ivar refault: how long the guest's memory was slow after it, and how many pages it has mapped
         again, and of these huge ones; empty as long as that is not known
@@ -66,6 +68,7 @@ class Status:
         self.note = ""
         self.running = False
         self.fallback = ""
+        self.kernel_lets = False
         self.cpu_times: list[CpuTimes] = []
         self.refault: dict[str, Any] = {}
         self.capabilities: set[str] = set()
@@ -120,6 +123,7 @@ class Status:
             "capabilities": " ".join(sorted(self.capabilities)).encode(),
             "note": self.note.encode(),
             "fallback": self.fallback.encode(),
+            "kernel": _LETS * self.kernel_lets,
         }
 
     def unpack(self, packed: dict[str, bytes]) -> None:
@@ -132,6 +136,7 @@ class Status:
         self.capabilities |= SUPPORTED.intersection(names)
         self.note = packed["note"].decode("utf-8", "replace")
         self.fallback = packed["fallback"].decode("utf-8", "replace")
+        self.kernel_lets = packed["kernel"] == _LETS
 
     def steps_ms(self) -> dict[str, float]:
         """Return the length of each step that ended, in ms."""

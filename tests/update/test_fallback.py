@@ -107,6 +107,16 @@ def test_kernel_does_not_do_it(start, fault, reason):
     check_stands(machine, reason, [pyvmm_command(), "run", *options(machine)])
 
 
+def test_kernel_is_tried_once(start):
+    # The next image knows what the one before has found.
+    machine = start()
+    silent = replaced(machine, "pyvmm.kvm.trial:Trial.__init__", "raise OSError(1, 'tried again')")
+    for command in (silent, [pyvmm_command(), "run", *options(machine)]):
+        assert update(machine, command) == ""
+        assert way(machine) == "running"
+        check_ticking(machine)
+
+
 def test_new_image_knows_another_carrier(start):
     machine = start()
     other = replaced(machine, "pyvmm:", "import pyvmm.kvm.carrier as c; c.VERSION = 9", probe=True)
