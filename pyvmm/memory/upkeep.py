@@ -227,8 +227,9 @@ class Upkeep:
 
     def _run(self) -> None:
         name_thread("upkeep")
-        # The thread's alone: vCPUs come first.
-        os.setpriority(os.PRIO_PROCESS, 0, 19)
+        # This thread alone: it takes the processor from no vCPU when it wakes up, nor keeps it now.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.sched_yield()
         if self._maps_ahead:
             self._maps_ahead = False
             for block in self._blocks.values():
