@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.migration.holder import Holder
     from pyvmm.migration.status import Status
     from pyvmm.migration.takeover import Takeover
+    from pyvmm.vmstate.stream import Loaded
 
 
 class Incoming:
@@ -42,6 +43,8 @@ class Incoming:
         self._error: str | None = None
         self._machine = machine
         self._status = status
+        # What was loaded, and from where, as long as nothing was added to it.
+        self._unfinished: tuple[Channel, Loaded] | None = None
         self._holder: Holder | None = None
         # Whether an -incoming defer still waits for its URI.
         self.is_waiting = machine.config.incoming == "defer"
@@ -93,6 +96,7 @@ class Incoming:
             self._status.fail(str(error))
             raise
         self.is_waiting = False
+        self.finish_source()
         self._try(self.settle)
 
     def settle(self) -> None:
@@ -101,6 +105,18 @@ class Incoming:
         if not self.is_waiting:
             for name, index in self._machine.handover.settle():
                 self._machine.warn(f"nothing wanted the inherited descriptor {name}[{index}]")
+
+    def finish_source(self) -> None:
+        """Add to the state that was loaded what only tools read, which takes some milliseconds, and
+        let the source go."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            from pyvmm.migration import savevm
+
+            source, loaded = unfinished
+            machine = self._machine
+            self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
+            self._try(lambda: source.release(machine.handover))
 
     def take_error(self) -> str | None:
         """Return what is wrong with an update that failed after the exec, if nobody was told."""
@@ -137,8 +153,7 @@ class Incoming:
         # The rest is not in the pause, and the guest does not end for want of it.
         self._try(machine.handover.release)
         self._try(machine.attach_devices)
-        self._try(lambda: source.append(lambda: savevm.describe(machine, loaded)))
-        self._try(lambda: source.release(machine.handover))
+        self._unfinished = source, loaded
         failure, status.where = self._failure
         if failure:
             self._error = f"{failure} (the guest is back in the image before)"

@@ -49,6 +49,10 @@ class Migration:
         """
         self._incoming.begin()
 
+    def finish_source(self) -> None:
+        """In a new image, once the guest runs: be done with the state that was loaded."""
+        self._incoming.finish_source()
+
     def settle(self) -> None:
         """All of the machine is there, monitors and all: close what nobody goes on with."""
         self._incoming.end_start()

@@ -46,11 +46,13 @@ class Front:
         self._entry = entry
         self._monitors: list[MonitorFrontend] = []
         self._publication: Publication | None = None
-        self._imported = Event()
+        self._imported = Event()  # no import is under way
+        self._imported.set()
         # Whoever gets a monitor's first answer may rely on the rest.
         self._steps: list[Callable[[], None]] = [
             self._keep_up_ram,
             self._import_ahead,
+            self._migration.finish_source,
             self._publish,
             self._open_monitors,
             self._settle,
@@ -64,22 +66,38 @@ class Front:
     def open(self) -> None:
         """Do it, or begin to: nothing that fails ends the guest."""
         machine = self._machine
-        # Files can be gone at any moment: it opens them.
-        self._attempt(machine.kernel.keep, "there can be no reset")
-        if not self._is_awaited:
-            machine.loop.call_later(REST_S, self._go_on)
-            return
         if machine.handover.is_incoming:
-            # It takes the thread that imports it for the main one, which the terminal's signals
-            # depend on.
-            import threading  # noqa: F401
+            machine.loop.call_later(REST_S, self._begin)
+            return
+        self._keep_kernel()
+        if self._is_awaited:
+            self._finish()
+        else:
+            machine.loop.call_later(REST_S, self._go_on)
 
-            try:
-                spawn(self._import, report_crash)
-                return
-            except HostError:
-                pass  # without a thread it is done here
-        self._finish()
+    def _begin(self) -> None:
+        """After an update, and after what the guest's devices had to do first of all."""
+        if not self._steps:
+            return
+        self._keep_kernel()
+        # It takes the thread that imports it for the main one, which the terminal's signals
+        # depend on.
+        import threading  # noqa: F401
+
+        self._imported.clear()
+        try:
+            spawn(self._import, self._handle_crash)
+        except HostError:
+            self._imported.set()
+            self._finish()  # without a thread it is done here
+
+    def _handle_crash(self, error: BaseException) -> None:
+        report_crash(error)
+        self._imported.set()
+
+    def _keep_kernel(self) -> None:
+        # Files can be gone at any moment: it opens them.
+        self._attempt(self._machine.kernel.keep, "there can be no reset")
 
     @property
     def _is_awaited(self) -> bool:
