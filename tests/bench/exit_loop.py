@@ -122,7 +122,7 @@ def main():
         begin = time.monotonic_ns()
         loop.run(count)
         times.append((time.monotonic_ns() - begin) / count)
-    print(json.dumps(times))
+    print(json.dumps(times), flush=True)
     # For callgrind, which counts nothing else.
     function = ctypes.CFUNCTYPE(None)(lambda: loop.run(count))
     library.exits_measure(function)
