@@ -136,7 +136,7 @@ def run(argv: list[str], started: int) -> int:
             # What an update imports only after the exec must be sound, too.
             from pyvmm.machine import builder  # noqa: F401
             from pyvmm.migration import manager, outgoing, preflight  # noqa: F401
-            from pyvmm.monitor import attach  # noqa: F401
+            from pyvmm.monitor import attach, front  # noqa: F401
 
             return preflight.answer(argv)
         if wayback.STATE in os.environ:

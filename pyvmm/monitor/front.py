@@ -48,14 +48,17 @@ class Front:
         self._publication: Publication | None = None
         self._imported = Event()  # no import is under way
         self._imported.set()
-        # Whoever gets a monitor's first answer may rely on the rest.
-        self._steps: list[Callable[[], None]] = [
-            self._keep_up_ram,
-            self._import_ahead,
-            self._migration.finish_source,
-            self._publish,
-            self._open_monitors,
-            self._settle,
+        # What is done, and what is lost if that fails. Whoever gets a monitor's first answer may
+        # rely on the rest; files, which can be gone at any moment, are opened first.
+        self._steps: list[tuple[Callable[[], object], str]] = [
+            (machine.kernel.keep, "there can be no reset"),
+            (machine.keep_up_ram, "guest RAM gets no huge pages"),
+            (migration.import_ahead, "there can be no update"),
+            (_import_backing, "errors of memory cannot be told"),
+            (migration.finish_source, "the state in the file has no description"),
+            (self._publish, "'pyvmm list' does not show this VM"),
+            (self._open_monitors, "there is no monitor"),
+            (self._settle, "what nobody goes on with stays open"),
         ]
 
     @property
@@ -65,39 +68,30 @@ class Front:
 
     def open(self) -> None:
         """Do it, or begin to: nothing that fails ends the guest."""
-        machine = self._machine
-        if machine.handover.is_incoming:
-            machine.loop.call_later(REST_S, self._begin)
-            return
-        self._keep_kernel()
-        if self._is_awaited:
+        loop = self._machine.loop
+        if self._machine.handover.is_incoming:
+            loop.call_later(REST_S, self._begin)
+        elif self._is_awaited:
             self._finish()
         else:
-            machine.loop.call_later(REST_S, self._go_on)
+            self._step()
+            loop.call_later(REST_S, self._go_on)
 
     def _begin(self) -> None:
         """After an update, and after what the guest's devices had to do first of all."""
         if not self._steps:
             return
-        self._keep_kernel()
+        self._step()
         # It takes the thread that imports it for the main one, which the terminal's signals
         # depend on.
         import threading  # noqa: F401
 
         self._imported.clear()
         try:
-            spawn(self._import, self._handle_crash)
+            spawn(self._import, report_crash)
         except HostError:
             self._imported.set()
             self._finish()  # without a thread it is done here
-
-    def _handle_crash(self, error: BaseException) -> None:
-        report_crash(error)
-        self._imported.set()
-
-    def _keep_kernel(self) -> None:
-        # Files can be gone at any moment: it opens them.
-        self._attempt(self._machine.kernel.keep, "there can be no reset")
 
     @property
     def _is_awaited(self) -> bool:
@@ -116,27 +110,23 @@ class Front:
             self._publication.close()
 
     def _import(self) -> None:
-        """On a thread of its own: import what the steps will; they tell what cannot be."""
-        # In the order in which the guest feels it.
-        for part in (self._import_upkeep, self._import_monitors, self._migration.import_ahead):
-            try:
-                part()
-            except Exception:
-                pass
-        self._imported.set()
-        self._machine.loop.call_soon(self._go_on)
-
-    def _import_upkeep(self) -> None:
+        """On a thread of its own: import what the steps will, and have the first ones follow; they
+        tell what cannot be imported."""
+        loop, ahead = self._machine.loop, self._migration.import_ahead
         try:
-            from pyvmm.memory import upkeep  # noqa: F401
+            for part in (_import_upkeep, ahead, _import_backing, self._import_monitors):
+                try:
+                    part()
+                except Exception:
+                    pass
+                loop.call_soon(self._step)
         finally:
-            self._machine.loop.call_soon(self._step)
+            self._imported.set()
+            loop.call_soon(self._go_on)
 
     def _import_monitors(self) -> None:
-        from pyvmm.machine import cpu
         from pyvmm.monitor import attach, server  # noqa: F401
 
-        cpu.import_ahead()
         for config, chardev in self._machine.monitors:
             attach.kind(config, chardev)
 
@@ -150,50 +140,40 @@ class Front:
             self._machine.loop.call_soon(self._go_on)
 
     def _step(self) -> None:
-        if self._steps:
-            self._machine.attempt(self._steps.pop(0), "start")
-
-    def _keep_up_ram(self) -> None:
-        self._attempt(self._machine.keep_up_ram, "guest RAM gets no huge pages")
+        if not self._steps:
+            return
+        step, lost = self._steps.pop(0)
+        try:
+            step()
+        except Exception as error:
+            # The guest runs already, perhaps for months: it does not end for want of this.
+            self._machine.warn(f"{lost}: {type(error).__name__}: {error}")
 
     def _open_monitors(self) -> None:
         """Put a monitor on each chardev that is to have one."""
         machine = self._machine
-        if not machine.monitors:
-            return
-
-        def attach() -> None:
+        if machine.monitors:
             from pyvmm.monitor.attach import open_monitors
 
             self._monitors = open_monitors(machine, self._migration, machine.monitors)
 
-        self._attempt(attach, "there is no monitor")
-
     def _publish(self) -> None:
         """Make the VM known in the run directory, or go on there for the image before."""
+        from pyvmm.monitor.server import Publication
 
-        def publish() -> None:
-            from pyvmm.monitor.server import Publication
-
-            self._publication = Publication(self._machine, self._migration, self._entry)
-
-        self._attempt(publish, "'pyvmm list' does not show this VM")
-
-    def _import_ahead(self) -> None:
-        """Have each part import what it needs later."""
-        from pyvmm.machine import cpu
-
-        self._attempt(self._migration.import_ahead, "there can be no update")
-        self._attempt(cpu.import_ahead, "errors of memory cannot be told")
-
-    def _attempt(self, part: Callable[[], object], lost: str) -> None:
-        # The guest runs already, perhaps for months: it does not end for want of this.
-        try:
-            part()
-        except Exception as error:
-            self._machine.warn(f"{lost}: {type(error).__name__}: {error}")
+        self._publication = Publication(self._machine, self._migration, self._entry)
 
     def _settle(self) -> None:
         """All of the machine is there: close what nobody goes on with."""
         self._migration.settle()
         gc.enable()
+
+
+def _import_upkeep() -> None:
+    from pyvmm.memory import upkeep  # noqa: F401
+
+
+def _import_backing() -> None:
+    from pyvmm.machine import cpu
+
+    cpu.import_ahead()

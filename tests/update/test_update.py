@@ -358,3 +358,13 @@ def test_devices_work_before_the_monitors_are_there(vm):
     (machine.folder / "go-on").touch()
     assert machine.hmp_reply() == ""
     assert machine.status == "running"
+
+
+def test_monitors_are_there_though_the_thread_that_imports_ended(vm):
+    machine = vm()
+    machine.expect("guest> ")
+    ends = "import threading as t; t.current_thread() is t.main_thread() or exit(3)"
+    command = replaced(machine, "pyvmm.machine.cpu:import_ahead", ends)
+    assert machine.hmp(f"update {shlex.join(command)}") == ""
+    assert machine.status == "running"
+    assert "SystemExit: 3" in machine.stderr()
