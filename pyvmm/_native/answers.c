@@ -113,7 +113,6 @@ static int uart_read(struct pyvmm_uart *uart, struct access *access)
 	default:
 		return 0;
 	}
-	uart_update(uart);
 	return 1;
 }
 
@@ -142,7 +141,6 @@ static int uart_write(struct pyvmm_uart *uart, struct access *access)
 	default:
 		return 0;
 	}
-	uart_update(uart);
 	return 1;
 }
 
@@ -153,6 +151,8 @@ static int answer_uart(struct pyvmm_uart *uart, struct access *access)
 	if (access->size != 1 || !try_lock(&uart->lock))
 		return 0;
 	answered = access->is_write ? uart_write(uart, access) : uart_read(uart, access);
+	if (answered)
+		uart_update(uart);
 	unlock(&uart->lock);
 	return answered;
 }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
-    from pyvmm.core.bus import Bus
+    from pyvmm.core.bus import Bus, BusDevice
     from pyvmm.kvm.vcpu import Vcpu
 
 #: Registers of memory are 4 bytes apart.
@@ -23,7 +23,7 @@ _MMIO_UNIT = 4
 
 
 class Answers:
-    """The table of one machine.
+    """The table of one machine, which its buses keep.
 
     :param vcpus: who is given it
     :param ports: the bus of IN and OUT
@@ -34,8 +34,8 @@ class Answers:
         self._gates = [vcpu.gate for vcpu in vcpus]
         self._buses = ((ports, 1), (mmio, _MMIO_UNIT))
         self._lock = Lock()
-        # Each with the structures that it points to: they go with the device otherwise.
-        self._tables: list[tuple[Any, list[Any]]] = []
+        # Each with the devices, which keep what it points to.
+        self._tables: list[tuple[Any, list[BusDevice]]] = []
         for bus, _ in self._buses:
             bus.observe(self._replace)
         self._replace()
@@ -51,7 +51,7 @@ class Answers:
             self._tables = [table for table in self._tables if table[0] in used]
             self._tables.append(latest)
 
-    def _make(self) -> tuple[Any, list[Any]]:
+    def _make(self) -> tuple[Any, list[BusDevice]]:
         found = [
             [
                 (region, region.device.answers, unit)
@@ -69,7 +69,7 @@ class Answers:
             entry.writes = _bits(answers.writes, unit)
             entry.kind = answers.kind
             entry.device = answers.device
-        return table, [answers.device for _, answers, _ in entries]
+        return table, [region.device for region, _, _ in entries]
 
 
 def _bits(offsets: Iterable[int], unit: int) -> list[int]:

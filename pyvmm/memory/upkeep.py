@@ -41,11 +41,12 @@ if TYPE_CHECKING:
 FIRST_S, SHORTEST_S, LONGEST_S = 1.0, 2.0, 60.0
 #: Of 512 pages so many have to be there: memory grows by a fifteenth at most.
 LEAST, ALL = 480, 512
-#: One huge page takes the kernel half a millisecond or so, and 2 MiB that are mapped a fifth of that.
-#: After so much work the thread rests, in the former case ten times as long, within bounds: a tenth
-#: of a processor, and no vCPU waits for more than one page. On a busy host, where the work itself
-#: has to wait, that makes it rare. The thread has the vCPUs' priority: with a lower one it would be
-#: kept from the processor while it holds the address space's lock, which their faults wait for.
+#: One huge page takes the kernel half a millisecond or so, and 2 MiB that are mapped a fifth of
+#: that. After so much work the thread rests, in the former case ten times as long, within bounds: a
+#: tenth of a processor, and no vCPU waits for more than one page. On a busy host, where the work
+#: itself has to wait, that makes it rare. The thread has the vCPUs' priority: with a lower one it
+#: would be kept from the processor while it holds the lock of the address space, which their faults
+#: wait for.
 WORK_NS, RESTS, REST_NS, LONGEST_REST_NS = 100_000, 10, 5_000_000, 1_000_000_000
 #: How long the end of the machine waits for the thread, which is at 2 MiB at the most.
 END_TIMEOUT_S = 2.0

@@ -64,7 +64,9 @@ class Outgoing:
         self._done: Done | None = None
         self._wants_running = True
         self._trial: Trial | None = None
-        self._kernel: str | None = None  # what a trial has found; None before the first
+        # What a trial of the kernel has found; None before the first. One serves all images: the
+        # kernel stays, and the guest feels what is done beside the probe.
+        self._kernel: str | None = "" if status.kernel_lets else None
         self._probe: preflight.Probe | None = None
         self._quiesce: Quiesce | None = None
 
@@ -135,8 +137,7 @@ class Outgoing:
             machine.upkeep.quiesce()
         self._done = done
         self._wants_running = running
-        # Once for all images: the kernel stays, and the guest feels what is done beside the probe.
-        if running and self._kernel is None and not status.kernel_lets:
+        if running and self._kernel is None:
             self._trial = Trial(machine.platform.system)
         status.enter("setup")
 
