@@ -1,9 +1,11 @@
 """A guest that counts, for faults to be tried on."""
 
+import mmap
 import os
 
 import pytest
-from faults.tools import TICKER
+from faults.rescue import COUNTER, NAMED, QUICK
+from faults.tools import TICKER, faulty
 from harness import needs, process, wait_until
 from harness.tmpfs import Tmpfs
 
@@ -57,3 +59,19 @@ def memory_group(tmp_path):
     yield group
     wait_until(lambda: not (group / "cgroup.procs").read_text(), "the end of what is in it")
     group.rmdir()
+
+
+@pytest.fixture
+def impatient(vm):
+    """Starts a VM whose guest counts in memory as fast as it can, and whose images have little time
+    for an update; the machine and its counter."""
+
+    def start(smp=1):
+        machine = vm(*NAMED, append="counter", smp=smp, program=faulty(*QUICK))
+        machine.expect("counter ready")
+        with open(process.memfd(machine.pid, "pc.ram"), "rb") as ram:
+            page = mmap.mmap(ram.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ, offset=COUNTER)
+
+        return machine, memoryview(page).cast("Q")
+
+    return start

@@ -5,28 +5,32 @@ is gone the carrier starts the old program, which is another process with the sa
 """
 
 import contextlib
-import json
-import mmap
 import os
 import pty
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import pytest
+from faults.rescue import (
+    GUESTS,
+    KILL,
+    NAMED,
+    STEPS,
+    bring_back,
+    check_gone,
+    check_whole,
+    own_words,
+    ram_inode,
+)
 from faults.tools import (
     BACK,
     QMP,
-    TICKER,
     Qmp,
     armed,
-    check_alive,
     check_ticking,
     check_updated,
-    faulty,
     once,
-    options,
     replaced,
     send_update,
     update,
@@ -34,33 +38,10 @@ from faults.tools import (
 from harness import process, run_cli, wait_until
 from harness import pyvmm as pyvmm_command
 
-from pyvmm import cli, rundir, wayback
+from pyvmm import rundir
 
 pytestmark = pytest.mark.usefixtures("orphans")
 
-COUNTER = 0x200000  # where the built-in guest counts
-NAMED = ("-name", "victim")
-KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-BLOCK = "import signal as s; s.pthread_sigmask(s.SIG_BLOCK, s.valid_signals())"
-#: Ends the carrier of the process that executes it.
-KILL_CARRIER = """import os, pathlib
-proc = pathlib.Path('/proc')
-for thread in (proc / 'self/task').iterdir():
- for child in (thread / 'children').read_text().split():
-  if (proc / child / 'comm').read_text() == 'pyvmm-carrier\\n':
-   os.kill(int(child), 9)
-   os.waitid(os.P_PID, int(child), os.WEXITED | os.WNOWAIT | 0x40000000)"""
-#: Of the new image, until it asks the carrier for the guest.
-STEPS = [
-    "pyvmm:",
-    "pyvmm.cli:serve",
-    "pyvmm.machine.builder:add_devices",
-    "pyvmm.kvm.vm:Vm.create_vcpu",
-    "pyvmm.machine.machine:Machine.start",
-    "pyvmm.devices.serial:Serial.load",
-    "pyvmm.migration.savevm:apply",
-    "pyvmm.machine.machine:Machine.await_cpus",
-]
 #: What a new image may do as its last act: code, exit code.
 DEATHS = {
     "exit": ("import os; os._exit(7)", 7),
@@ -68,79 +49,9 @@ DEATHS = {
     "abort": ("import os; os.abort()", -signal.SIGABRT),
     "segfault": ("import ctypes; ctypes.string_at(0)", -signal.SIGSEGV),
 }
-#: Append, vCPUs, what it prints, in steps of.
-GUESTS = {
-    "ticker": (TICKER, 1, "tick", 1),
-    "ticker-4": (TICKER, 4, "tick", 1),
-    "pit": (f"{TICKER} timer=pit irq=ioapic", 1, "tick", 1),
-    "ports": ("piospin", 1, "piospin", 4096),
-    "pingpong": ("pingpong", 2, "pingpong", 512),
-    "torture": ("torture", 2, "torture", None),
-}
-#: An image's patience, and so the carrier's, of old images that shall not wait for long.
-QUICK = ("pyvmm:", "import pyvmm.migration.rollback as r; r.DEADLINE_S = 1.5")
 
 
-def own_words(machine):
-    """The words that its image was started with, without where its state was."""
-    words = machine.cmdline
-    if "-incoming" in words:
-        at = words.index("-incoming")
-        words = words[:at] + words[at + 2 :]
-    return words
-
-
-def ram_inode(machine):
-    """The inode of the guest's RAM."""
-    return process.memfd(machine.pid, "pc.ram").stat().st_ino
-
-
-def bring_back(machine, command=None):
-    """Update to a ``command`` that dies, and follow the guest to where it is back; the dead image's
-    exit code."""
-    before, pid = own_words(machine), machine.pid
-    send_update(machine, command)
-    ended = machine.follow()
-    reply = machine.hmp_reply()
-    assert reply.startswith("Error: "), reply
-    assert reply.endswith(f" {BACK}\n"), reply
-    assert reply.removeprefix("Error: ").strip() in machine.hmp("info migrate")
-    assert machine.pid != pid
-    assert own_words(machine) == before
-    return ended
-
-
-def check_gone(machine, inode):
-    """Nothing is left of a VM that ended, whatever it went through."""
-    entry = Path(os.environ["XDG_RUNTIME_DIR"]) / "pyvmm" / machine.name
-    wait_until(
-        lambda: not process.mappers(inode) and not list(process.others_at_work(machine.folder)),
-        "the end of all tasks with the guest's memory",
-    )
-    assert machine.name not in [row["name"] for row in listed()]
-    assert not entry.exists()
-
-
-def listed():
-    """What ``pyvmm list --json`` shows."""
-    done = run_cli("list", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    return json.loads(done.stdout)
-
-
-def check_whole(machine, *line):
-    """The guest goes on, the VM is found and can be updated, and nothing is left when it ends."""
-    inode = ram_inode(machine)
-    check_alive(machine, *line)
-    machine.footprint()
-    assert process.mappers(inode) == [machine.pid]
-    (row,) = [row for row in listed() if row["name"] == machine.name]
-    assert (row["pid"], row["state"]) == (machine.pid, "running")
-    assert machine.hmp_quit() == 0
-    check_gone(machine, inode)
-
-
-# ---- the new image ends ---------------------------------------------------------------------
+# ---- the new image ends ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -254,7 +165,7 @@ def test_state_in_a_file(ticker):
     check_whole(machine)
 
 
-# ---- what comes in its place dies, too ------------------------------------------------------
+# ---- what comes in its place dies, too -------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", ["pyvmm:", "pyvmm.cli:serve", "pyvmm.migration.savevm:apply"])
@@ -294,146 +205,7 @@ def test_no_image_takes_it_over(ticker):
     assert "lost" in machine.stderr()
 
 
-# ---- the new image hangs --------------------------------------------------------------------
-
-
-def wrapper(machine, script):
-    """The machine's command by way of a shell script that does ``script`` in the update only."""
-    text = f'#!/bin/sh\n[ "${cli.PROBE}" ] || {{ {script}; }}\nexec {pyvmm_command()} "$@"\n'
-    path = machine.folder / "wrapper.sh"
-    path.write_text(text)
-    path.chmod(0o755)
-    return [str(path), "run", *options(machine)]
-
-
-@pytest.fixture
-def impatient(vm):
-    """Starts a VM whose guest counts in memory as fast as it can, and whose images have little time
-    for an update; the machine and its counter."""
-
-    def start(smp=1):
-        machine = vm(*NAMED, append="counter", smp=smp, program=faulty(*QUICK))
-        machine.expect("counter ready")
-        with open(process.memfd(machine.pid, "pc.ram"), "rb") as ram:
-            page = mmap.mmap(ram.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ, offset=COUNTER)
-
-        return machine, memoryview(page).cast("Q")
-
-    return start
-
-
-def check_counting(counter):
-    """The guest counts on."""
-    before = counter[0]
-    wait_until(lambda: counter[0] > before, "a higher count")
-
-
-HANGS = {
-    # SIGALRM ends what does not handle it.
-    "sleep": "exec sleep 600",
-    "shell": "while :; do :; done",
-    "deaf": "trap '' ALRM; exec sleep 600",
-    "stopped": "kill -STOP $$",
-}
-
-
-@pytest.mark.parametrize("hang", HANGS)
-def test_hangs_before_python(impatient, hang):
-    machine, counter = impatient()
-    send_update(machine, wrapper(machine, f"touch hangs; {HANGS[hang]}"))
-    wait_until((machine.folder / "hangs").exists, "the new program")
-    check_counting(counter)
-    ended = machine.follow()
-    assert ended in (-signal.SIGALRM, -signal.SIGKILL)
-    assert BACK in machine.hmp_reply()
-    check_counting(counter)
-    check_updated(machine)
-    check_counting(counter)
-
-
-@pytest.mark.parametrize("smp", [1, 4])
-@pytest.mark.parametrize("step", ["pyvmm:", "pyvmm.machine.machine:Machine.await_cpus"])
-def test_hangs_in_python(impatient, step, smp):
-    """Deaf to all but SIGKILL, which the carrier sends."""
-    machine, counter = impatient(smp)
-    fault = f"open('hangs', 'w').close(); {BLOCK}; import time; time.sleep(600)"
-    send_update(machine, replaced(machine, step, fault))
-    wait_until((machine.folder / "hangs").exists, "the new image")
-    check_counting(counter)
-    assert machine.follow() == -signal.SIGKILL
-    assert BACK in machine.hmp_reply()
-    check_counting(counter)
-    check_updated(machine)
-    check_counting(counter)
-
-
-def test_hangs_where_the_alarm_is_heard(impatient):
-    """It goes back by itself, and is the same process."""
-    machine, counter = impatient()
-    fault = "open('hangs', 'w').close(); import time; time.sleep(600)"
-    pid = machine.pid
-    send_update(machine, replaced(machine, "pyvmm.cli:serve", fault))
-    wait_until((machine.folder / "hangs").exists, "the new image")
-    check_counting(counter)
-    assert BACK in machine.hmp_reply()
-    assert machine.pid == pid
-    check_counting(counter)
-    check_updated(machine)
-
-
-# ---- the host is short of memory, the program is none ---------------------------------------
-
-
-def test_no_address_space(ticker):
-    """The limit goes through execs, so the old image does not start in this process either."""
-    machine = ticker(*NAMED)
-    bring_back(machine, wrapper(machine, "ulimit -v 40000"))
-    limits = Path(f"/proc/{machine.pid}/limits").read_text()
-    assert "Max address space         unlimited" in limits
-    check_whole(machine)
-
-
-def test_killed_for_want_of_memory(ticker, memory_group):
-    machine = ticker(*NAMED)
-    command = wrapper(machine, f"echo $$ > {memory_group}/cgroup.procs")
-    assert bring_back(machine, command) == -signal.SIGKILL
-    check_whole(machine)
-
-
-ELF = os.path.realpath("/bin/sh")
-PROGRAMS = {
-    # execve gives no error for it: the process dies on its way into the program.
-    "cut": f"data = open({ELF!r}, 'rb').read()\nwrite(data[:len(data) // 2])",
-    "crashes": "write(b'#!/bin/sh\\nkill -SEGV $$\\n')",
-    "ends": "write(b'#!/bin/sh\\nexit 3\\n')",
-    "succeeds": "write(b'#!/bin/sh\\n')",
-    "asks nobody": f"write(b'#!{sys.executable} -I\\nimport os\\nos._exit(4)\\n')",
-}
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program_replaced_after_the_preflight(ticker, program):
-    machine = ticker(*NAMED)
-    path = machine.folder / "program"
-    # The environment's python: the one that it links to may have no cffi.
-    path.write_text(
-        f"#!{Path(pyvmm_command()).with_name('python')}\n"
-        "import os, sys\n"
-        "from pyvmm import cli\n"
-        "code = cli.main()\n"
-        "def write(data):\n"
-        " os.unlink(sys.argv[0])\n"
-        " open(sys.argv[0], 'wb').write(data)\n"
-        " os.chmod(sys.argv[0], 0o755)\n"
-        f"{PROGRAMS[program]}\n"
-        "os._exit(code)\n"
-    )
-    path.chmod(0o755)
-    bring_back(machine, [str(path), "run", *options(machine)])
-    check_whole(machine)
-
-
-# ---- the new image gives up -----------------------------------------------------------------
+# ---- the new image gives up ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -448,68 +220,7 @@ def test_gives_up(ticker, step, fault):
     check_whole(machine)
 
 
-# ---- the carrier is attacked ----------------------------------------------------------------
-
-
-def check_told_lost(machine, inode):
-    """The VMM ends at once with an error that says what became of the guest, and by what: it does
-    not wait for its alarm."""
-    assert machine.wait_exit(timeout=0.8 * wayback.DEADLINE_S) == 1
-    lines = [line for line in machine.stderr().splitlines() if "lost" in line]
-    assert lines, machine.stderr()
-    assert "carrier" in lines[-1]
-    assert "Traceback" not in machine.stderr()
-    check_gone(machine, inode)
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_carrier_is_killed(ticker, step):
-    machine = ticker(*NAMED)
-    inode = ram_inode(machine)
-    send_update(machine, replaced(machine, step, KILL_CARRIER))
-    check_told_lost(machine, inode)
-
-
-def test_carrier_is_killed_while_the_new_image_hangs(impatient):
-    """Its alarm leads to the old image, which finds no guest."""
-    machine, _ = impatient()
-    inode = ram_inode(machine)
-    fault = f"{KILL_CARRIER}\nimport time; time.sleep(600)"
-    send_update(machine, replaced(machine, "pyvmm.machine.builder:add_devices", fault))
-    assert machine.wait_exit() == 1
-    check_told_lost(machine, inode)
-
-
-@pytest.mark.parametrize(
-    "step",
-    ["pyvmm.migration.savevm:save", "pyvmm.migration.channel:MemoryChannel.write"],
-)
-@pytest.mark.parametrize("smp", [1, 8])
-def test_carrier_is_killed_before_the_exec(ticker, step, smp):
-    """The guest is the old image's again, whose update fails. Nobody waits for those vCPUs."""
-    machine = ticker(*NAMED, smp=smp, program=armed(step, once(KILL_CARRIER)))
-    (machine.folder / "armed").touch()
-    pid = machine.pid
-    reply = update(machine)
-    assert reply.startswith("Error: "), reply
-    assert "carrier" in reply
-    assert machine.pid == pid
-    check_whole(machine)
-
-
-@pytest.mark.parametrize("guest", ["ports", "pingpong"])
-def test_carrier_is_killed_with_accesses_under_way(vm, guest):
-    append, smp, *line = GUESTS[guest]
-    step = "pyvmm.migration.savevm:save"
-    program = armed(step, once(KILL_CARRIER))
-    machine = vm(*NAMED, append=append, smp=smp, program=program)
-    check_ticking(machine, *line)
-    (machine.folder / "armed").touch()
-    assert "carrier" in update(machine)
-    check_whole(machine, *line)
-
-
-# ---- the operator ends it -------------------------------------------------------------------
+# ---- the operator ends it --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("before", ["nothing", "an update", "a rescue"])
@@ -550,7 +261,7 @@ def test_signal_meanwhile_waits_for_the_rescue(ticker):
     check_whole(machine)
 
 
-# ---- connections end when they end ----------------------------------------------------------
+# ---- connections end when they end -----------------------------------------------------------
 
 
 def test_no_end_of_file_is_delayed(ticker):
@@ -578,7 +289,7 @@ def test_no_end_of_file_is_delayed(ticker):
                 assert not process.carriers(machine.folder)
 
 
-# ---- the old image is killed ----------------------------------------------------------------
+# ---- the old image is killed -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -610,7 +321,7 @@ def test_old_image_killed_in_its_last_moment(ticker):
     check_whole(machine)
 
 
-# ---- the terminal that it was started on ----------------------------------------------------
+# ---- the terminal that it was started on -----------------------------------------------------
 
 DEBUGCON = ("-chardev", "stdio,id=tty", "-device", "isa-debugcon,chardev=tty")
 #: A shell that makes each command a job, which has the terminal while it runs, and waits then.

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 from faults.attack import Attacker, kill_carrier, send, stick
-from faults.test_rescue import (
+from faults.rescue import (
     NAMED,
     QUICK,
     check_told_lost,

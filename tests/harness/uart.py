@@ -78,6 +78,25 @@ class NativePort(Port):
         self.uart.handle_writable()
 
 
+def act(port, action, *arguments):
+    """Do one of the things that a guest and the host do to a port; what a read gave, or None."""
+    if action == "read":
+        value = port.read(*arguments)
+        assert 0 <= value <= 255
+        return value
+    if action == "write":
+        port.write(*arguments)
+    elif action == "feed":
+        port.chardev.feed(*arguments)
+    elif action == "room":
+        port.chardev.make_room(*arguments)
+    elif action == "event":
+        port.uart.handle_event(*arguments)
+    else:
+        port.chardev.loop.run_once(0)
+    return None
+
+
 @contextlib.contextmanager
 def fresh_port(kind=Port, **options):
     """A port for one example of a property."""

@@ -14,6 +14,7 @@ from harness.uart import (
     TRANSMIT,
     NativePort,
     Port,
+    act,
     fresh_port,
 )
 from hypothesis import given
@@ -34,20 +35,6 @@ actions = st.one_of(
     st.tuples(st.just("event"), st.sampled_from([BREAK, CLOSED, OPENED])),
     st.tuples(st.just("loop")),
 )
-
-
-def act(port, action, *arguments):
-    if action == "read":
-        return port.read(*arguments)
-    if action == "write":
-        port.write(*arguments)
-    elif action == "feed":
-        port.chardev.feed(*arguments)
-    elif action == "event":
-        port.uart.handle_event(*arguments)
-    else:
-        port.chardev.loop.run_once(0)
-    return None
 
 
 @pytest.fixture

@@ -3,7 +3,17 @@
 import time
 
 import pytest
-from harness.uart import IDLE, MODEM_STATUS, NONE, RECEIVE, THRE, TRANSMIT, TRIGGER_14, fresh_port
+from harness.uart import (
+    IDLE,
+    MODEM_STATUS,
+    NONE,
+    RECEIVE,
+    THRE,
+    TRANSMIT,
+    TRIGGER_14,
+    act,
+    fresh_port,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -207,24 +217,6 @@ actions = st.one_of(
     st.tuples(st.just("event"), st.sampled_from([BREAK, CLOSED, OPENED, MUX_IN, MUX_OUT])),
     st.tuples(st.just("loop")),
 )
-
-
-def act(port, action, *arguments):
-    if action == "read":
-        value = port.read(*arguments)
-        assert 0 <= value <= 255
-        return value
-    if action == "write":
-        port.write(*arguments)
-    elif action == "feed":
-        port.chardev.feed(*arguments)
-    elif action == "room":
-        port.chardev.make_room(*arguments)
-    elif action == "event":
-        port.uart.handle_event(*arguments)
-    else:
-        port.chardev.loop.run_once(0)
-    return None
 
 
 @given(st.lists(actions, max_size=60))

@@ -11,7 +11,6 @@ from harness import needs
 from harness.process import threads, wait_until
 from harness.tmpfs import Tmpfs
 
-from pyvmm.core.eventloop import EventLoop
 from pyvmm.cpr.handover import HUGE, Handover
 from pyvmm.errors import HostError
 from pyvmm.memory import upkeep
@@ -26,13 +25,6 @@ WAIT_S = 10.0
 
 def make(kind="memory-backend-memfd", size=COUNT * HUGE_PAGE, **more):
     return RamBackend(RamConfig(kind, "ram0", size, **more))
-
-
-@pytest.fixture
-def loop():
-    loop = EventLoop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture

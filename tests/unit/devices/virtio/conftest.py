@@ -5,16 +5,8 @@ from harness.virtio_disk import SIZE, Disk
 from harness.virtio_echo import Echo
 from harness.virtio_network import Network
 
-from pyvmm.core.eventloop import EventLoop
 from pyvmm.devices.virtio import fastpath
 from pyvmm.testing.virtio_driver import VirtioDriver
-
-
-@pytest.fixture
-def loop():
-    loop = EventLoop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture
