@@ -9,6 +9,7 @@ VENV   ?= .venv
 ARGS   ?=
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+FUZZER := "atheris>=3"
 PACKAGES := python3 python3-venv python3-dev gcc binutils libc6-dev linux-libc-dev
 
 # Start-up is inside the pause of a live update, so bytecode must be cached whatever the caller's
@@ -23,7 +24,7 @@ MAKEFLAGS += --no-print-directory
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-.PHONY: run test test-linux needs check lint types fix bench soak build venv guests firmware wheel clean
+.PHONY: run test test-linux needs check lint types fix bench soak fuzz build venv guests firmware wheel clean
 
 run: build  ## boot the built-in guest, console and monitor on this terminal (Ctrl-a h helps)
 	@PATH="$(abspath $(BIN)):$$PATH" exec pyvmm run -serial mon:stdio $(ARGS)
@@ -61,6 +62,10 @@ bench: build  ## measure the pause, start-up and memory; print a table and write
 
 soak: build  ## a thousand updates in a row: the pause's percentiles, and what must stay constant
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/soak.py $(ARGS)
+
+fuzz: build  ## give whatever reads what others wrote inputs that no one would write; five minutes
+	@$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install -q $(FUZZER)
+	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 build: venv guests firmware  ## set everything up without running it
 

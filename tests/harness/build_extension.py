@@ -5,6 +5,7 @@ the images that belong to a package: JSON, by name the folder whose make builds 
 """
 
 import json
+import os
 import runpy
 import shlex
 import subprocess
@@ -26,13 +27,14 @@ class Extension:
 
 
 class Compiler:
-    """With the flags that Python was compiled with."""
+    """With the flags that Python was compiled with, and those of ``EXTRA_CFLAGS``."""
 
     def compile(
         self, sources, output_dir, macros=(), include_dirs=(), extra_preargs=(), extra_postargs=()
     ):
         """Compile each source; the paths of the objects."""
         words = [*_flags("CC", "CFLAGS", "CCSHARED"), *extra_preargs]
+        words += shlex.split(os.environ.get("EXTRA_CFLAGS", ""))
         words += [f"-D{name}={value}" for name, value in macros]
         words += [f"-I{path}" for path in (*include_dirs, sysconfig.get_path("include"))]
 

@@ -12,10 +12,13 @@ SIZE = 8
 
 
 class Ring:
-    """A queue whose rings the test writes."""
+    """A queue whose rings the test writes.
 
-    def __init__(self, size=SIZE, event_idx=False, indirect=True):
-        self.backend = RamBackend(RamConfig("memory-backend-memfd", "ram0", RAM))
+    :param beyond: bytes of the host's memory behind the guest's, which nothing may change
+    """
+
+    def __init__(self, size=SIZE, event_idx=False, indirect=True, beyond=0):
+        self.backend = RamBackend(RamConfig("memory-backend-memfd", "ram0", RAM + beyond))
         self.rom = RamBackend(RamConfig("memory-backend-memfd", "rom0", 0x1000))
         self.memory = GuestMemory()
         self.memory.add_ram(self.backend, [(0, RAM, 0)])
