@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pyvmm.devices import acpi_pm
 from pyvmm.x86 import layout, tables
-from pyvmm.x86.hardware import Hardware
+from pyvmm.x86.hardware import Hardware, PciHardware
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.devices.pci.host import PciHost
     from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.parts import Parts
 
@@ -29,5 +30,14 @@ def write_tables(parts: Parts, config: MachineConfig) -> int:
         serials=[(*ports, irq) for ports, irq in layout.COM_PORTS[: len(config.serials)]],
         virtio_mmio=parts.virtio_mmio,
         pvpanic=panics[0] if panics else None,
+        pci=None if parts.pci is None else _pci(parts.pci),
     )
     return tables.write(parts.memory, hardware, with_acpi=config.acpi)
+
+
+def _pci(host: PciHost) -> PciHardware:
+    windows = [(one.start, one.end) for one in (host.low, host.high) if one.start < one.end]
+    routes = {one.slot: host.line_of(one).number for one in host.functions.values() if one.has_pin}
+    return PciHardware(
+        layout.PCI_ECAM, (host.io.start, host.io.end), windows, sorted(routes.items())
+    )

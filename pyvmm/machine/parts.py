@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.cpr.handover import Handover
     from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.base import Device
+    from pyvmm.devices.pci.host import PciHost
     from pyvmm.machine.guest_end import GuestEnd
     from pyvmm.memory.backend import RamBackend
     from pyvmm.memory.guest import GuestMemory
@@ -107,6 +108,7 @@ class Parts:
     :ivar netdevs: the network back ends; None if there are none
     :ivar rngs: what ``-object rng-...`` asks for, by id; the device opens it
     :ivar devices: in the order in which they were added, which their state has, too
+    :ivar pci: the PCI bus; None if there is none
     :ivar virtio_mmio: address, size in bytes and GSI of each virtio-mmio device, in the order of
         their numbers
     :ivar monitors: what each monitor sits on, in the order of the options
@@ -147,6 +149,7 @@ class Parts:
         self.netdevs = netdevs
         self.rngs = rngs
         self.devices: list[Device] = []
+        self.pci: PciHost | None = None
         self.virtio_mmio: list[tuple[int, int, int]] = []
         self.monitors: list[Chardev] = []
 

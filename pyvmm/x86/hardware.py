@@ -7,6 +7,30 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class PciHardware:
+    """The PCI bus.
+
+    :param ecam: address of the configuration space in memory
+    :param io: first port of the window for BARs, and the one behind the last
+    :param memory: first address of each window for BARs, and the one behind the last
+    :param routes: ``(slot, GSI)`` of each INTA
+    """
+
+    __slots__ = ("ecam", "io", "memory", "routes")
+
+    def __init__(
+        self,
+        ecam: int,
+        io: tuple[int, int],
+        memory: Sequence[tuple[int, int]],
+        routes: Sequence[tuple[int, int]],
+    ) -> None:
+        self.ecam = ecam
+        self.io = io
+        self.memory = memory
+        self.routes = routes
+
+
 class Hardware:
     """What the tables tell of.
 
@@ -17,9 +41,10 @@ class Hardware:
     :param serials: ``(first port, number of ports, interrupt)`` of each serial port
     :param virtio_mmio: ``(address, size, GSI)`` of each virtio-mmio device, edge-triggered
     :param pvpanic: its port, if there is one
+    :param pci: the PCI bus, if there is one
     """
 
-    __slots__ = ("cpus", "pm1_base", "pvpanic", "s5", "sci", "serials", "virtio_mmio")
+    __slots__ = ("cpus", "pci", "pm1_base", "pvpanic", "s5", "sci", "serials", "virtio_mmio")
 
     def __init__(
         self,
@@ -31,6 +56,7 @@ class Hardware:
         serials: Sequence[tuple[int, int, int]] = (),
         virtio_mmio: Sequence[tuple[int, int, int]] = (),
         pvpanic: int | None = None,
+        pci: PciHardware | None = None,
     ) -> None:
         self.cpus = cpus
         self.pm1_base = pm1_base
@@ -39,3 +65,4 @@ class Hardware:
         self.serials = serials
         self.virtio_mmio = virtio_mmio
         self.pvpanic = pvpanic
+        self.pci = pci
