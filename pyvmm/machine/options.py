@@ -445,9 +445,9 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "memory that -machine memory-backend=ID makes the guest's; the only one is it;\n"
                "or rng-random,id=ID[,filename=PATH], for -device virtio-rng-device,rng=ID",
                Options._object),
-    "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]"
-                "[,aux-ram-share=on][,kernel-unpack=host|guest][,pci=on|off]"
-                f"[,kernel-type={'|'.join(TYPES)}][,ram-collapse=on|off]",
+    "machine": ("[pyvmm][,acpi|pci|ram-collapse=on|off][,memory-backend=ID]"
+                "[,anon-alloc=memfd|mmap][,aux-ram-share=on][,kernel-unpack=host|guest]"
+                f"[,kernel-type={'|'.join(TYPES)}]",
                 "machine type and its properties; without ACPI there is still an MP table;\n"
                 "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"
                 "it, or the kernel itself, with KASLR; kernel-type says of what kind -kernel is\n"
