@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pyvmm.core.bus import BusDevice, Region
+    from pyvmm.devices.pci.msix import Msix
     from pyvmm.vmstate.fields import Record
 
     class Host(Protocol):
@@ -126,6 +127,7 @@ class Function:
     :ivar slot: on bus 0, and ``number``: which function of the slot; set by the host
     :ivar id: what ``-device ...,id=`` called the device
     :ivar host: the bus that it is on, once it is
+    :ivar msix: its messages, if it has them
     :ivar on_read: called with offset and size before each read of the guest's, with the host's lock
     :ivar on_change: likewise after each write
     """
@@ -147,6 +149,7 @@ class Function:
         self.name = name
         self.bars: list[Bar] = []
         self.host: Host | None = None
+        self.msix: Msix | None = None
         self.on_read: Callable[[int, int], None] | None = None
         self.on_change: Callable[[int, int], None] | None = None
         self._writable = bytearray(SIZE)
@@ -257,8 +260,11 @@ class Function:
 
     @property
     def drives_line(self) -> bool:
-        """Whether INTA is driven, and the guest lets it be."""
-        return self._asserts and not self.get(COMMAND, 2) & COMMAND_INTX_DISABLE
+        """Whether INTA is driven, and the guest lets it be: a function that sends messages has no
+        line."""
+        if not self._asserts or self.get(COMMAND, 2) & COMMAND_INTX_DISABLE:
+            return False
+        return self.msix is None or not self.msix.is_enabled
 
     # ---- life and state --------------------------------------------------------------------
 

@@ -123,10 +123,13 @@ class PciHost(Device):
 
     # ---- functions -------------------------------------------------------------------------
 
-    def add(self, function: Function, place: tuple[int, int]) -> None:
+    def add(
+        self, function: Function, place: tuple[int, int], *, multifunction: bool = False
+    ) -> None:
         """Put a function on the bus; its BARs are given addresses.
 
         :param place: slot and number
+        :param multifunction: whether it says that its slot has others
         :raises ConfigError: there is one, or the windows are full
         """
         if place in self.functions:
@@ -139,10 +142,8 @@ class PciHost(Device):
         function.host = self
         function.slot, function.number = place
         self.functions[place] = function
-        siblings = [one for one in self.functions.values() if one.slot == function.slot]
-        if len(siblings) > 1:
-            for one in siblings:
-                one.set(HEADER_TYPE, 1, MULTIFUNCTION)
+        if multifunction:
+            function.set(HEADER_TYPE, 1, MULTIFUNCTION)
         self.assign(function)
 
     def assign(self, function: Function) -> None:

@@ -90,6 +90,7 @@ class Msix(BusDevice):
         at = function.add_capability(CAPABILITY, body, struct.pack("<H", ENABLE | MASK_ALL))
         self._control = at + 2
         function.add_bar(bar, SIZE, self)
+        function.msix = self
 
     @property
     def count(self) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pyvmm._util.keyval import shorten
 from pyvmm.errors import ConfigError
-from pyvmm.machine.drivers import Driver, Property, choice
+from pyvmm.machine.drivers import Driver, Property, choice, flag
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.devices.pci.function import Function
     from pyvmm.machine.drivers import DeviceConfig
+    from pyvmm.machine.parts import Parts
 
 SLOTS = 32
 FUNCTIONS = 8
@@ -37,7 +39,11 @@ def addr(value: str, where: str, _key: str) -> Place:
 
 
 #: What each function has.
-PROPERTIES = (Property("addr", addr), Property("bus", choice(*BUSES), host=True))
+PROPERTIES = (
+    Property("addr", addr),
+    Property("bus", choice(*BUSES), host=True),
+    Property("multifunction", flag, default=False),
+)
 
 
 class PciDriver(Driver):
@@ -49,12 +55,17 @@ class PciDriver(Driver):
     def settle(self, device: DeviceConfig, devices: list[DeviceConfig]) -> None:
         here = [one for one in devices if one.driver.bus == self.bus]
         asked = [one.values["addr"] for one in here if one.values["addr"] is not None]
+        many = [one.values["addr"] for one in here if one.values["multifunction"]]
         for place in asked:
             where = f"-device {self.name}: addr={place[0]:x}.{place[1]}"
             if asked.count(place) > 1:
                 raise ConfigError(f"{where} is given twice; choose another")
             if place[1] and (place[0], 0) not in asked:
                 raise ConfigError(f"{where}: guests look for function 0 first; give one to that")
+            if place[1] and (place[0], 0) not in many:
+                raise ConfigError(
+                    f"{where}: function 0 says that it is alone; give it multifunction=on"
+                )
         if device.values["addr"] is not None:
             device.place = device.values["addr"]
             return
@@ -67,6 +78,14 @@ class PciDriver(Driver):
                 f" {FUNCTIONS} functions (addr=)"
             )
         device.place = free[0], 0
+
+    def plug(self, parts: Parts, device: DeviceConfig, function: Function) -> None:
+        """Put the function of a device on the bus."""
+        assert parts.pci is not None
+        assert device.place is not None
+        multifunction = device.values["multifunction"]
+        function.id = device.values["id"] or ""
+        parts.pci.add(function, device.place, multifunction=multifunction)
 
     def place(self, device: DeviceConfig, number: int) -> str:
         from pyvmm.devices.pci.function import place

@@ -60,7 +60,6 @@ class VirtioPciDriver(PciDriver):
         from pyvmm.devices.virtio.pci import VirtioPci
 
         assert parts.pci is not None
-        assert device.place is not None
         number = layout.VIRTIO_MMIO_SLOTS + len(parts.pci.functions)
         model, thread = self.twin.create(parts, device, number)
         transport = VirtioPci(
@@ -70,9 +69,9 @@ class VirtioPciDriver(PciDriver):
             send=parts.platform.irqs.send_msi,
             thread=thread,
         )
-        transport.id = transport.function.id = device.values["id"] or ""
+        transport.id = device.values["id"] or ""
         parts.devices.append(parts.opened.add(transport))
-        parts.pci.add(transport.function, device.place)
+        self.plug(parts, device, transport.function)
         transport.place = self.place(device, 0)
 
 

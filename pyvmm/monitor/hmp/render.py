@@ -164,10 +164,10 @@ def _pci_region(region: Data) -> str:
         kind = f"{bits} bit{' prefetchable' if region['prefetch'] else ''} memory"
     first = region["address"]
     if first < 0:
-        return f"      BAR{region['bar']}: {kind} of {region['size']:#x} bytes, not enabled."
+        return f"      BAR{region['bar']}: {kind} (not mapped)"
     last = first + region["size"] - 1
     where = f"0x{first:0{digits}x} [0x{last:0{digits}x}]"
-    return f"      BAR{region['bar']}: {kind} at {where}."
+    return f"      BAR{region['bar']}: {kind} at {where}"
 
 
 def _range(start: int, size: int) -> str:

@@ -38,7 +38,7 @@ class Bench:
         self.bus = FakeBus(self.mmio)
         self.functions = [self.add(slot) for slot in range(1, count + 1)]
 
-    def add(self, slot, number=0):
+    def add(self, slot, number=0, multifunction=False):
         function = Function(
             f"f{slot}",
             vendor=0x1234,
@@ -51,7 +51,7 @@ class Bench:
         function.add_bar(0, 256, memory, flags=pci.BAR_IO)
         function.add_bar(1, 0x1000, memory)
         function.add_bar(2, 0x4000, memory, flags=pci.BAR_64 | pci.BAR_PREFETCHABLE)
-        self.bus.host.add(function, (slot, number))
+        self.bus.host.add(function, (slot, number), multifunction=multifunction)
         return function
 
     def read(self, slot, offset, size=4):
@@ -266,9 +266,11 @@ def test_place_that_is_taken_and_windows_that_are_full():
 
 
 def test_functions_of_one_slot_are_found():
-    bench = Bench(1)
+    bench = Bench(0)
+    bench.add(1, multifunction=True)
     bench.add(1, 3)
     assert bench.read(1, pci.HEADER_TYPE, 1) == pci.MULTIFUNCTION
+    assert bench.mmio.read(ECAM + (1 << 15) + (3 << 12) + pci.HEADER_TYPE, 1) == 0
     assert bench.mmio.read(ECAM + (1 << 15) + (3 << 12), 2) == 0x1234
 
 

@@ -164,3 +164,13 @@ def test_any_accesses(accesses):
     card.sent.clear()
     card.msix.notify(1)
     assert card.sent == [(APIC, 1)]
+
+
+def test_function_that_sends_messages_has_no_line(card):
+    card.function.set_interrupt(True)
+    levels = [level for _, level in card.bus.levels]
+    assert levels == [True]
+    card.control(ENABLE)
+    card.control(0)
+    card.control(ENABLE | MASK_ALL)
+    assert [level for _, level in card.bus.levels] == [True, False, True, False]
