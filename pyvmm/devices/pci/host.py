@@ -203,7 +203,10 @@ class PciHost(Device):
         region, bar.region = bar.region, None
         assert region is not None
         for kick in bar.kicks:
-            self._kicks.unkick(region.start + kick.offset, None)
+            try:
+                self._kicks.unkick(region.start + kick.offset, None)
+            except KvmError:
+                continue  # KVM has no memory for that: a write there still kicks the device
         (self._ports if bar.flags & BAR_IO else self._mmio).remove(region)
 
     # ---- interrupt lines -------------------------------------------------------------------
