@@ -156,6 +156,7 @@ class VirtioPci(Transport):
     """The function of one device.
 
     :param send: sends an MSI, by address and data; any thread
+    :param vectors: size of the MSI-X table; 0: one for the configuration and one for each queue
     """
 
     layout = Description(
@@ -188,6 +189,7 @@ class VirtioPci(Transport):
         kick_fds: list[int],
         send: Callable[[int, int], None],
         thread: IoThread | None = None,
+        vectors: int = 0,
     ) -> None:
         self.function = Function(
             name_of(device),
@@ -199,7 +201,7 @@ class VirtioPci(Transport):
             has_interrupt=True,
         )
         queues = len(device.queue_sizes)
-        self.msix = Msix(self.function, MSIX_BAR, queues + 1, send)
+        self.msix = Msix(self.function, MSIX_BAR, vectors or queues + 1, send)
         self.vectors = Vectors(self.function, self.msix, queues)
         self._add_capabilities(len(kick_fds))
         registers = self.function.add_bar(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pyvmm.machine.drivers import (
     Property,
     choice,
+    chosen,
+    integer,
     virtio_blk,
     virtio_console,
     virtio_net,
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     from pyvmm.machine.parts import Parts
     from pyvmm.vmstate.fields import Description
 
-#: There is the modern interface alone; QEMU's words for that are taken.
+#: How many MSI-X vectors; and there is the modern interface alone, QEMU's words for that are taken.
 _INTERFACES = (
+    Property("vectors", integer(1, 128)),
     Property("disable-legacy", choice("on", "auto"), host=True),
     Property("disable-modern", choice("off"), host=True),
 )
@@ -68,6 +71,7 @@ class VirtioPciDriver(PciDriver):
             kick_fds=eventfds(model),
             send=parts.platform.irqs.send_msi,
             thread=thread,
+            **chosen(device.values, vectors="vectors"),
         )
         transport.id = device.values["id"] or ""
         parts.devices.append(parts.opened.add(transport))

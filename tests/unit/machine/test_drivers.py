@@ -47,7 +47,7 @@ for _name in ON_PCI:
     _twin = drivers.find(_name).twin.name
     NEEDED[_name], LEAST[_name] = NEEDED.get(_twin, []), LEAST.get(_twin, "")
     OTHERS[_name] = (
-        f"{OTHERS[_twin]},addr=7.0,multifunction=on,disable-legacy=on,disable-modern=off"
+        f"{OTHERS[_twin]},addr=7.0,multifunction=on,vectors=5,disable-legacy=on,disable-modern=off"
     )
 #: Of a port these are compared with its device.
 SEEN_ELSEWHERE = {"name", "nr", "max_ports"}
