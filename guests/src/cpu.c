@@ -3,8 +3,9 @@
 #include "kernel.h"
 
 struct percpu percpu[MAX_CPUS];
-volatile u64 pit_ticks, virtio_events[8];
-volatile u8 *volatile virtio_isr[8];
+volatile u64 pit_ticks, device_events[VEC_LAST + 1];
+static struct { u32 pin, vector; u64 isr; } levels[32];  /* devices on lines that they share */
+static u32 level_count;
 static u16 irq_mask = 0xffff;
 static bool use_ioapic;
 
@@ -67,6 +68,18 @@ static void dump(const struct frame *f, u32 cpu)
     print("r12 %lx r13 %lx r14 %lx r15 %lx\n", f->r12, f->r13, f->r14, f->r15);
 }
 
+/* The driver asks the device, in ring 3; only a line that is high is ended here. */
+static void device_interrupt(u32 vector)
+{
+    if (vector == VEC_CHANGE)
+        for (u32 v = VEC_DEVICE; v <= VEC_LAST; v++)
+            device_events[v]++;
+    device_events[vector]++;
+    for (u32 i = 0; i < level_count; i++)
+        if (levels[i].vector == vector)
+            mmio_read8(levels[i].isr);
+}
+
 /* Called by trap_entry with interrupts off. */
 void trap(struct frame *f)
 {
@@ -77,11 +90,8 @@ void trap(struct frame *f)
     if (f->vector >= VEC_TIMER) {
         if (f->vector == VEC_PING)
             me->pings++;
-        if (f->vector >= VEC_VIRTIO) {
-            virtio_events[f->vector - VEC_VIRTIO]++;  /* the driver asks the device, in ring 3 */
-            if (virtio_isr[f->vector - VEC_VIRTIO])
-                (void)*virtio_isr[f->vector - VEC_VIRTIO];
-        }
+        if (f->vector >= VEC_CHANGE && f->vector <= VEC_LAST)
+            device_interrupt((u32)f->vector);
         if (f->vector == VEC_TIMER) {
             me->ticks++;
             if (me->deadline)
@@ -156,8 +166,29 @@ void irq_enable(u32 irq)
     outb(0xa1, (u8)(irq_mask >> 8));
 }
 
-void virtio_irq_enable(u32 slot) { ioapic_route(16 + slot, VEC_VIRTIO + slot); }
-void level_irq_enable(u32 pin, u32 vector) { ioapic_route(pin, vector | 1u << 15); }
+u32 vector_new(void)
+{
+    static u32 count;
+    return VEC_DEVICE + count++ % (VEC_LAST - VEC_DEVICE + 1);
+}
+
+void line_edge(u32 pin, u32 vector) { ioapic_route(pin, vector); }
+
+u32 line_level(u32 pin, u64 isr)
+{
+    u32 vector = 0;
+    if (level_count == sizeof levels / sizeof *levels)
+        fail("too many devices on interrupt lines");
+    for (u32 i = 0; i < level_count; i++)
+        if (levels[i].pin == pin)
+            vector = levels[i].vector;
+    vector = vector ? vector : vector_new();
+    levels[level_count].pin = pin;
+    levels[level_count].vector = vector;
+    levels[level_count++].isr = isr;
+    ioapic_route(pin, vector | 0x8000);  /* level */
+    return vector;
+}
 
 void irq_disable(u32 irq)
 {

@@ -15,8 +15,9 @@
 #define VEC_TIMER 48             /* LAPIC timer */
 #define VEC_IPI 49               /* wakes a halted CPU for a job */
 #define VEC_PING 50
-#define VEC_VIRTIO 51            /* IOAPIC pins 16..23, edge triggered; of devices on PCI likewise */
-#define VEC_LAST 58              /* the last with a stub of its own */
+#define VEC_CHANGE 51            /* a device says that something but a queue changed: wakes all waits */
+#define VEC_DEVICE 52            /* devices on a bus: a line each, or a message each */
+#define VEC_LAST 83              /* the last with a stub of its own */
 #define VEC_SPURIOUS 0xff
 
 #ifndef __ASSEMBLER__
@@ -35,11 +36,11 @@ static inline u32 inl(u16 port) { u32 v; asm volatile("inl %1, %0" : "=a"(v) : "
 static inline u64 rdtsc(void) { u32 a, d; asm volatile("lfence; rdtsc" : "=a"(a), "=d"(d)); return (u64)d << 32 | a; }
 static inline void cpu_relax(void) { asm volatile("pause" ::: "memory"); }
 static inline u32 mmio_read(u64 a) { u32 v; asm volatile("movl (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
-static inline u32 mmio_read16(u64 a) { u16 v; asm volatile("movw (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
-static inline u32 mmio_read8(u64 a) { u8 v; asm volatile("movb (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
-static inline void mmio_write16(u64 a, u16 v) { asm volatile("movw %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
-static inline void mmio_write8(u64 a, u8 v) { asm volatile("movb %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
 static inline void mmio_write(u64 a, u32 v) { asm volatile("movl %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
+static inline u8 mmio_read8(u64 a) { u8 v; asm volatile("movb (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
+static inline void mmio_write8(u64 a, u8 v) { asm volatile("movb %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
+static inline u16 mmio_read16(u64 a) { u16 v; asm volatile("movw (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
+static inline void mmio_write16(u64 a, u16 v) { asm volatile("movw %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
 
 /* start.S: run fn(a, b) in ring 0 with interrupts off; callable from ring 3 only. */
 typedef u64 ring0_fn(u64 a, u64 b);
@@ -59,8 +60,7 @@ struct percpu {
     u64 apic_id;
 } __attribute__((aligned(64)));
 extern struct percpu percpu[MAX_CPUS];
-extern volatile u64 pit_ticks, virtio_events[8];  /* the latter by vector - VEC_VIRTIO */
-extern volatile u8 *volatile virtio_isr[8];       /* a register whose read ends the interrupt, or 0 */
+extern volatile u64 pit_ticks, device_events[VEC_LAST + 1];  /* the latter by vector, from VEC_DEVICE on */
 /* By the stack in use: kernel_stacks follow user_stacks, so one formula serves both rings. */
 static inline u32 this_cpu(void)
 {
@@ -75,8 +75,9 @@ void wrmsr(u32 msr, u64 value);
 u64 rdtsc0(void);                                 /* TSC as ring 0 sees it */
 void cpuid(u32 leaf, u32 sub, u32 out[4]);
 void irq_enable(u32 irq), irq_disable(u32 irq);
-void virtio_irq_enable(u32 slot);                 /* to CPU 0 */
-void level_irq_enable(u32 pin, u32 vector);       /* likewise, level triggered, by the IOAPIC */
+u32 vector_new(void);                             /* for a device; the first again after the last */
+void line_edge(u32 pin, u32 vector);              /* IOAPIC pin, to CPU 0 */
+u32 line_level(u32 pin, u64 isr);                 /* reading the byte at isr ends it; its vector */
 void lapic_init(void);
 void lapic_timer(u32 mode_vector, u32 count);
 void send_ipi(u32 cpu, u32 vector);
@@ -131,7 +132,7 @@ extern const char *program_name;
 void shell(void), counter(void), ticker(void), halt(void), memhash(void), timers(void);
 void pingpong(void), torture(void), piospin(void), serial(void);
 void virtio_rng(void), virtio_blk(void), virtio_console(void), virtio_net(void);
-void virtio_attack(void);
+void virtio_attack(void), pci(void);
 u64 fnv1a(const void *start, u64 len);
 
 /* lib.c */

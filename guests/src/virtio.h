@@ -1,17 +1,19 @@
-/* virtio 1.3 for drivers: devices on virtio-mmio and on PCI, split virtqueues, with event-idx and indirect
- * descriptors where they are offered. One CPU a queue at a time. */
+/* virtio 1.3 for drivers: devices on virtio-mmio, or on PCI if there
+ * are none or the option pci says so; split virtqueues, with
+ * event-idx and indirect descriptors where they are offered. One CPU a queue at a time. */
 #ifndef VIRTIO_H
 #define VIRTIO_H
 #include "kernel.h"
 
 #define VIRTIO_MMIO 0xfeb00000ul  /* slots of 0x200 bytes, interrupts from IOAPIC pin 16 on */
 #define VIRTIO_SLOTS 8
+#define VIRTIO_MAX 32             /* devices, on either bus */
 #define VQ_MAX 256                /* entries of a queue, at most */
 
-enum { V_MAGIC = 0, V_VERSION = 4, V_DEVICE = 8, V_FEATURES = 0x10, V_FEATURES_SEL = 0x14,
-       V_ACCEPT = 0x20, V_ACCEPT_SEL = 0x24, V_QUEUE_SEL = 0x30, V_SIZE_MAX = 0x34, V_SIZE = 0x38,
-       V_READY = 0x44, V_NOTIFY = 0x50, V_ISR = 0x60, V_ACK = 0x64, V_STATUS = 0x70,
-       V_DESC = 0x80, V_AVAIL = 0x90, V_USED = 0xa0, V_GENERATION = 0xfc, V_CONFIG = 0x100 };
+/* Registers that both buses have, each at its own offset; CONFIG_VECTOR and VECTOR are PCI's alone. */
+enum { V_FEATURES_SEL, V_FEATURES, V_ACCEPT_SEL, V_ACCEPT, V_CONFIG_VECTOR, V_STATUS, V_GENERATION,
+       V_QUEUE_SEL, V_SIZE_MAX, V_SIZE, V_VECTOR, V_READY, V_DESC, V_AVAIL, V_USED, V_REGISTERS };
+#define NO_VECTOR 0xffff
 enum { S_ACKNOWLEDGE = 1, S_DRIVER = 2, S_DRIVER_OK = 4, S_FEATURES_OK = 8, S_NEEDS_RESET = 64 };
 #define VF_INDIRECT (1ul << 28)
 #define VF_EVENT_IDX (1ul << 29)
@@ -20,29 +22,13 @@ enum { S_ACKNOWLEDGE = 1, S_DRIVER = 2, S_DRIVER_OK = 4, S_FEATURES_OK = 8, S_NE
 struct vdesc { u64 addr; u32 len; u16 flags, next; };
 enum { VD_NEXT = 1, VD_WRITE = 2, VD_INDIRECT = 4 };
 
-struct vq;
-struct vdev;
-
-/* The registers of one bus. */
-struct vface {
-    u32 (*status)(struct vdev *d);
-    void (*set_status)(struct vdev *d, u32 value);
-    u32 (*features)(struct vdev *d, u32 word);
-    void (*accept)(struct vdev *d, u32 word, u32 bits);
-    u32 (*queue_max)(struct vdev *d, u32 index);
-    bool (*queue_set)(struct vq *q);  /* size and places; whether it is ready then */
-    void (*notify)(struct vq *q);
-    u32 (*config)(struct vdev *d, u32 offset);
-    void (*ack)(struct vdev *d);
-    void (*irq_enable)(struct vdev *d);
-};
-
+struct face;                     /* where a bus has the registers */
 struct vdev {
-    const struct vface *face;
-    u64 base, features;
-    u32 slot;                        /* of virtio_events */
-    u32 pci, notify_step;            /* on PCI: the slot there, and where the rest is */
-    u64 notify, config, isr;         /* isr: 0 if interrupts are messages */
+    const struct face *face;
+    u64 base, isr, config, notify; /* addresses of the parts */
+    u64 features, table;           /* table: of MSI-X, if the device has entries of it */
+    u32 number, entries, line;     /* line: the vector of its interrupt line */
+    u32 function, notify_step;     /* of PCI */
 };
 
 /* A buffer of a request: len bytes at addr, which the device fills if write is set. */
@@ -57,20 +43,24 @@ struct vq {
     u16 free[VQ_MAX], free_count;  /* a stack of descriptors */
     u16 count[VQ_MAX];             /* descriptors of a request, by head */
     u16 used_idx, kicked;
-    u32 index, size;
+    u32 index, size, vector;
     u64 notify;
     struct vdev *dev;
 };
 
-bool virtio_find(struct vdev *d, u32 type, u32 nth);      /* the nth device of the type, from 0; on
-                                                             virtio-mmio, else on PCI */
-bool virtio_pci_find(struct vdev *d, u32 type, u32 nth);
+bool virtio_open(struct vdev *d, u32 number);             /* device by device, in order; 0: no more */
+u32 virtio_type(struct vdev *d);
+bool virtio_find(struct vdev *d, u32 type, u32 nth);      /* the nth device of the type, from 0 */
+u64 v_at(struct vdev *d, u32 reg);                        /* a register's address */
+u32 v_get(struct vdev *d, u32 reg);
+void v_set(struct vdev *d, u32 reg, u32 value);
 void virtio_negotiate(struct vdev *d, u64 features);      /* reset; take those that are offered */
 void *ram_alloc(u64 size);                                /* zeroed, page-aligned */
 struct vq *vq_new(struct vdev *d, u32 index, u32 size);   /* size 0: as large as can be */
 void virtio_ready(struct vdev *d);
 u32 virtio_config(struct vdev *d, u32 offset);
 void virtio_ack(struct vdev *d);
+u64 vq_notify_at(struct vdev *d, u32 index);              /* where a queue of that number is kicked */
 bool vq_add(struct vq *q, const struct vbuf *bufs, u32 n, void *token);  /* false: it is full */
 void vq_kick(struct vq *q);                               /* if the device wants that */
 void *vq_reap(struct vq *q, u32 *len);                    /* a finished request's token, or 0 */

@@ -4,6 +4,7 @@
  * back with a reset. What devices may write to is kept off the image by aim: addresses are those of
  * a playground, or of no RAM at all. */
 #include "virtio.h"
+#include "pci.h"
 
 #define PLAYGROUND (1u << 20)
 
@@ -29,7 +30,7 @@ static u64 address(void)
     u64 inside = (u64)playground + random() % PLAYGROUND / 2;
     struct range last = ram[ram_count - 1];
     return PICK(inside, inside, inside & ~15ul, inside & ~4095ul, VIRTIO_MMIO + random() % 0x1000,
-                LAPIC, IOAPIC, last.start + last.size - random() % 64, last.start + last.size,
+                LAPIC, IOAPIC, PCI_ECAM + random() % 0x8000, PCI_PLACES + random() % 0x20000, last.start + last.size - random() % 64, last.start + last.size,
                 random() | 1ul << 63, ~0ul - random() % 64, random() << 40 | 1ul << 39);
 }
 
@@ -43,22 +44,56 @@ static void write_any(u64 at, u64 value)
     }
 }
 
+/* Of a queue or of all, that a driver writes; or any, up to the configuration: a console prints what is
+ * written there. */
 static void registers(struct vdev *d)
 {
     for (u32 i = 0; i < 24; i++) {
-        u64 at = PICK(V_STATUS, V_STATUS, V_QUEUE_SEL, V_SIZE, V_READY, V_NOTIFY, V_ACCEPT, V_ACCEPT_SEL,
-                      V_FEATURES_SEL, V_ACK, V_DESC, V_DESC + 4, V_AVAIL, V_USED, V_USED + 4,
-                      random() % 0x1f8);
+        u32 reg = (u32)PICK(V_STATUS, V_STATUS, V_QUEUE_SEL, V_SIZE, V_READY, V_ACCEPT, V_ACCEPT_SEL,
+                            V_FEATURES_SEL, V_DESC, V_AVAIL, V_USED, V_CONFIG_VECTOR, V_VECTOR, V_REGISTERS);
         u64 value = PICK(0, 1, 2, 3, 4, 8, 15, 11, 0xff, 64, 256, 65535, 0x80000000, 0xffffffff);
-        if (at >= V_DESC && at < V_DESC + 0x30)
-            value = at & 4 ? PICK(0, 0, 0, 0xffffffff) : address();
-        if (at < V_CONFIG)
-            write_any(d->base + at, value);
-        else  /* a console prints what is written to its configuration */
-            mmio_read(d->base + (at & ~3ul));
+        u32 half = 0;
+        if (reg >= V_DESC && reg <= V_USED) {
+            half = random() & 1;
+            value = half ? PICK(0, 0, 0, 0xffffffff) : address();
+        }
+        if (random() & 7 && reg < V_REGISTERS)
+            write_any(v_at(d, reg) + 4 * half, value);
+        else if (random() & 1)
+            write_any(vq_notify_at(d, (u32)value), value);
+        else
+            write_any(d->base + random() % 0xf8, value);
         if (!(random() & 3))
             mmio_read(d->base + random() % 0x200);
+        if (!(random() & 7))
+            mmio_read(d->config + random() % 0x100);
     }
+}
+
+/* Messages to anywhere, of vectors that wait for nothing; then the function's own registers, of which those
+ * that decide where it is found are put back. */
+static void functions(struct vdev *d)
+{
+    u32 registers[8], msix = pci_capability(d->function, PCAP_MSIX, 0), control = pci_read(d->function, msix + 2, 2);
+    for (u32 i = 0; i < 8; i++) {
+        u64 entry = d->table + random() % 70 * 16;
+        write_any(entry, PICK(0xfee00000, 0xfee00000 | (u32)percpu[0].apic_id << 12, 0, ~0u, (u32)address()));
+        mmio_write(entry + 4, (u32)PICK(0, 0, 0, 1, random()));
+        mmio_write(entry + 8, VEC_DEVICE + (u32)random() % 8);
+        write_any(entry + 12, random() & 3);
+        mmio_read(d->table + 0x800 + random() % 0x7f8);
+    }
+    for (u32 i = 0; i < 8; i++)
+        registers[i] = pci_read(d->function, i ? P_BAR + 4 * (i - 1) : P_COMMAND, 4);
+    for (u32 i = 0; i < 12; i++) {
+        u32 at = (u32)PICK(P_COMMAND, P_COMMAND, P_BAR + random() % 24, P_BAR + 4, P_BAR + 16, msix + 2, random() % 256);
+        u32 value = (u32)PICK(0, ~0u, random(), address(), P_MEMORY, P_MEMORY | P_LINE_OFF, 0xc000, 0x4000);
+        pci_write(d->function, at, 1u << random() % 3, value);
+        pci_read(d->function, at, 1u << random() % 3);
+    }
+    for (u32 i = 8; i--;)
+        pci_write(d->function, i ? P_BAR + 4 * (i - 1) : P_COMMAND, 4, registers[i]);
+    pci_write(d->function, msix + 2, 2, control);
 }
 
 /* A descriptor table with chains that are nearly right, or not at all. */
@@ -79,8 +114,8 @@ static void rings(struct vdev *d)
     u64 at = (u64)playground;
     virtio_negotiate(d, random() & random() & 0xffffff);
     for (u32 index = 0; index < 8; index++) {
-        mmio_write(d->base + V_QUEUE_SEL, index);
-        u32 size = mmio_read(d->base + V_SIZE_MAX);
+        v_set(d, V_QUEUE_SEL, index);
+        u32 size = v_get(d, V_SIZE_MAX);
         if (!size)
             break;
         size = size > 16 ? 16 : size;
@@ -90,16 +125,18 @@ static void rings(struct vdev *d)
         avail[1] = (u16)PICK(1, 1, size, random() % size, size + 1, 0xffff, random());
         for (u32 i = 0; i <= size; i++)
             avail[2 + i] = (u16)PICK(i % size, random() % size, 0, size, 0xffff);
-        mmio_write(d->base + V_SIZE, size);
-        mmio_write(d->base + V_DESC, (u32)at);
-        mmio_write(d->base + V_AVAIL, (u32)(at + 16 * size));
-        mmio_write(d->base + V_USED, (u32)(at + 1024));
-        mmio_write(d->base + V_READY, 1);
+        v_set(d, V_SIZE, size);
+        v_set(d, V_VECTOR, (u32)PICK(0, 1, random(), NO_VECTOR));
+        v_set(d, V_DESC, (u32)at);
+        v_set(d, V_AVAIL, (u32)(at + 16 * size));
+        v_set(d, V_USED, (u32)(at + 1024));
+        v_set(d, V_READY, 1);
         at += 4096;
     }
     virtio_ready(d);
     for (u32 i = 0; i < 12; i++) {
-        mmio_write(d->base + V_NOTIFY, (u32)(random() % 8));
+        u32 index = (u32)(random() % 8);
+        mmio_write(vq_notify_at(d, index), index);
         /* More of the same while the device may be working on it. */
         u64 queue = (u64)playground + random() % 8 * 4096;
         scribble((struct vdesc *)queue, 4);
@@ -122,14 +159,14 @@ static void ask_witness(void)
 
 static void check_reset(struct vdev *d)
 {
-    mmio_write(d->base + V_STATUS, 0);
-    if (mmio_read(d->base + V_STATUS) || mmio_read(d->base + V_ISR))
-        fail("slot %u does not come back: status %x", d->slot, mmio_read(d->base + V_STATUS));
+    v_set(d, V_STATUS, 0);
+    if (v_get(d, V_STATUS) || mmio_read(d->isr) & 0xff)
+        fail("virtio %u does not come back: status %x", d->number, v_get(d, V_STATUS));
     virtio_negotiate(d, 0);
-    mmio_write(d->base + V_QUEUE_SEL, 0);
-    if (mmio_read(d->base + V_READY))
-        fail("slot %u keeps a queue over its reset", d->slot);
-    mmio_write(d->base + V_STATUS, 0);
+    v_set(d, V_QUEUE_SEL, 0);
+    if (v_get(d, V_READY))
+        fail("virtio %u keeps a queue over its reset", d->number);
+    v_set(d, V_STATUS, 0);
 }
 
 static void job(u32 cpu)
@@ -142,13 +179,10 @@ static void job(u32 cpu)
         return;
     }
     u64 step = opt_num("step", 64), rounds = 0, broken = 0;
-    struct vdev victims[VIRTIO_SLOTS];
+    static struct vdev victims[VIRTIO_MAX];
     u32 count = 0;
-    for (u32 slot = 0; slot < VIRTIO_SLOTS; slot++) {
-        u64 base = VIRTIO_MMIO + slot * 0x200;
-        if (slot != witness.slot && mmio_read(base) == 0x74726976)
-            victims[count++] = (struct vdev){.base = base, .slot = slot};
-    }
+    for (u32 number = 0; count < VIRTIO_MAX && virtio_open(&victims[count], number); number++)
+        count += number != witness.number;
     if (!count)
         fail("there is no victim");
     do {
@@ -158,8 +192,10 @@ static void job(u32 cpu)
                 registers(d);
             else
                 rings(d);
+            if (d->entries && !(random() & 3))
+                functions(d);
             ask_witness();
-            broken += (mmio_read(d->base + V_STATUS) & S_NEEDS_RESET) != 0;
+            broken += (v_get(d, V_STATUS) & S_NEEDS_RESET) != 0;
             check_reset(d);
         }
         print("attack %lu broken %lu\n", ++rounds * step, broken);

@@ -34,8 +34,8 @@ def test_bus_is_shown(any_vm):
         "    Class 0255: PCI device 1af4:1044\r\n"
         "      PCI subsystem 1af4:1100\r\n"
         "      IRQ 7, pin A\r\n"
-        "      BAR1: 32 bit memory at 0xc0000000 [0xc0000fff]\r\n"
-        "      BAR4: 64 bit prefetchable memory at 0xc0100000 [0xc0103fff]\r\n"
+        "      BAR1: 32 bit memory at 0xd0004000 [0xd0004fff]\r\n"
+        "      BAR4: 64 bit prefetchable memory at 0xd0000000 [0xd0003fff]\r\n"
         '      id ""\r\n'
         "  Bus  0, device   3, function 1:\r\n"
         "    Class 0255: PCI device 1af4:1044\r\n"
