@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from pyvmm.core.bus import BusDevice, Region
-    from pyvmm.devices.pci.msix import Msix
     from pyvmm.vmstate.fields import Record
 
     class Host(Protocol):
@@ -28,6 +27,12 @@ if TYPE_CHECKING:
         def assign(self, function: Function) -> None: ...
         def drive(self, function: Function) -> None: ...
         def restore(self, function: Function) -> None: ...
+
+    class Messages(Protocol):
+        """What a function asks of its messages (``msix.Msix``)."""
+
+        @property
+        def is_enabled(self) -> bool: ...
 
 
 SIZE = 256
@@ -149,7 +154,7 @@ class Function:
         self.name = name
         self.bars: list[Bar] = []
         self.host: Host | None = None
-        self.msix: Msix | None = None
+        self.msix: Messages | None = None
         self.on_read: Callable[[int, int], None] | None = None
         self.on_change: Callable[[int, int], None] | None = None
         self._writable = bytearray(SIZE)
