@@ -43,8 +43,8 @@ class IrqRouting:
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._users: dict[int, str] = {}
-        # (gpa, value) -> eventfd, whose it is, and the size of the write.
-        self._kicks: dict[tuple[int, int | None], tuple[int, str, int]] = {}
+        # (gpa, value, is_port) -> eventfd, whose it is, and the size of the write.
+        self._kicks: dict[tuple[int, int | None, bool], tuple[int, str, int]] = {}
         self._irqfds: dict[int, tuple[int, str]] = {}  # by GSI, likewise
 
     def claim(self, gsi: int, user: str) -> None:
@@ -107,29 +107,40 @@ class IrqRouting:
         except KvmError:
             pass
 
-    def kick(self, gpa: int, value: int | None, fd: int, user: str, size: int = 4) -> None:
+    def kick(
+        self,
+        gpa: int,
+        value: int | None,
+        fd: int,
+        user: str,
+        size: int = 4,
+        *,
+        is_port: bool = False,
+    ) -> None:
         """Have the guest's writes of ``value``, of ``size`` bytes, to ``gpa`` signal an eventfd.
         Any thread.
 
         :param value: None: any value
+        :param is_port: ``gpa`` is an I/O port
         :raises KvmError: another kick has this address and value (EEXIST), or KVM has no room
         """
-        self._vm.ioeventfd(gpa, fd, value, size)
-        self._kicks[gpa, value] = fd, user, size
+        self._vm.ioeventfd(gpa, fd, value, size, is_port=is_port)
+        self._kicks[gpa, value, is_port] = fd, user, size
 
-    def unkick(self, gpa: int, value: int | None) -> None:
+    def unkick(self, gpa: int, value: int | None, *, is_port: bool = False) -> None:
         """Take a kick back, if it is there: such a write is an exit again. Any thread."""
-        if (gpa, value) in self._kicks:
-            fd, _, size = self._kicks[gpa, value]
-            self._vm.ioeventfd(gpa, fd, value, size, assign=False)
-            del self._kicks[gpa, value]
+        key = gpa, value, is_port
+        if key in self._kicks:
+            fd, _, size = self._kicks[key]
+            self._vm.ioeventfd(gpa, fd, value, size, is_port=is_port, assign=False)
+            del self._kicks[key]
 
     @property
     def assigned(self) -> list[str]:
         """What KVM holds a descriptor for, one line each."""
         return [
             f"ioeventfd {fd} of {user}: {value} at {gpa:#x}"
-            for (gpa, value), (fd, user, _) in self._kicks.items()
+            for (gpa, value, _), (fd, user, _) in self._kicks.items()
         ] + [f"irqfd {fd} of {user}: GSI {gsi}" for gsi, (fd, user) in self._irqfds.items()]
 
     def deassign(self) -> None:
@@ -138,8 +149,8 @@ class IrqRouting:
 
         :raises KvmError: what is left is still assigned
         """
-        for gpa, value in list(self._kicks):
-            self.unkick(gpa, value)
+        for gpa, value, is_port in list(self._kicks):
+            self.unkick(gpa, value, is_port=is_port)
         for gsi, (fd, _) in list(self._irqfds.items()):
             self._vm.irqfd(gsi, fd, assign=False)
             del self._irqfds[gsi]

@@ -138,12 +138,20 @@ class Vm:
         ioctl(self.fd, "KVM_IRQ_LINE", request)
 
     def ioeventfd(
-        self, gpa: int, fd: int, value: int | None, size: int = 4, *, assign: bool = True
+        self,
+        gpa: int,
+        fd: int,
+        value: int | None,
+        size: int = 4,
+        *,
+        is_port: bool = False,
+        assign: bool = True,
     ) -> None:
         """KVM_IOEVENTFD: signal an eventfd, instead of an exit, when the guest writes ``value``,
         of ``size`` bytes, to ``gpa``. Any thread.
 
         :param value: None: any value
+        :param is_port: ``gpa`` is an I/O port
         :param assign: False to have the exits again, with the same values
         """
         request = ffi.new("struct kvm_ioeventfd *")
@@ -154,6 +162,8 @@ class Vm:
         if value is not None:
             request.datamatch = value
             request.flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if is_port:
+            request.flags |= lib.KVM_IOEVENTFD_FLAG_PIO
         if not assign:
             request.flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")

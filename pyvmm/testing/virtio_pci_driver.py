@@ -37,13 +37,21 @@ class FakeKicks:
     def __init__(self) -> None:
         self.assigned: dict[int, tuple[int, int]] = {}
 
-    def kick(self, gpa: int, value: int | None, fd: int, user: str, size: int = 4) -> None:
+    def kick(
+        self,
+        gpa: int,
+        value: int | None,
+        fd: int,
+        user: str,
+        size: int = 4,
+        *,
+        is_port: bool = False,
+    ) -> None:
         """Remember one: its eventfd and size by its address."""
-        assert value is None
         assert gpa not in self.assigned
         self.assigned[gpa] = fd, size
 
-    def unkick(self, gpa: int, value: int | None) -> None:
+    def unkick(self, gpa: int, value: int | None, *, is_port: bool = False) -> None:
         """Forget one."""
         del self.assigned[gpa]
 

@@ -201,6 +201,26 @@ def test_kicks_are_taken_from_kvm(moving):
     os.close(fd)
 
 
+def test_kicks_of_ports(moving):
+    """A port is not the memory of the same address, and any value of one width is a kick."""
+    device = Answers()
+    moving.cpu._ports.add(PORT + 1, 1, device, "device")
+    irqs = IrqRouting(moving.machine.vm)
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    irqs.kick(PORT + 1, None, fd, "test", 1, is_port=True)
+    irqs.kick(PORT + 1, None, fd, "memory", 1)
+    irqs.unkick(PORT + 1, None)
+    moving.run(b"\xe6" + bytes((PORT + 1,)) + OUT)
+    moving.port.next_values()
+    assert os.eventfd_read(fd) > 1
+    assert device.written == []
+    irqs.unkick(PORT + 1, None, is_port=True)
+    assert irqs.assigned == []
+    moving.port.next_values()
+    assert device.written != []
+    os.close(fd)
+
+
 def test_gsi_has_one_user(moving):
     irqs = IrqRouting(moving.machine.vm)
     assert irqs.line(4, "serial 0").number == 4

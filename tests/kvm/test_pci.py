@@ -47,6 +47,17 @@ def test_bus_is_shown(any_vm):
     ).replace("\r", "")
 
 
+def test_test_device_over_an_update(any_vm):
+    machine = any_vm("-device", "pci-testdev,id=t,membar=1M", append="ticker period=20")
+    machine.expect("tick 1")
+    machine.live()
+    shown = machine.hmp("info pci")
+    assert "  Bus  0, device   1, function 0:\n    Class 0255: PCI device 1b36:0005\n" in shown
+    assert "      BAR1: I/O (not mapped)\n" in shown
+    assert shown.endswith('64 bit prefetchable memory (not mapped)\n      id "t"\n')
+    assert machine.stderr() == ""
+
+
 def test_machine_without_a_bus(vm):
     machine = vm(append="ticker period=20")
     machine.expect("tick 1")

@@ -80,15 +80,17 @@ class Kick:
     """A write that signals an eventfd in place of an exit.
 
     :param offset: in the BAR
-    :param size: of the write, in bytes; its value does not matter
+    :param size: of the write, in bytes
+    :param value: None: any value
     """
 
-    __slots__ = ("fd", "offset", "size")
+    __slots__ = ("fd", "offset", "size", "value")
 
-    def __init__(self, offset: int, size: int, fd: int) -> None:
+    def __init__(self, offset: int, size: int, fd: int, value: int | None = None) -> None:
         self.offset = offset
         self.size = size
         self.fd = fd
+        self.value = value
 
 
 class Bar:

@@ -25,6 +25,7 @@ from pyvmm.devices.pci.function import (
     SIZE,
     Bar,
     Function,
+    Kick,
 )
 from pyvmm.errors import ConfigError, InternalError, KvmError
 from pyvmm.vmstate.fields import Description, Record, Struct, u32
@@ -40,8 +41,17 @@ if TYPE_CHECKING:
     class Kicks(Protocol):
         """Who signals eventfds for a guest's writes (``kvm.irq``). Any thread."""
 
-        def kick(self, gpa: int, value: int | None, fd: int, user: str, size: int = 4) -> None: ...
-        def unkick(self, gpa: int, value: int | None) -> None: ...
+        def kick(
+            self,
+            gpa: int,
+            value: int | None,
+            fd: int,
+            user: str,
+            size: int = 4,
+            *,
+            is_port: bool = False,
+        ) -> None: ...
+        def unkick(self, gpa: int, value: int | None, *, is_port: bool = False) -> None: ...
 
 
 SLOTS = 32
@@ -193,21 +203,40 @@ class PciHost(Device):
             bar.region = bus.add(start, bar.size, bar.device, name, width=bar.width)
         except InternalError:
             return  # something else is there
+        self._assign(function, bar)
+
+    def _hide(self, function: Function, bar: Bar) -> None:
+        self._deassign(bar)
+        region, bar.region = bar.region, None
+        assert region is not None
+        (self._ports if bar.flags & BAR_IO else self._mmio).remove(region)
+
+    def set_kicks(self, function: Function, bar: Bar, kicks: list[Kick]) -> None:
+        """Give a BAR other kicks than it had. With the lock held, or while no vCPU runs."""
+        self._deassign(bar)
+        bar.kicks = kicks
+        self._assign(function, bar)
+
+    def _assign(self, function: Function, bar: Bar) -> None:
+        if bar.region is None:
+            return
+        is_port = bool(bar.flags & BAR_IO)
         for kick in bar.kicks:
+            at = bar.region.start + kick.offset
             try:
-                self._kicks.kick(start + kick.offset, None, kick.fd, function.name, kick.size)
+                self._kicks.kick(at, kick.value, kick.fd, function.name, kick.size, is_port=is_port)
             except KvmError:
                 continue  # no room in KVM: it is an exit, which the bus leads to the device
 
-    def _hide(self, function: Function, bar: Bar) -> None:
-        region, bar.region = bar.region, None
-        assert region is not None
+    def _deassign(self, bar: Bar) -> None:
+        if bar.region is None:
+            return
+        is_port = bool(bar.flags & BAR_IO)
         for kick in bar.kicks:
             try:
-                self._kicks.unkick(region.start + kick.offset, None)
+                self._kicks.unkick(bar.region.start + kick.offset, kick.value, is_port=is_port)
             except KvmError:
                 continue  # KVM has no memory for that: a write there still kicks the device
-        (self._ports if bar.flags & BAR_IO else self._mmio).remove(region)
 
     # ---- interrupt lines -------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ FILES = {
     "isa-debug-exit": "isa",
     "isa-debugcon": "isa",
     "pvpanic": "isa",
+    "pci-testdev": "pci",
     "virtio-blk-device": "virtio_blk",
     "virtio-net-device": "virtio_net",
     "virtio-rng-device": "virtio_rng",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm._util.keyval import shorten
-from pyvmm.errors import ConfigError
-from pyvmm.machine.drivers import Driver, Property, choice, flag
+from pyvmm._util.sizes import parse_size
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.machine.drivers import Driver, Property, choice, flag, text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -92,3 +95,42 @@ class PciDriver(Driver):
 
         assert device.place is not None
         return place(*device.place)
+
+
+class TestdevDriver(PciDriver):
+    """The driver of ``pci-testdev``."""
+
+    def add(self, parts: Parts, device: DeviceConfig) -> None:
+        assert parts.pci is not None
+        try:
+            fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise HostError(f"-device {self.name}: {error.strerror}; raise ulimit -n") from None
+        model = parts.opened.add(self.model()(parts.pci, fd, device.values["membar"]))
+        model.id = device.values["id"] or ""
+        parts.devices.append(model)
+        self.plug(parts, device, model.function)
+        model.place = self.place(device, 0)
+
+
+def _membar(value: str, where: str, key: str) -> int:
+    size = parse_size(value, f"{where}: {key}", minimum=_LEAST, maximum=_MOST)
+    if size & (size - 1):
+        raise ConfigError(f"{where}: {key}={shorten(value)} is no power of two; give one")
+    return size
+
+
+_LEAST, _MOST = 4096, 32 << 30
+
+DRIVERS = {
+    "pci-testdev": TestdevDriver(
+        "pci-testdev",
+        help="registers that test programs take the time of an access with; on PCI",
+        properties=(
+            Property("id", text, host=True),
+            *PROPERTIES,
+            Property("membar", _membar, default=0),
+        ),
+        model="pyvmm.devices.pci.testdev:PciTestdev",
+    )
+}

@@ -41,6 +41,7 @@ OTHERS = {
     "virtio-serial-device": "id=x,max_ports=4",
     "virtconsole": "id=x,chardev=c,name=a,nr=3",
     "virtserialport": "id=x,chardev=c,name=a,nr=3",
+    "pci-testdev": "id=x,addr=7.0,multifunction=on,membar=1M",
 }
 ON_PCI = [name for name, file in drivers.FILES.items() if file == "virtio_pci"]
 for _name in ON_PCI:
@@ -59,7 +60,7 @@ class Irqs:
     def pulse(self, gsi, user):
         return lambda: None
 
-    def kick(self, gpa, value, fd, user, size=4):
+    def kick(self, gpa, value, fd, user, size=4, *, is_port=False):
         pass
 
     def send_msi(self, address, data):

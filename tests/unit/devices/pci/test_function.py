@@ -175,7 +175,7 @@ def test_kicks_move_with_their_bar(bench):
 
 
 def test_host_that_has_no_room_for_a_kick_costs_nothing(bench, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise KvmError("KVM_IOEVENTFD", errno.ENOSPC)
 
     monkeypatch.setattr(bench.bus.kicks, "kick", refuse)
