@@ -116,13 +116,26 @@ def test_facs(written):
     assert (facs[:4], facs[4:8], sum(facs[8:32])) == (b"FACS", b"\x40\0\0\0", 0)
 
 
-def test_devices(written, iasl, tmp_path):
-    (tmp_path / "dsdt.dat").write_bytes(written()[b"DSDT"])
-    iasl("-p", f"{tmp_path}/dsdt", "-d", f"{tmp_path}/dsdt.dat")
-    text = re.sub(
-        r"/\*.*?\*/|//[^\n]*|\s", "", (tmp_path / "dsdt.dsl").read_text(), flags=re.DOTALL
-    )
-    devices = dict(re.findall(r"Device\((\w+)\)(.*?)(?=Device|$)", text))
+@pytest.fixture
+def source(iasl, tmp_path):
+    """Returns a table's source without comments and spaces, as iasl has it."""
+
+    def source(table):
+        (tmp_path / "table.dat").write_bytes(table)
+        iasl("-p", f"{tmp_path}/table", "-d", f"{tmp_path}/table.dat")
+        text = (tmp_path / "table.dsl").read_text()
+        return re.sub(r"/\*.*?\*/|//[^\n]*|\s", "", text, flags=re.DOTALL)
+
+    return source
+
+
+def devices_of(text):
+    return dict(re.findall(r"Device\((\w+)\)(.*?)(?=Device|$)", text))
+
+
+def test_devices(written, source):
+    text = source(written()[b"DSDT"])
+    devices = devices_of(text)
     assert list(devices) == ["COM1", "COM2", "RTC", "PEVT", "VR00", "VR01", "VR02"]
     assert 'EisaId("PNP0501")' in devices["COM2"]
     assert "0x02F8,0x02F8,0x01,0x08" in devices["COM2"]
@@ -139,10 +152,39 @@ def test_devices(written, iasl, tmp_path):
     assert "Name(_S5,Package(0x04){Zero,Zero,Zero,Zero})" in text
 
 
-@pytest.mark.parametrize(("cpus", "virtio"), [(1, 0), (255, 64)])
-def test_iasl_decodes_and_compiles_all(written, iasl, tmp_path, cpus, virtio):
-    found = written(cpus, virtio)
-    for name in (b"XSDT", b"FACP", b"FACS", b"APIC", b"DSDT"):
+def test_pci_bus(written, source):
+    found = written(2, 0, True)
+    devices = devices_of(source(found[b"DSDT"]))
+    assert list(devices)[-2:] == ["PCI0", "MBRD"]
+    bus = devices["PCI0"]
+    assert 'Name(_HID,EisaId("PNP0A08"))' in bus
+    assert 'Name(_CID,EisaId("PNP0A03"))' in bus
+    assert "WordBusNumber(ResourceProducer,MinFixed,MaxFixed,PosDecode,0x0000,0x0000,0x0000" in bus
+    assert "IO(Decode16,0x0CF8,0x0CF8,0x01,0x08,)" in bus
+    assert "0x0000,0xC000,0xFFFF,0x0000,0x4000" in bus
+    assert "0x00000000,0xC0000000,0xDFFFFFFF,0x00000000,0x20000000" in bus
+    assert "0x0000001000000000,0x0000001FFFFFFFFF,0x0000000000000000,0x0000001000000000" in bus
+    routes = re.findall(r"Package\(0x04\)\{(\w+),Zero,Zero,(\w+)\}", bus)
+    assert routes == [("0x0001FFFF", "0x0B"), ("0x0002FFFF", "0x05"), ("0x0005FFFF", "0x0B")]
+    # Linux uses what MCFG tells of only if a device that is no bus has it.
+    assert 'EisaId("PNP0C02")' in devices["MBRD"]
+    assert "Memory32Fixed(ReadWrite,0xE0000000,0x00100000,)" in devices["MBRD"]
+    assert found[b"MCFG"][44:] == struct.pack("<QHBB4x", 0xE0000000, 0, 0, 0)
+    overrides = [entry for entry in madt_entries(found[b"APIC"]) if entry[0] == 2]
+    assert overrides == [struct.pack("<BBBBIH", 2, 10, 0, gsi, gsi, 0xD) for gsi in (5, 9, 11)]
+
+
+def test_mcfg_comes_with_pci_alone(memory, hardware):
+    tables.write(memory, hardware(2, 3, True))
+    with_pci = set(find(memory))
+    tables.write(memory, hardware(2, 3))
+    assert with_pci - set(find(memory)) == {b"MCFG"}
+
+
+@pytest.mark.parametrize(("cpus", "virtio", "pci"), [(1, 0, False), (255, 64, True)])
+def test_iasl_decodes_and_compiles_all(written, iasl, tmp_path, cpus, virtio, pci):
+    found = written(cpus, virtio, pci)
+    for name in (b"XSDT", b"FACP", b"FACS", b"APIC", b"DSDT", *[b"MCFG"] * pci):
         path = tmp_path / name.decode()
         path.with_suffix(".dat").write_bytes(found[name])
         iasl("-p", str(path), "-d", f"{path}.dat")
