@@ -97,9 +97,14 @@ class VirtioPciDriver(VirtioDriver):
     :ivar messages: address and data of each message that was sent
     """
 
+    #: Size of the MSI-X table; 0: as the device has it.
+    vectors = 0
+
     def make_transport(self, device: VirtioDevice, kick_fds: list[int]) -> VirtioPci:
         self.messages: list[tuple[int, int]] = []
-        self.face = VirtioPci(device, self.memory, kick_fds=kick_fds, send=self._send)
+        self.face = VirtioPci(
+            device, self.memory, kick_fds=kick_fds, send=self._send, vectors=self.vectors
+        )
         return self.face
 
     def put_on_bus(self) -> None:

@@ -123,16 +123,18 @@ class Vectors(Interrupts):
         self._msix = msix
 
     def used(self, queue: int) -> None:
-        self._interrupt(self.queues[queue], ISR_QUEUE)
+        if not self._msix.is_enabled:
+            self.isr |= ISR_QUEUE
+        self._interrupt(self.queues[queue])
 
     def config(self) -> None:
-        self._interrupt(self.configuration, ISR_CONFIG)
+        self.isr |= ISR_CONFIG  # also with messages (4.1.4.5.1)
+        self._interrupt(self.configuration)
 
-    def _interrupt(self, vector: int, reason: int) -> None:
-        if not self._msix.is_enabled:
-            self.isr |= reason
-            self._function.set_interrupt(True)
-        elif vector != NO_VECTOR:
+    def _interrupt(self, vector: int) -> None:
+        if self.isr:
+            self._function.set_interrupt(True)  # not seen while there are messages
+        if self._msix.is_enabled and vector != NO_VECTOR:
             self._msix.notify(vector)
 
     def acknowledge(self) -> int:

@@ -11,7 +11,7 @@ from pyvmm.core.eventloop import EventLoop
 from pyvmm.devices.pci import function, msix
 from pyvmm.devices.virtio import pci, transport
 from pyvmm.errors import VmStateError
-from pyvmm.testing.virtio_pci_driver import LOW, REGISTERS, SLOT, VirtioPciDriver
+from pyvmm.testing.virtio_pci_driver import LOW, REGISTERS, SLOT, TABLE, VirtioPciDriver
 
 
 @pytest.fixture
@@ -69,7 +69,86 @@ def test_each_queue_has_its_message(echo):
     echo.write(pci.CONFIG_MSIX_VECTOR, 0, 2)
     echo.device.change_config(lambda: None)
     assert echo.messages[2:] == [(0xFEE00000, 0)]
-    assert echo.read(pci.ISR, 1) == 0
+    assert echo.read(pci.ISR, 1) == pci.ISR_CONFIG  # with messages, too
+    assert echo.pci.levels == []
+
+
+def test_driver_that_goes_back_to_the_line_is_told_by_it(echo):
+    control = echo.capability(msix.CAPABILITY) + 2
+    echo.device.change_config(lambda: None)
+    assert echo.pci.levels == []
+    echo.pci.write(SLOT, control, 2, 0)
+    assert echo.pci.levels == [(7, True)]
+    echo.pci.write(SLOT, control, 2, msix.ENABLE)
+    assert echo.pci.levels[1:] == [(7, False)]
+    assert echo.read(pci.ISR, 1) == pci.ISR_CONFIG
+    echo.pci.write(SLOT, control, 2, 0)
+    assert len(echo.pci.levels) == 2
+
+
+class FewVectors(VirtioPciDriver):
+    vectors = 2
+
+
+def test_queues_may_share_a_vector(loop):
+    driver = FewVectors(Echo(loop))
+    try:
+        driver.enable_msix()
+        driver.start()
+        assert driver.face.msix.count == 2
+        assert driver.read(pci.QUEUE_MSIX_VECTOR, 2) == pci.NO_VECTOR  # the third
+        driver.write(pci.QUEUE_MSIX_VECTOR, 1, 2)
+        for queue in (0, 1):
+            ask(driver, b"x", queue)
+        assert driver.messages == [(0xFEE00000, 1)] * 2
+    finally:
+        driver.close()
+
+
+def test_reset_of_the_device_forgets_vectors_and_keeps_the_table(echo):
+    echo.write(pci.CONFIG_MSIX_VECTOR, 0, 2)
+    echo.set_status(0)
+    for register in (pci.CONFIG_MSIX_VECTOR, pci.QUEUE_MSIX_VECTOR):
+        assert echo.read(register, 2) == pci.NO_VECTOR
+    echo.start()
+    ask(echo, b"x")
+    assert echo.messages == [(0xFEE00000, 1)]
+
+
+def test_reset_of_the_machine_takes_all_away(echo):
+    assert echo.pci.kicks.assigned
+    echo.transport.drain()
+    echo.transport.reset()
+    echo.transport.start()
+    assert echo.pci.kicks.assigned == {}
+    assert echo.read(pci.DEVICE_STATUS, 1) == 0xFF
+    echo.command(function.COMMAND_MEMORY)
+    echo.start()
+    assert ask(echo, b"again") == b"again"
+    assert echo.messages == []  # and MSI-X is off
+    assert echo.pci.levels == [(7, True)]
+
+
+def test_registers_take_their_own_width_alone(echo):
+    assert echo.read(pci.DEVICE_STATUS, 4) == 0
+    assert echo.read(pci.NUM_QUEUES, 1) == 0
+    for size in (2, 4):
+        echo.write(pci.DEVICE_STATUS, 0, size)
+    assert echo.status & transport.S_DRIVER_OK
+    echo.write(pci.QUEUE_SELECT, 0, 2)
+    echo.write(pci.QUEUE_SELECT, 1, 1)
+    assert echo.read(pci.QUEUE_SELECT, 2) == 0
+
+
+def test_registers_over_the_table_are_nowhere_until_it_goes_away(echo):
+    bar = {index: function.BAR0 + 4 * index for index in (pci.MSIX_BAR, pci.REGISTERS_BAR)}
+    echo.pci.write(SLOT, bar[pci.REGISTERS_BAR] + 4, 4, 0)
+    echo.pci.write(SLOT, bar[pci.REGISTERS_BAR], 4, LOW[0])
+    assert echo.bus.read(LOW[0], 4) == 0xFEE00000  # the table's
+    assert echo.pci.kicks.assigned == {}
+    echo.pci.write(SLOT, bar[pci.MSIX_BAR], 4, LOW[0] + pci.SIZE)
+    assert echo.bus.read(LOW[0] + pci.DEVICE_STATUS, 1) == 15
+    assert len(echo.pci.kicks.assigned) == 2
 
 
 def test_vector_that_there_is_not_is_none(echo):
@@ -256,6 +335,43 @@ VALUE = st.one_of(
     st.sampled_from([0, 1, 2, 3, 4, 8, 11, 15, 0x1000, 0x2000, 0x4000, 0x100000]),
     st.integers(0, (1 << 64) - 1),
 )
+
+
+PART = st.sampled_from(["space", "table"])
+
+
+@given(st.lists(st.tuples(PART, st.integers(0, 255), st.sampled_from([1, 2, 4]), VALUE)))
+def test_any_function_works_after_a_reset_of_the_machine(accesses):
+    loop = EventLoop()
+    driver = VirtioPciDriver(Echo(loop), ram_size=1 << 20)
+    try:
+        driver.enable_msix()
+        driver.start()
+        for part, at, size, value in accesses:
+            at -= at % size
+            cut = value & (1 << 8 * size) - 1
+            if part == "space":
+                driver.pci.write(SLOT, at, size, cut)
+                driver.pci.read(SLOT, at, size)
+            else:
+                gpa = TABLE + at + (msix.PENDING if at & 128 else 0)
+                driver.bus.write(gpa, size, cut)
+                driver.bus.read(gpa, size)
+            driver.device.change_config(lambda: None)
+            loop.run_once(0)
+        assert all(address >> 20 == msix.APICS for address, _ in driver.messages)
+        driver.transport.drain()
+        driver.transport.reset()
+        driver.transport.start()
+        driver.command(function.COMMAND_MEMORY)
+        driver.enable_msix()
+        driver.start()
+        driver.messages.clear()
+        assert ask(driver, b"still there") == b"still there"
+        assert driver.messages == [(0xFEE00000, 1)]
+    finally:
+        driver.close()
+        loop.close()
 
 
 @given(st.lists(st.tuples(REGISTER, st.sampled_from([1, 2, 4, 8]), VALUE), max_size=40))

@@ -17,6 +17,7 @@ from pyvmm.devices.virtio.transport import (
 )
 from pyvmm.errors import VmStateError
 from pyvmm.testing.virtio_driver import VirtioDriver
+from pyvmm.testing.virtio_pci_driver import VirtioPciDriver
 from pyvmm.vmstate.fields import Description, StructArray, u8, u16, u32, u64
 
 # Registers of 8 bytes, and of each queue so many more.
@@ -156,6 +157,14 @@ class CardDriver(VirtioDriver):
             os.close(fd)
 
 
+class MessageDriver(VirtioPciDriver):
+    """That of PCI, by messages."""
+
+    def put_on_bus(self):
+        super().put_on_bus()
+        self.enable_msix()
+
+
 class Upper(VirtioDevice):
     """Answers each request on either of two queues in capitals."""
 
@@ -175,9 +184,9 @@ class Upper(VirtioDevice):
         queue.push(chain.head, chain.write(chain.read(4096).upper()))
 
 
-@pytest.fixture(params=[VirtioDriver, CardDriver], ids=["mmio", "card"])
+@pytest.fixture(params=[VirtioDriver, MessageDriver, CardDriver], ids=["mmio", "pci", "card"])
 def driver(loop, request):
-    """A driver that has not begun, over either face."""
+    """A driver that has not begun, over any face."""
     driver = request.param(Upper(loop))
     yield driver
     driver.close()
