@@ -140,6 +140,15 @@ def pyvmm_send(
     longest: int,
     most: int,
 ) -> int: ...
+def pyvmm_pour(
+    ring: _Pointer,
+    last_avail: int,
+    used_idx: int,
+    fd: int,
+    budget: int,
+    least: int,
+    poured: _Pointer,
+) -> None: ...
 def pyvmm_serve(
     ring: _Pointer,
     last_avail: int,

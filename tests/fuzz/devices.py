@@ -90,6 +90,7 @@ def rings(data):
         )
         fastpath.spread(it.queue, buffer[: 12 + given.below(3000)], mergeable=mergeable)
         fastpath.send(it.queue, null, 12, 1 << 16, SIZE)
+        fastpath.pour(it.queue, null, given.below(64), budget=1 << 20, least=1)
         fastpath.serve(
             it.queue, image, 0, writable=True, block=512, longest=1 << 20, capacity=IMAGE, most=SIZE
         )

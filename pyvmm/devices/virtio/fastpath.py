@@ -1,4 +1,4 @@
-"""Frames and blocks between a queue and the host, moved by native code.
+"""Frames, bytes and blocks between a queue and the host, moved by native code.
 
 What drivers do all the time takes Python longer than the host (_native/virtq.c). These functions
 do as many chains of a :class:`Queue` as they can and stop in front of the first that is not for
@@ -79,6 +79,24 @@ def send(queue: Queue, fd: int, shortest: int, longest: int, most: int) -> int:
     count = lib.pyvmm_send(*_place(queue), fd, shortest, longest, most)
     queue.advance(count)
     return count
+
+
+def pour(queue: Queue, fd: int, sent: int, *, budget: int, least: int) -> tuple[int, int, bool]:
+    """Write the bytes of the next chains to a stream, many with one call, and give those back to
+    the driver that were written to their end.
+
+    :param fd: does not block
+    :param sent: bytes of the next chain that were written before
+    :param budget: bytes that are written at once, about; a chain counts ``least`` at least
+    :returns: what was spent of the budget, ``sent`` from now on, and whether the descriptor takes
+        no more until it is writable
+    """
+    if not queue.ready:
+        return 0, sent, False
+    poured = ffi.new("struct pyvmm_poured *", {"sent": sent})
+    lib.pyvmm_pour(*_place(queue), fd, budget, least, poured)
+    queue.advance(poured.chains)
+    return poured.spent, poured.sent, bool(poured.is_full)
 
 
 def serve(
