@@ -127,6 +127,7 @@ def pyvmm_receive(
     size: int,
     shortest: int,
     mergeable: int,
+    plain: int,
     budget: int,
     least: int,
     received: _Pointer,

@@ -119,15 +119,17 @@ int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t us
 /* Read frames, headers first, from a descriptor that gives one each time, spread them and
  * return their chains. Shorter ones than that are dropped. It ends when there is no frame, when
  * one cannot be spread, which is then left in the buffer, or when the budget is spent: of each
- * frame its bytes, but no less than least.
+ * frame its bytes, but no less than least. With plain so is one left whose header asks for what
+ * not every driver can do.
  *
  * The used index is stored for each frame, after its buffers and elements. Whether the driver
  * wants an interrupt is the caller's to read, behind a barrier. */
 void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 			  int fd, uint8_t *buffer, uint32_t size, uint32_t shortest,
-			  int mergeable, uint32_t budget, uint32_t least,
+			  int mergeable, int plain, uint32_t budget, uint32_t least,
 			  struct pyvmm_received *received)
 {
+	const struct virtio_net_hdr *header = (const struct virtio_net_hdr *)buffer;
 	volatile uint16_t *used = (volatile uint16_t *)ring->used;
 
 	*received = (struct pyvmm_received){ 0 };
@@ -136,8 +138,10 @@ void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t 
 		if (length < 0)
 			break;
 		if (length >= shortest) {
-			int count = pyvmm_spread(ring, last_avail, used_idx, buffer,
-						 (uint32_t)length, mergeable);
+			int count = 0;
+			if (!plain || !(header->flags || header->gso_type))
+				count = pyvmm_spread(ring, last_avail, used_idx, buffer,
+						     (uint32_t)length, mergeable);
 			if (count <= 0 || !GUARDED(used[1] = used_idx + count)) {
 				received->held = (uint32_t)length;
 				break;

@@ -41,7 +41,7 @@ struct pyvmm_disk {
 int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 		 const uint8_t *frame, uint32_t length, int mergeable);
 void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
-		   uint8_t *buffer, uint32_t size, uint32_t shortest, int mergeable,
+		   uint8_t *buffer, uint32_t size, uint32_t shortest, int mergeable, int plain,
 		   uint32_t budget, uint32_t least, struct pyvmm_received *received);
 int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
 	       uint32_t shortest, uint32_t longest, int most);

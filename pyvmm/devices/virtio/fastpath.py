@@ -45,6 +45,7 @@ def receive(
     shortest: int,
     *,
     mergeable: bool,
+    plain: bool,
     budget: int,
     least: int,
 ) -> tuple[int, int]:
@@ -53,6 +54,8 @@ def receive(
 
     :param buffer: as long as the longest frame
     :param shortest: bytes; shorter frames are dropped
+    :param plain: whether a frame whose header has a flag or is of a segmented frame cannot be
+        spread
     :param budget: bytes that are moved at once, about; a frame counts ``least`` at least
     :returns: what was spent of the budget, and the length of a frame that is in the buffer
         and has to be put into chains by other means; 0 if there is none
@@ -61,7 +64,8 @@ def receive(
         return 0, 0
     received = ffi.new("struct pyvmm_received *")
     target = ffi.from_buffer(buffer), len(buffer)
-    lib.pyvmm_receive(*_place(queue), fd, *target, shortest, mergeable, budget, least, received)
+    how = mergeable, plain, budget, least
+    lib.pyvmm_receive(*_place(queue), fd, *target, shortest, *how, received)
     queue.advance(received.chains)
     return received.spent, received.held
 
