@@ -127,6 +127,7 @@ def pyvmm_receive(
     size: int,
     shortest: int,
     mergeable: int,
+    plain: int,
     budget: int,
     least: int,
     received: _Pointer,
@@ -140,6 +141,15 @@ def pyvmm_send(
     longest: int,
     most: int,
 ) -> int: ...
+def pyvmm_pour(
+    ring: _Pointer,
+    last_avail: int,
+    used_idx: int,
+    fd: int,
+    budget: int,
+    least: int,
+    poured: _Pointer,
+) -> None: ...
 def pyvmm_serve(
     ring: _Pointer,
     last_avail: int,

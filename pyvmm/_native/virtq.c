@@ -119,15 +119,17 @@ int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t us
 /* Read frames, headers first, from a descriptor that gives one each time, spread them and
  * return their chains. Shorter ones than that are dropped. It ends when there is no frame, when
  * one cannot be spread, which is then left in the buffer, or when the budget is spent: of each
- * frame its bytes, but no less than least.
+ * frame its bytes, but no less than least. With plain so is one left whose header asks for what
+ * not every driver can do.
  *
  * The used index is stored for each frame, after its buffers and elements. Whether the driver
  * wants an interrupt is the caller's to read, behind a barrier. */
 void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 			  int fd, uint8_t *buffer, uint32_t size, uint32_t shortest,
-			  int mergeable, uint32_t budget, uint32_t least,
+			  int mergeable, int plain, uint32_t budget, uint32_t least,
 			  struct pyvmm_received *received)
 {
+	const struct virtio_net_hdr *header = (const struct virtio_net_hdr *)buffer;
 	volatile uint16_t *used = (volatile uint16_t *)ring->used;
 
 	*received = (struct pyvmm_received){ 0 };
@@ -136,8 +138,10 @@ void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t 
 		if (length < 0)
 			break;
 		if (length >= shortest) {
-			int count = pyvmm_spread(ring, last_avail, used_idx, buffer,
-						 (uint32_t)length, mergeable);
+			int count = 0;
+			if (!plain || !(header->flags || header->gso_type))
+				count = pyvmm_spread(ring, last_avail, used_idx, buffer,
+						     (uint32_t)length, mergeable);
 			if (count <= 0 || !GUARDED(used[1] = used_idx + count)) {
 				received->held = (uint32_t)length;
 				break;
@@ -260,6 +264,112 @@ int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used
 			break;
 	}
 	return done;
+}
+
+/* Bytes and chains that one call writes: the driver has them back while the next are written. */
+enum { POUR_BYTES = 64 << 10, POUR_CHAINS = 64 };
+
+struct batch {
+	struct iovec parts[2 * MAX_BUFFERS];
+	uint32_t sizes[POUR_CHAINS]; /* of each chain, all of it */
+	int part_count, chain_count;
+	uint32_t bytes; /* in parts */
+};
+
+/* Add what lies behind the first skip bytes of a chain, as far as there is room in a batch. */
+static void add_parts(struct batch *batch, const struct chain *chain, uint64_t skip)
+{
+	for (int i = 0; i < chain->count && batch->bytes < POUR_BYTES; i++) {
+		struct iovec part = chain->buffers[i];
+
+		if (skip >= part.iov_len) {
+			skip -= part.iov_len;
+			continue;
+		}
+		part.iov_base = (uint8_t *)part.iov_base + skip;
+		part.iov_len -= skip;
+		skip = 0;
+		if (part.iov_len > POUR_BYTES - batch->bytes)
+			part.iov_len = POUR_BYTES - batch->bytes;
+		batch->bytes += part.iov_len;
+		batch->parts[batch->part_count++] = part;
+	}
+}
+
+/* Collect the next chains for one call, the first from its byte sent on. Their elements go into
+ * the used ring at once, where the driver does not look before the index is beyond them, and so
+ * does the index, unchanged: should the host have no memory there, nothing was written yet. */
+static void collect(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
+		    uint64_t sent, struct batch *batch)
+{
+	struct chain chain;
+	uint16_t head;
+
+	batch->part_count = batch->chain_count = 0;
+	batch->bytes = 0;
+	((volatile uint16_t *)ring->used)[1] = used_idx;
+	while (batch->bytes < POUR_BYTES && batch->chain_count < POUR_CHAINS &&
+	       batch->chain_count < (int)ring->size && batch->part_count < MAX_BUFFERS &&
+	       take(ring, last_avail + batch->chain_count, &head, &chain)) {
+		/* A chain that was begun may be another by now, and shorter. */
+		if (chain.writable_size || chain.readable_size > UINT32_MAX ||
+		    sent >= chain.readable_size)
+			break;
+		put_used(ring, used_idx + batch->chain_count, head, 0);
+		batch->sizes[batch->chain_count++] = (uint32_t)chain.readable_size;
+		add_parts(batch, &chain, sent);
+		sent = 0;
+	}
+}
+
+/* Do one call of pyvmm_pour: whether another may follow. */
+static int pour_next(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
+		     uint32_t least, struct pyvmm_poured *poured)
+{
+	struct batch batch;
+	uint16_t index = used_idx + poured->chains;
+	int done = 0;
+
+	collect(ring, last_avail + poured->chains, index, poured->sent, &batch);
+	if (!batch.chain_count)
+		return 0;
+	ssize_t written = writev(fd, batch.parts, batch.part_count);
+	if (written < 0) {
+		poured->is_full = errno == EAGAIN;
+		return 0;
+	}
+	poured->is_full = (uint32_t)written < batch.bytes;
+	poured->spent += written > (ssize_t)(least * batch.chain_count) ?
+				 (uint32_t)written : least * batch.chain_count;
+	poured->sent += written;
+	while (done < batch.chain_count && poured->sent >= batch.sizes[done])
+		poured->sent -= batch.sizes[done++];
+	poured->chains += done;
+	((volatile uint16_t *)ring->used)[1] = index + done;
+	return !poured->is_full;
+}
+
+/* Write the bytes that wait in a queue to a stream, many chains with one call, and return those
+ * that were written to their end. It stops in front of a chain that is not for here, when the
+ * descriptor takes no more or has an error, or when the budget is spent: of each chain that is
+ * written its bytes, but no less than least.
+ *
+ * The used index is stored after each call. What remains for the caller is as with pyvmm_send. */
+void pyvmm_pour(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
+		uint32_t budget, uint32_t least, struct pyvmm_poured *poured)
+{
+	volatile int more = 1;
+
+	poured->spent = poured->chains = 0;
+	poured->is_full = 0;
+	/* No more may be under way than there are elements in the used ring. */
+	if (last_avail != used_idx)
+		return;
+	while (poured->spent < budget) {
+		if (!GUARDED(more = pour_next(ring, last_avail, used_idx, fd, least, poured)) ||
+		    !more)
+			break;
+	}
 }
 
 enum { SECTOR = 512, BLK_HEADER = sizeof(struct virtio_blk_outhdr) };

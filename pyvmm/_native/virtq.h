@@ -24,6 +24,12 @@ struct pyvmm_received {
 	uint32_t held;          /* bytes of the frame in the buffer; 0 for none */
 };
 
+struct pyvmm_poured {
+	uint64_t sent;   /* bytes of the next chain that were written: before the call, and after */
+	uint32_t spent, chains; /* of the budget; returned */
+	int is_full;     /* whether the descriptor takes no more for now */
+};
+
 struct pyvmm_disk {
 	int fd;
 	int read_flags; /* of preadv2, with which it does not wait; negative: none are read here */
@@ -35,9 +41,11 @@ struct pyvmm_disk {
 int pyvmm_spread(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 		 const uint8_t *frame, uint32_t length, int mergeable);
 void pyvmm_receive(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
-		   uint8_t *buffer, uint32_t size, uint32_t shortest, int mergeable,
+		   uint8_t *buffer, uint32_t size, uint32_t shortest, int mergeable, int plain,
 		   uint32_t budget, uint32_t least, struct pyvmm_received *received);
 int pyvmm_send(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
 	       uint32_t shortest, uint32_t longest, int most);
+void pyvmm_pour(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx, int fd,
+		uint32_t budget, uint32_t least, struct pyvmm_poured *poured);
 int pyvmm_serve(const struct pyvmm_ring *ring, uint16_t last_avail, uint16_t used_idx,
 		const struct pyvmm_disk *disk, int most);

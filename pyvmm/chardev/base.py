@@ -14,6 +14,8 @@ from pyvmm.cpr.handover import CHARDEV, Passenger
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.chardev.rights import Rights
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.handover import Handover
@@ -114,6 +116,17 @@ class Chardev(Passenger):
         Any thread.
         """
         raise NotImplementedError
+
+    def pour(self, move: Callable[[int], tuple[int, bool]]) -> tuple[int, bool]:
+        """Have output moved without :meth:`write`, if there is a stream that needs nothing else.
+
+        :param move: called at once, or not at all, with a descriptor that does not block, which
+            nobody else writes to meanwhile; returns how much it moved, and whether the descriptor
+            takes no more. What it leaves for another reason is for :meth:`write`.
+        :returns: the same, ``(0, False)`` if it was not called. After True the front end's
+            ``handle_writable`` is called once. Any thread
+        """
+        return 0, False
 
     def drop(self, count: int, why: str) -> None:
         """Count bytes that are lost, and tell the operator of the first. Any thread."""

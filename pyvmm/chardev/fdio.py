@@ -23,6 +23,8 @@ from pyvmm.errors import VmStateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.chardev.base import Frontend
     from pyvmm.core.eventloop import EventLoop
     from pyvmm.cpr.handover import Handover
@@ -81,10 +83,18 @@ class FdChardev(Chardev):
                 if not self._resting:
                     self._resting = True
                     self.loop.call_soon(self._rest)
-            if taken < len(data) and not self._output_full:
-                self._output_full = True
-                self.loop.call_soon(self._refresh)
+            if taken < len(data):
+                self._set_full()
             return taken
+
+    def pour(self, move: Callable[[int], tuple[int, bool]]) -> tuple[int, bool]:
+        with self.lock:
+            if not self._can_pour():
+                return 0, False
+            moved, is_full = move(self._out)
+            if is_full:
+                self._set_full()
+            return moved, is_full
 
     def accept_input(self) -> None:
         # Costs nothing while input is polled for anyway, which is nearly always.
@@ -107,6 +117,11 @@ class FdChardev(Chardev):
 
     def _write_fd(self, fd: int, data: bytes) -> int:
         return os.write(fd, data)
+
+    def _can_pour(self) -> bool:
+        """Return whether :meth:`write` would do no more than write to the stream. With the lock
+        held."""
+        return self._out >= 0 and not self._hung_up
 
     def _end_input(self) -> None:
         """No more input will come: by default, the peer is gone, or will be when it has what
@@ -204,6 +219,12 @@ class FdChardev(Chardev):
         self._refresh()
         if self._input_ended and not self._output_full:
             self._disconnect()
+
+    def _set_full(self) -> None:
+        # With the lock held.
+        if not self._output_full:
+            self._output_full = True
+            self.loop.call_soon(self._refresh)
 
     def _rest(self) -> None:
         self.loop.call_later(_SHORT_S, self._end_rest)

@@ -154,6 +154,9 @@ class StdioChardev(FdChardev):
             return os.write(fd, data)
         return _on_socket(fd, lambda sock, flags: sock.send(data, flags))
 
+    def _can_pour(self) -> bool:
+        return super()._can_pour() and self._out not in self._sockets  # they may block
+
     def _end_input(self) -> None:
         if self.is_terminal and terminal.is_hung_up(self._out):
             self._disconnect()

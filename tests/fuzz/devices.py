@@ -85,11 +85,11 @@ def rings(data):
         buffer = memoryview(bytearray(b"y" * 4096))
         mergeable = bool(given.below(2))
         theirs.send(b"x" * given.below(3000))
-        fastpath.receive(
-            it.queue, ours.fileno(), buffer, 12, mergeable=mergeable, budget=8192, least=100
-        )
+        how = {"mergeable": mergeable, "plain": bool(given.below(2)), "budget": 8192, "least": 100}
+        fastpath.receive(it.queue, ours.fileno(), buffer, 12, **how)
         fastpath.spread(it.queue, buffer[: 12 + given.below(3000)], mergeable=mergeable)
         fastpath.send(it.queue, null, 12, 1 << 16, SIZE)
+        fastpath.pour(it.queue, null, given.below(64), budget=1 << 20, least=1)
         fastpath.serve(
             it.queue, image, 0, writable=True, block=512, longest=1 << 20, capacity=IMAGE, most=SIZE
         )

@@ -5,6 +5,10 @@ A device with one console and nothing else does not offer MULTIPORT: its size is
 the configuration space. With MULTIPORT it is told by a control message whose two fields Linux
 before 6.17 reads in the wrong order. Left out: adding and removing ports while the guest runs.
 
+Output goes natively to a chardev that is a stream and nothing more. Chardevs of other kinds (a mux,
+a ring buffer) and chains as drivers seldom make them are for Python, which goes on where native
+code has stopped.
+
 Output that the chardev does not take stays in the guest's buffers: the chain is put back and
 taken again when the chardev can, ``sent`` bytes further on. Input is asked for only as far as
 the guest has given buffers; if it took them away meanwhile, what had come waits in ``unread``.
@@ -20,7 +24,9 @@ from __future__ import annotations
 import struct
 
 from pyvmm.chardev.base import CLOSED, OPENED, RESIZED, Frontend
+from pyvmm.devices.virtio import fastpath
 from pyvmm.devices.virtio.device import VirtioDevice
+from pyvmm.devices.virtio.queue import QueueError
 from pyvmm.errors import RamError
 from pyvmm.vmstate.fields import Buffer, Description, Record, StructArray, boolean, u8, u16, u32
 
@@ -192,6 +198,11 @@ class Port(Frontend):
         queue.disable_notifications()
         left = TURN
         while left > 0:
+            if self.chardev is not None:
+                moved, is_full = self.chardev.pour(self._pour)
+                if is_full:
+                    break  # handle_writable comes
+                left -= moved
             heads, sizes, data = self._gather(queue)
             if not heads:
                 if not queue.enable_notifications():
@@ -213,6 +224,11 @@ class Port(Frontend):
         else:
             self.device.kick(index)
         self.device.notify_used(index)
+
+    def _pour(self, fd: int) -> tuple[int, bool]:
+        queue = self.device.queues[self.input_index + 1]
+        spent, self.sent, is_full = fastpath.pour(queue, fd, self.sent, budget=TURN, least=CHAIN)
+        return spent, is_full
 
     def _gather(self, queue: Queue) -> tuple[list[int], list[int], bytes]:
         """Take chains for one write: a call for each of them would cost more than all else. Return
@@ -237,6 +253,9 @@ class Port(Frontend):
         except RamError:
             queue.unpop(taken)
             raise
+        except QueueError:
+            if not heads:
+                raise  # those in front of it come first
         return heads, sizes, b"".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Frames and blocks between a queue and the host, moved by native code.
+"""Frames, bytes and blocks between a queue and the host, moved by native code.
 
 What drivers do all the time takes Python longer than the host (_native/virtq.c). These functions
 do as many chains of a :class:`Queue` as they can and stop in front of the first that is not for
@@ -45,6 +45,7 @@ def receive(
     shortest: int,
     *,
     mergeable: bool,
+    plain: bool,
     budget: int,
     least: int,
 ) -> tuple[int, int]:
@@ -53,6 +54,8 @@ def receive(
 
     :param buffer: as long as the longest frame
     :param shortest: bytes; shorter frames are dropped
+    :param plain: whether a frame whose header has a flag or is of a segmented frame cannot be
+        spread
     :param budget: bytes that are moved at once, about; a frame counts ``least`` at least
     :returns: what was spent of the budget, and the length of a frame that is in the buffer
         and has to be put into chains by other means; 0 if there is none
@@ -61,7 +64,8 @@ def receive(
         return 0, 0
     received = ffi.new("struct pyvmm_received *")
     target = ffi.from_buffer(buffer), len(buffer)
-    lib.pyvmm_receive(*_place(queue), fd, *target, shortest, mergeable, budget, least, received)
+    how = mergeable, plain, budget, least
+    lib.pyvmm_receive(*_place(queue), fd, *target, shortest, *how, received)
     queue.advance(received.chains)
     return received.spent, received.held
 
@@ -79,6 +83,24 @@ def send(queue: Queue, fd: int, shortest: int, longest: int, most: int) -> int:
     count = lib.pyvmm_send(*_place(queue), fd, shortest, longest, most)
     queue.advance(count)
     return count
+
+
+def pour(queue: Queue, fd: int, sent: int, *, budget: int, least: int) -> tuple[int, int, bool]:
+    """Write the bytes of the next chains to a stream, many with one call, and give those back to
+    the driver that were written to their end.
+
+    :param fd: does not block
+    :param sent: bytes of the next chain that were written before
+    :param budget: bytes that are written at once, about; a chain counts ``least`` at least
+    :returns: what was spent of the budget, ``sent`` from now on, and whether the descriptor takes
+        no more until it is writable
+    """
+    if not queue.ready:
+        return 0, sent, False
+    poured = ffi.new("struct pyvmm_poured *", {"sent": sent})
+    lib.pyvmm_pour(*_place(queue), fd, budget, least, poured)
+    queue.advance(poured.chains)
+    return poured.spent, poured.sent, bool(poured.is_full)
 
 
 def serve(

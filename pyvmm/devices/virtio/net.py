@@ -202,8 +202,7 @@ class VirtioNet(VirtioDevice, NetFrontend):
         queue.disable_notifications()
         budget = _BYTES
         while budget > 0:
-            # Natively what needs no look: a driver that took all that is offered takes any frame.
-            if not self._parked and not self.features & ~self.driver_features & GUEST_OFFLOADS:
+            if not self._parked:
                 budget -= backend.pull(self._pull)
             frame = backend.peek()
             if frame is None:
@@ -240,6 +239,8 @@ class VirtioNet(VirtioDevice, NetFrontend):
             buffer,
             HEADER + MIN_FRAME,
             mergeable=bool(self.driver_features & F_MRG_RXBUF),
+            # A driver that took all that is offered takes any frame, and any driver a plain one.
+            plain=bool(self.features & ~self.driver_features & GUEST_OFFLOADS),
             budget=_BYTES,
             least=_BYTES // _FRAMES,
         )

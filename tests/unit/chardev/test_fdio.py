@@ -87,6 +87,24 @@ def test_memory_that_is_short_is_waited_for(image, chardev, frontend, number):
     assert chardev.calls == 4
 
 
+def test_stream_is_given_to_others_until_it_is_full(image, chardev, frontend):
+    def move(fd):
+        return os.write(fd, b"natively"), False
+
+    assert chardev.pour(move) == (8, False)
+    assert chardev.peer.recv(100) == b"natively"
+    assert chardev.pour(lambda fd: (3, True)) == (3, True)
+    image.until(lambda: frontend.writable == 1)
+    image.settle()
+    assert frontend.writable == 1
+
+
+def test_stream_without_a_peer_is_given_to_nobody(image, chardev, frontend):
+    chardev.peer.close()
+    image.until(lambda: CLOSED in frontend.events)
+    assert chardev.pour(lambda fd: (1, True)) == (0, False)
+
+
 def test_input_waits_for_memory(image, chardev, frontend):
     chardev.read_errors = [errno.ENOMEM, errno.ENOBUFS]
     chardev.peer.sendall(b"input")

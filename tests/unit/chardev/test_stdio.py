@@ -348,6 +348,7 @@ def test_sockets_stay_blocking_for_others(image, recorder):
         chardev.attach(frontend)
         theirs.sendall(b"in")
         image.until(lambda: frontend.data == b"in")
+        assert chardev.pour(lambda fd: (1, True)) == (0, False)  # it would block there
         while chardev.write(b"x" * 65536) == 65536:
             pass
         assert os.get_blocking(ours.fileno())

@@ -256,11 +256,10 @@ def test_any_ring_is_survived(descriptors, available, size):
         it.close()
 
 
-def receive(it, fd, budget=1 << 20, mergeable=True):
+def receive(it, fd, budget=1 << 20, plain=False):
     buffer = memoryview(bytearray(4096))
-    spent, held = fastpath.receive(
-        it.queue, fd.fileno(), buffer, 20, mergeable=mergeable, budget=budget, least=100
-    )
+    how = {"mergeable": True, "plain": plain, "budget": budget, "least": 100}
+    spent, held = fastpath.receive(it.queue, fd.fileno(), buffer, 20, **how)
     return spent, bytes(buffer[:held])
 
 
@@ -291,6 +290,22 @@ def test_frame_that_cannot_be_spread_is_kept(it, packets, flags):
     assert receive(it, ours) == (100, frame(150))
     assert it.used() == (1, 0, 60)
     assert it.queue.waiting == 1
+
+
+@pytest.mark.parametrize("header", [b"\1\0", b"\2\0", b"\0\1", b"\0\x80", b"\1\4"])
+def test_frame_that_is_not_plain_is_kept_if_it_matters(it, packets, header):
+    ours, theirs = packets
+    odd = header + frame(60)[2:]
+    for slot in range(SIZE):
+        it.desc(slot, BUFFER + 0x1000 * slot, 100, DESC_F_WRITE)
+    it.offer(*range(SIZE))
+    for _ in range(2):
+        theirs.send(frame(50))
+        theirs.send(odd)
+    assert receive(it, ours, plain=True) == (100, odd)
+    assert it.used() == (1, 0, 50)
+    assert receive(it, ours, plain=False) == (200, b"")
+    assert it.memory.read(BUFFER + 0x2000, 60) == header + odd[2:10] + b"\1\0" + odd[12:]
 
 
 def test_budget_ends_it(it, packets):

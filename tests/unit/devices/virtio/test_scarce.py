@@ -7,6 +7,7 @@ import pytest
 from harness.scarce import Scarce
 from harness.virtio_disk import pattern
 from harness.virtio_network import frame, framed
+from harness.virtio_stream import Stream, arrived
 
 from pyvmm.devices.virtio import blk, mmio, transport
 from pyvmm.devices.virtio.console import Port, VirtioConsole
@@ -243,6 +244,30 @@ def test_console_output(plug, loop, where):
     queue.kick()
     starve(scarce, driver.run, lambda: len(queue.reap()) == 3)
     assert chardev.take_output() == b"one two three"
+
+
+def test_console_output_to_a_stream(plug, loop, where):
+    chardev = Stream(loop)
+    try:
+        device = VirtioConsole(loop, [Port(0, chardev, is_console=True)])
+        driver, scarce = plug_scarce(plug, device, where)
+        queue = driver.queues[1]
+        parts = [bytes([n]) * 1500 for n in range(20)]
+        for part in parts:
+            queue.add([part])
+        queue.kick()
+        found = []
+
+        def run():
+            for _ in range(20):
+                driver.run()
+                loop.run_once(0)
+                found.append(arrived(chardev.peer))
+
+        starve(scarce, run, lambda: len(queue.reap()) == 20)
+        assert b"".join(found) == b"".join(parts)
+    finally:
+        chardev.close()
 
 
 def test_console_input(plug, loop, where):
