@@ -11,15 +11,19 @@ class Hardware:
     """What the tables tell of.
 
     :param cpus: number of processors, whose APIC ids are 0 to *cpus* - 1
-    :param pm1_base: first port of the PM1 event block; the control block is 4 ports higher
+    :param pm1_base: first port of the PM1 event block; the control block is 4 ports higher, and
+        the timer 8
     :param sci: GSI of the power management interrupt
     :param s5: SLP_TYP of soft off
     :param serials: ``(first port, number of ports, interrupt)`` of each serial port
     :param virtio_mmio: ``(address, size, GSI)`` of each virtio-mmio device, edge-triggered
     :param pvpanic: its port, if there is one
+    :param has_fw_cfg: whether there is QEMU's fw_cfg
     """
 
-    __slots__ = ("cpus", "pm1_base", "pvpanic", "s5", "sci", "serials", "virtio_mmio")
+    __slots__ = (
+        *("cpus", "has_fw_cfg", "pm1_base", "pvpanic", "s5", "sci", "serials", "virtio_mmio"),
+    )
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class Hardware:
         serials: Sequence[tuple[int, int, int]] = (),
         virtio_mmio: Sequence[tuple[int, int, int]] = (),
         pvpanic: int | None = None,
+        has_fw_cfg: bool = False,
     ) -> None:
         self.cpus = cpus
         self.pm1_base = pm1_base
@@ -39,3 +44,4 @@ class Hardware:
         self.serials = serials
         self.virtio_mmio = virtio_mmio
         self.pvpanic = pvpanic
+        self.has_fw_cfg = has_fw_cfg

@@ -23,6 +23,7 @@ def hardware():
             serials=[(0x3F8, 8, 4), (0x2F8, 8, 3)],
             virtio_mmio=[(0xFEB00000 + 0x200 * i, 0x200, 5 + i % 19) for i in range(virtio)],
             pvpanic=0x505,
+            has_fw_cfg=True,
         )
 
     return make
