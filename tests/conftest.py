@@ -71,6 +71,14 @@ def any_vm(vm, request):
     return functools.partial(vm, life=request.param)
 
 
+@pytest.fixture
+def bus(request, monkeypatch):
+    """Where the virtio devices of the test's machines are, which say virtio-mmio: ``mmio`` or
+    ``pci``. A test asks for both by ``@lives.BUSES``."""
+    monkeypatch.setattr(Vm, "on_pci", request.param == "pci")
+    return request.param
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield

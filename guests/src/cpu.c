@@ -4,6 +4,7 @@
 
 struct percpu percpu[MAX_CPUS];
 volatile u64 pit_ticks, virtio_events[8];
+volatile u8 *volatile virtio_isr[8];
 static u16 irq_mask = 0xffff;
 static bool use_ioapic;
 
@@ -76,8 +77,11 @@ void trap(struct frame *f)
     if (f->vector >= VEC_TIMER) {
         if (f->vector == VEC_PING)
             me->pings++;
-        if (f->vector >= VEC_VIRTIO)
+        if (f->vector >= VEC_VIRTIO) {
             virtio_events[f->vector - VEC_VIRTIO]++;  /* the driver asks the device, in ring 3 */
+            if (virtio_isr[f->vector - VEC_VIRTIO])
+                (void)*virtio_isr[f->vector - VEC_VIRTIO];
+        }
         if (f->vector == VEC_TIMER) {
             me->ticks++;
             if (me->deadline)
@@ -153,6 +157,7 @@ void irq_enable(u32 irq)
 }
 
 void virtio_irq_enable(u32 slot) { ioapic_route(16 + slot, VEC_VIRTIO + slot); }
+void level_irq_enable(u32 pin, u32 vector) { ioapic_route(pin, vector | 1u << 15); }
 
 void irq_disable(u32 irq)
 {

@@ -15,7 +15,7 @@
 #define VEC_TIMER 48             /* LAPIC timer */
 #define VEC_IPI 49               /* wakes a halted CPU for a job */
 #define VEC_PING 50
-#define VEC_VIRTIO 51            /* IOAPIC pins 16..23, edge triggered */
+#define VEC_VIRTIO 51            /* IOAPIC pins 16..23, edge triggered; of devices on PCI likewise */
 #define VEC_LAST 58              /* the last with a stub of its own */
 #define VEC_SPURIOUS 0xff
 
@@ -35,6 +35,10 @@ static inline u32 inl(u16 port) { u32 v; asm volatile("inl %1, %0" : "=a"(v) : "
 static inline u64 rdtsc(void) { u32 a, d; asm volatile("lfence; rdtsc" : "=a"(a), "=d"(d)); return (u64)d << 32 | a; }
 static inline void cpu_relax(void) { asm volatile("pause" ::: "memory"); }
 static inline u32 mmio_read(u64 a) { u32 v; asm volatile("movl (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
+static inline u32 mmio_read16(u64 a) { u16 v; asm volatile("movw (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
+static inline u32 mmio_read8(u64 a) { u8 v; asm volatile("movb (%1), %0" : "=a"(v) : "r"(a) : "memory"); return v; }
+static inline void mmio_write16(u64 a, u16 v) { asm volatile("movw %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
+static inline void mmio_write8(u64 a, u8 v) { asm volatile("movb %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
 static inline void mmio_write(u64 a, u32 v) { asm volatile("movl %0, (%1)" ::"a"(v), "r"(a) : "memory"); }
 
 /* start.S: run fn(a, b) in ring 0 with interrupts off; callable from ring 3 only. */
@@ -55,7 +59,8 @@ struct percpu {
     u64 apic_id;
 } __attribute__((aligned(64)));
 extern struct percpu percpu[MAX_CPUS];
-extern volatile u64 pit_ticks, virtio_events[8];  /* the latter by IOAPIC pin - 16 */
+extern volatile u64 pit_ticks, virtio_events[8];  /* the latter by vector - VEC_VIRTIO */
+extern volatile u8 *volatile virtio_isr[8];       /* a register whose read ends the interrupt, or 0 */
 /* By the stack in use: kernel_stacks follow user_stacks, so one formula serves both rings. */
 static inline u32 this_cpu(void)
 {
@@ -71,6 +76,7 @@ u64 rdtsc0(void);                                 /* TSC as ring 0 sees it */
 void cpuid(u32 leaf, u32 sub, u32 out[4]);
 void irq_enable(u32 irq), irq_disable(u32 irq);
 void virtio_irq_enable(u32 slot);                 /* to CPU 0 */
+void level_irq_enable(u32 pin, u32 vector);       /* likewise, level triggered, by the IOAPIC */
 void lapic_init(void);
 void lapic_timer(u32 mode_vector, u32 count);
 void send_ipi(u32 cpu, u32 vector);

@@ -5,6 +5,58 @@
 #define READ(x) (*(volatile __typeof__(x) *)&(x))
 #define WRITE(x, v) (*(volatile __typeof__(x) *)&(x) = (v))
 
+static u32 status(struct vdev *d) { return mmio_read(d->base + V_STATUS); }
+static void set_status(struct vdev *d, u32 value) { mmio_write(d->base + V_STATUS, value); }
+static void notify(struct vq *q) { mmio_write(q->dev->base + V_NOTIFY, q->index); }
+static u32 config(struct vdev *d, u32 offset) { return mmio_read(d->base + V_CONFIG + offset); }
+static void irq_enable_mmio(struct vdev *d) { virtio_irq_enable(d->slot); }
+
+static u32 features(struct vdev *d, u32 word)
+{
+    mmio_write(d->base + V_FEATURES_SEL, word);
+    return mmio_read(d->base + V_FEATURES);
+}
+
+static void accept(struct vdev *d, u32 word, u32 bits)
+{
+    mmio_write(d->base + V_ACCEPT_SEL, word);
+    mmio_write(d->base + V_ACCEPT, bits);
+}
+
+static void ack(struct vdev *d)
+{
+    u32 isr = mmio_read(d->base + V_ISR);
+    if (isr)
+        mmio_write(d->base + V_ACK, isr);
+}
+
+static u32 queue_max(struct vdev *d, u32 index)
+{
+    mmio_write(d->base + V_QUEUE_SEL, index);
+    return mmio_read(d->base + V_SIZE_MAX);
+}
+
+static void write64(u64 at, const void *p)
+{
+    mmio_write(at, (u32)(u64)p);
+    mmio_write(at + 4, (u32)((u64)p >> 32));
+}
+
+static bool queue_set(struct vq *q)
+{
+    u64 base = q->dev->base;
+    mmio_write(base + V_QUEUE_SEL, q->index);
+    mmio_write(base + V_SIZE, q->size);
+    write64(base + V_DESC, q->desc);
+    write64(base + V_AVAIL, &q->avail);
+    write64(base + V_USED, &q->used);
+    mmio_write(base + V_READY, 1);
+    return mmio_read(base + V_READY);
+}
+
+static const struct vface mmio = {status, set_status, features, accept, queue_max, queue_set, notify,
+                                  config, ack, irq_enable_mmio};
+
 bool virtio_find(struct vdev *d, u32 type, u32 nth)
 {
     for (u32 slot = 0; slot < VIRTIO_SLOTS; slot++) {
@@ -12,40 +64,31 @@ bool virtio_find(struct vdev *d, u32 type, u32 nth)
         if (mmio_read(base + V_MAGIC) != 0x74726976 || mmio_read(base + V_VERSION) != 2)
             break;
         if (mmio_read(base + V_DEVICE) == type && !nth--) {
-            d->base = base;
-            d->slot = slot;
+            *d = (struct vdev){.face = &mmio, .base = base, .slot = slot};
             return 1;
         }
     }
-    return 0;
+    return virtio_pci_find(d, type, nth);
 }
 
-void virtio_negotiate(struct vdev *d, u64 features)
+void virtio_negotiate(struct vdev *d, u64 wanted)
 {
-    features |= VF_VERSION_1 | VF_EVENT_IDX | VF_INDIRECT;
-    mmio_write(d->base + V_STATUS, 0);
-    while (mmio_read(d->base + V_STATUS))
+    wanted |= VF_VERSION_1 | VF_EVENT_IDX | VF_INDIRECT;
+    d->face->set_status(d, 0);
+    while (d->face->status(d))
         cpu_relax();
-    mmio_write(d->base + V_STATUS, S_ACKNOWLEDGE);
-    mmio_write(d->base + V_STATUS, S_ACKNOWLEDGE | S_DRIVER);
+    d->face->set_status(d, S_ACKNOWLEDGE);
+    d->face->set_status(d, S_ACKNOWLEDGE | S_DRIVER);
     d->features = 0;
     for (u32 word = 0; word < 2; word++) {
-        mmio_write(d->base + V_FEATURES_SEL, word);
-        u32 taken = mmio_read(d->base + V_FEATURES) & (u32)(features >> 32 * word);
-        mmio_write(d->base + V_ACCEPT_SEL, word);
-        mmio_write(d->base + V_ACCEPT, taken);
+        u32 taken = d->face->features(d, word) & (u32)(wanted >> 32 * word);
+        d->face->accept(d, word, taken);
         d->features |= (u64)taken << 32 * word;
     }
-    mmio_write(d->base + V_STATUS, S_ACKNOWLEDGE | S_DRIVER | S_FEATURES_OK);
-    if (!(mmio_read(d->base + V_STATUS) & S_FEATURES_OK))
+    d->face->set_status(d, S_ACKNOWLEDGE | S_DRIVER | S_FEATURES_OK);
+    if (!(d->face->status(d) & S_FEATURES_OK))
         fail("virtio slot %u refuses features %lx", d->slot, d->features);
-    virtio_irq_enable(d->slot);
-}
-
-static void write64(u64 at, const void *p)
-{
-    mmio_write(at, (u32)(u64)p);
-    mmio_write(at + 4, (u32)((u64)p >> 32));
+    d->face->irq_enable(d);
 }
 
 /* The image is full: what is large lies in the RAM behind it. Never given back. */
@@ -63,37 +106,25 @@ void *ram_alloc(u64 size)
 struct vq *vq_new(struct vdev *d, u32 index, u32 size)
 {
     struct vq *q = ram_alloc(sizeof *q);
-    mmio_write(d->base + V_QUEUE_SEL, index);
-    u32 most = mmio_read(d->base + V_SIZE_MAX);
+    u32 most = d->face->queue_max(d, index);
     most = most < VQ_MAX ? most : VQ_MAX;
     q->dev = d;
     q->index = index;
     q->size = size && size < most ? size : most;
     for (u32 i = 0; i < q->size; i++)
         q->free[q->free_count++] = (u16)(q->size - 1 - i);
-    mmio_write(d->base + V_SIZE, q->size);
-    write64(d->base + V_DESC, q->desc);
-    write64(d->base + V_AVAIL, &q->avail);
-    write64(d->base + V_USED, &q->used);
-    mmio_write(d->base + V_READY, 1);
-    if (!mmio_read(d->base + V_READY))
+    if (!d->face->queue_set(q))
         fail("virtio slot %u queue %u of %u is not ready", d->slot, index, q->size);
     return q;
 }
 
 void virtio_ready(struct vdev *d)
 {
-    mmio_write(d->base + V_STATUS, S_ACKNOWLEDGE | S_DRIVER | S_FEATURES_OK | S_DRIVER_OK);
+    d->face->set_status(d, S_ACKNOWLEDGE | S_DRIVER | S_FEATURES_OK | S_DRIVER_OK);
 }
 
-u32 virtio_config(struct vdev *d, u32 offset) { return mmio_read(d->base + V_CONFIG + offset); }
-
-void virtio_ack(struct vdev *d)
-{
-    u32 isr = mmio_read(d->base + V_ISR);
-    if (isr)
-        mmio_write(d->base + V_ACK, isr);
-}
+u32 virtio_config(struct vdev *d, u32 offset) { return d->face->config(d, offset); }
+void virtio_ack(struct vdev *d) { d->face->ack(d); }
 
 /* The event fields come right behind the rings, whose length is the queue's. */
 static u16 *used_event(struct vq *q) { return &q->avail.ring[q->size]; }
@@ -136,7 +167,7 @@ void vq_kick(struct vq *q)
         ? (u16)(now - READ(*avail_event(q)) - 1) < (u16)(now - old)
         : !(READ(q->used.flags) & 1);
     if (wanted)
-        mmio_write(q->dev->base + V_NOTIFY, q->index);
+        q->dev->face->notify(q);
 }
 
 void *vq_reap(struct vq *q, u32 *len)
@@ -172,7 +203,7 @@ void *vq_wait(struct vq *q, u32 *len)
             continue;
         wait_change(&virtio_events[q->dev->slot], events);
         virtio_ack(q->dev);
-        if (mmio_read(q->dev->base + V_STATUS) & S_NEEDS_RESET)
+        if (q->dev->face->status(q->dev) & S_NEEDS_RESET)
             fail("virtio slot %u needs a reset", q->dev->slot);
     }
 }

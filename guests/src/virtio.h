@@ -1,4 +1,4 @@
-/* virtio 1.3 for drivers: virtio-mmio devices and split virtqueues, with event-idx and indirect
+/* virtio 1.3 for drivers: devices on virtio-mmio and on PCI, split virtqueues, with event-idx and indirect
  * descriptors where they are offered. One CPU a queue at a time. */
 #ifndef VIRTIO_H
 #define VIRTIO_H
@@ -20,7 +20,30 @@ enum { S_ACKNOWLEDGE = 1, S_DRIVER = 2, S_DRIVER_OK = 4, S_FEATURES_OK = 8, S_NE
 struct vdesc { u64 addr; u32 len; u16 flags, next; };
 enum { VD_NEXT = 1, VD_WRITE = 2, VD_INDIRECT = 4 };
 
-struct vdev { u64 base, features; u32 slot; };
+struct vq;
+struct vdev;
+
+/* The registers of one bus. */
+struct vface {
+    u32 (*status)(struct vdev *d);
+    void (*set_status)(struct vdev *d, u32 value);
+    u32 (*features)(struct vdev *d, u32 word);
+    void (*accept)(struct vdev *d, u32 word, u32 bits);
+    u32 (*queue_max)(struct vdev *d, u32 index);
+    bool (*queue_set)(struct vq *q);  /* size and places; whether it is ready then */
+    void (*notify)(struct vq *q);
+    u32 (*config)(struct vdev *d, u32 offset);
+    void (*ack)(struct vdev *d);
+    void (*irq_enable)(struct vdev *d);
+};
+
+struct vdev {
+    const struct vface *face;
+    u64 base, features;
+    u32 slot;                        /* of virtio_events */
+    u32 pci, notify_step;            /* on PCI: the slot there, and where the rest is */
+    u64 notify, config, isr;         /* isr: 0 if interrupts are messages */
+};
 
 /* A buffer of a request: len bytes at addr, which the device fills if write is set. */
 struct vbuf { void *addr; u32 len; bool write; };
@@ -35,10 +58,13 @@ struct vq {
     u16 count[VQ_MAX];             /* descriptors of a request, by head */
     u16 used_idx, kicked;
     u32 index, size;
+    u64 notify;
     struct vdev *dev;
 };
 
-bool virtio_find(struct vdev *d, u32 type, u32 nth);      /* the nth device of the type, from 0 */
+bool virtio_find(struct vdev *d, u32 type, u32 nth);      /* the nth device of the type, from 0; on
+                                                             virtio-mmio, else on PCI */
+bool virtio_pci_find(struct vdev *d, u32 type, u32 nth);
 void virtio_negotiate(struct vdev *d, u64 features);      /* reset; take those that are offered */
 void *ram_alloc(u64 size);                                /* zeroed, page-aligned */
 struct vq *vq_new(struct vdev *d, u32 index, u32 size);   /* size 0: as large as can be */

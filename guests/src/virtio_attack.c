@@ -147,7 +147,7 @@ static void job(u32 cpu)
     for (u32 slot = 0; slot < VIRTIO_SLOTS; slot++) {
         u64 base = VIRTIO_MMIO + slot * 0x200;
         if (slot != witness.slot && mmio_read(base) == 0x74726976)
-            victims[count++] = (struct vdev){base, 0, slot};
+            victims[count++] = (struct vdev){.base = base, .slot = slot};
     }
     if (!count)
         fail("there is no victim");

@@ -4,11 +4,13 @@ device has which GSI, and which descriptors KVM holds (KVM API, sections 4.25, 4
 ===========================  ==================================  ===============================
 what                         today                               what comes
 ===========================  ==================================  ===============================
-device to guest              lines, pulses: KVM_IRQ_LINE on a    ``msi(address, data)``: a GSI
-                             GSI that is an input of PIC and     from 24 on, with a route of
-                             IOAPIC, as the irqchip's default    KVM_SET_GSI_ROUTING
-                             routes have it; KVM_IRQFD
-guest to device              kicks: KVM_IOEVENTFD                the same, at a BAR that moves
+device to guest              lines, pulses: KVM_IRQ_LINE on a    messages that a descriptor
+                             GSI that is an input of PIC and     sends: a GSI from 24 on, with a
+                             IOAPIC, as the irqchip's default    route of KVM_SET_GSI_ROUTING
+                             routes have it; KVM_IRQFD;
+                             messages: KVM_SIGNAL_MSI
+guest to device              kicks: KVM_IOEVENTFD, also in BARs
+                             that move
 ===========================  ==================================  ===============================
 
 A GSI has one user. The routing table is one table for the VM, set as a whole, which is why MSI
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 from pyvmm._native import ffi, ioctl
 from pyvmm.core.irq import IrqLine
-from pyvmm.errors import InternalError
+from pyvmm.errors import InternalError, KvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ class IrqRouting:
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._users: dict[int, str] = {}
-        # (gpa, value) -> eventfd and whose it is.
-        self._kicks: dict[tuple[int, int], tuple[int, str]] = {}
+        # (gpa, value) -> eventfd, whose it is, and the size of the write.
+        self._kicks: dict[tuple[int, int | None], tuple[int, str, int]] = {}
         self._irqfds: dict[int, tuple[int, str]] = {}  # by GSI, likewise
 
     def claim(self, gsi: int, user: str) -> None:
@@ -97,20 +99,37 @@ class IrqRouting:
         """GSI and eventfd of each irqfd."""
         return [(gsi, fd) for gsi, (fd, _) in self._irqfds.items()]
 
-    def kick(self, gpa: int, value: int, fd: int, user: str) -> None:
-        """Have the guest's 32-bit writes of ``value`` to ``gpa`` signal an eventfd.
+    def send_msi(self, address: int, data: int) -> None:
+        """Deliver a message to local APICs; one that none of them takes is lost, as on a board.
+        Any thread."""
+        try:
+            self._vm.signal_msi(address, data)
+        except KvmError:
+            pass
 
+    def kick(self, gpa: int, value: int | None, fd: int, user: str, size: int = 4) -> None:
+        """Have the guest's writes of ``value``, of ``size`` bytes, to ``gpa`` signal an eventfd.
+        Any thread.
+
+        :param value: None: any value
         :raises KvmError: another kick has this address and value (EEXIST), or KVM has no room
         """
-        self._vm.ioeventfd(gpa, fd, value)
-        self._kicks[gpa, value] = fd, user
+        self._vm.ioeventfd(gpa, fd, value, size)
+        self._kicks[gpa, value] = fd, user, size
+
+    def unkick(self, gpa: int, value: int | None) -> None:
+        """Take a kick back, if it is there: such a write is an exit again. Any thread."""
+        if (gpa, value) in self._kicks:
+            fd, _, size = self._kicks[gpa, value]
+            self._vm.ioeventfd(gpa, fd, value, size, assign=False)
+            del self._kicks[gpa, value]
 
     @property
     def assigned(self) -> list[str]:
         """What KVM holds a descriptor for, one line each."""
         return [
             f"ioeventfd {fd} of {user}: {value} at {gpa:#x}"
-            for (gpa, value), (fd, user) in self._kicks.items()
+            for (gpa, value), (fd, user, _) in self._kicks.items()
         ] + [f"irqfd {fd} of {user}: GSI {gsi}" for gsi, (fd, user) in self._irqfds.items()]
 
     def deassign(self) -> None:
@@ -119,9 +138,8 @@ class IrqRouting:
 
         :raises KvmError: what is left is still assigned
         """
-        for (gpa, value), (fd, _) in list(self._kicks.items()):
-            self._vm.ioeventfd(gpa, fd, value, assign=False)
-            del self._kicks[gpa, value]
+        for gpa, value in list(self._kicks):
+            self.unkick(gpa, value)
         for gsi, (fd, _) in list(self._irqfds.items()):
             self._vm.irqfd(gsi, fd, assign=False)
             del self._irqfds[gsi]

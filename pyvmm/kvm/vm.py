@@ -144,22 +144,38 @@ class Vm:
         request.level = level
         ioctl(self.fd, "KVM_IRQ_LINE", request)
 
-    def ioeventfd(self, gpa: int, fd: int, value: int, *, assign: bool = True) -> None:
-        """KVM_IOEVENTFD: signal an eventfd, instead of an exit, when the guest writes the 32-bit
-        ``value`` to ``gpa``.
+    def ioeventfd(
+        self, gpa: int, fd: int, value: int | None, size: int = 4, *, assign: bool = True
+    ) -> None:
+        """KVM_IOEVENTFD: signal an eventfd, instead of an exit, when the guest writes ``value``,
+        of ``size`` bytes, to ``gpa``. Any thread.
 
+        :param value: None: any value
         :param assign: False to have the exits again, with the same values
         """
         request = ffi.new("struct kvm_ioeventfd *")
         request.addr = gpa
         # An access of another width, or of another value, exits as before.
-        request.len = 4
+        request.len = size
         request.fd = fd
-        request.datamatch = value
-        request.flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if value is not None:
+            request.datamatch = value
+            request.flags = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
         if not assign:
             request.flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IOEVENTFD", request, f"value {value} at {gpa:#x}")
+
+    def signal_msi(self, address: int, data: int) -> None:
+        """KVM_SIGNAL_MSI: deliver a message to the local APICs that its address names; it is
+        delivered when this returns. Any thread.
+
+        :raises KvmError: none of them takes it
+        """
+        request = ffi.new("struct kvm_msi *")
+        request.address_lo = address & 0xFFFFFFFF
+        request.address_hi = address >> 32
+        request.data = data
+        ioctl(self.fd, "KVM_SIGNAL_MSI", request)
 
     def irqfd(self, gsi: int, fd: int, *, assign: bool = True) -> None:
         """KVM_IRQFD: raise an interrupt whenever an eventfd is signalled, and at once if it is.

@@ -216,8 +216,10 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
         return fw_cfg_items.make(parts, config, files)
 
     parts.fw_cfg.make_items = make_items
+    if config.has_pci:
+        add_pci(parts, config)
     # The order in which their state is written, too.
-    for bus in ("isa", "virtio"):
+    for bus in ("isa", "virtio", "pci"):
         for device in config.devices:
             if device.driver.bus == bus:
                 device.driver.add(parts, device)
@@ -228,6 +230,24 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
     # Unless a -device has it.
     if parts.ports.find(layout.POST_CODE[0]) is None:
         parts.ports.add(*layout.POST_CODE, Nobody(), "post-code")
+
+
+def add_pci(parts: Parts, config: MachineConfig) -> None:
+    """The PCI bus, with its host bridge alone."""
+    from pyvmm.devices.pci.host import ECAM_SIZE, WIDTH, Ecam, PciHost, Window
+
+    irqs = parts.platform.irqs
+    parts.pci = PciHost(
+        parts.ports,
+        parts.mmio,
+        io=Window(*layout.PCI_IO),
+        low=Window(*layout.PCI_LOW),
+        high=Window(*layout.pci_high(config.memory_size)),
+        lines=[irqs.line(gsi, f"PCI interrupt {n}") for n, gsi in enumerate(layout.IRQ_PCI)],
+        kicks=irqs,
+    )
+    parts.add_isa(parts.pci, *layout.PCI_CONFIG, WIDTH)
+    parts.mmio.add(layout.PCI_ECAM, ECAM_SIZE, Ecam(parts.pci), "pcie-mmcfg", width=WIDTH)
 
 
 def _make_rom(config: MachineConfig, handover: Handover, opened: Opened) -> RamBackend:

@@ -56,6 +56,7 @@ class MachineConfig:
         self.topology = Topology(1, 1, 1)
         self.cpu_changes: dict[str, bool] = {}  # features that -cpu wants, and does not want
         self.acpi = True  # whether the guest finds ACPI tables
+        self.pci: bool | None = None  # whether there is a PCI bus; None: if a device sits on it
         self.kernel = KernelConfig()
         self.bios = ""
         self.chardevs: list[ChardevConfig] = []
@@ -70,6 +71,11 @@ class MachineConfig:
         self.start_paused = False
         self.only_migratable = False
         self.actions = {event: values[0] for event, values in ACTIONS.items()}
+
+    @property
+    def has_pci(self) -> bool:
+        """Whether there is a PCI bus."""
+        return bool(self.pci) or any(device.driver.bus == "pci" for device in self.devices)
 
     @property
     def smp(self) -> int:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pyvmm.devices import acpi_pm
 from pyvmm.x86 import layout, tables
-from pyvmm.x86.hardware import Hardware
+from pyvmm.x86.hardware import Hardware, PciHardware
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pyvmm.devices.pci.host import PciHost
     from pyvmm.machine.config import MachineConfig
     from pyvmm.machine.parts import Parts
 
@@ -36,4 +37,13 @@ def describe(parts: Parts, config: MachineConfig) -> Hardware:
         virtio_mmio=parts.virtio_mmio,
         pvpanic=panics[0] if panics else None,
         has_fw_cfg=parts.fw_cfg in parts.devices,
+        pci=None if parts.pci is None else _pci(parts.pci),
+    )
+
+
+def _pci(host: PciHost) -> PciHardware:
+    windows = [(one.start, one.end) for one in (host.low, host.high) if one.start < one.end]
+    routes = {one.slot: host.line_of(one).number for one in host.functions.values() if one.has_pin}
+    return PciHardware(
+        layout.PCI_ECAM, (host.io.start, host.io.end), windows, sorted(routes.items())
     )

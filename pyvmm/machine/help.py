@@ -54,7 +54,8 @@ def _drivers() -> str:
     from pyvmm.machine import drivers
 
     width = max(map(len, drivers.FILES))
-    return "\n".join(f"{name:{width}}  {drivers.find(name).help}" for name in drivers.FILES)
+    lines = [f"{name:{width}}  {drivers.find(name).help}" for name in drivers.FILES]
+    return "\n".join([*lines, f"{', '.join(drivers.ALIASES)}: the same as with -pci"])
 
 
 def _kinds(option: str) -> dict[str, Iterable[str]]:

@@ -69,6 +69,7 @@ class Machine:
         self.platform = parts.platform
         self.ports = parts.ports
         self.mmio = parts.mmio
+        self.pci = parts.pci
         self.chardevs = parts.chardevs
         self.drives = parts.drives
         self.netdevs = parts.netdevs

@@ -46,7 +46,7 @@ MAX_CPUS = 255
 
 MACHINE_PROPERTIES = (
     "type", "accel", "acpi", "memory-backend", "anon-alloc", "aux-ram-share", "kernel-unpack",
-    "kernel-type", "ram-collapse",
+    "kernel-type", "ram-collapse", "pci",
 )  # fmt: skip
 
 
@@ -176,6 +176,8 @@ class Options:
             mend = did_you_mean(self._type, TYPES) or f"give one of {', '.join(TYPES)}"
             raise ConfigError(f"{option}: kernel-type={shorten(self._type)}: {mend}")
         self.config.acpi = parse_bool(keys.get("acpi", "on"), option, "acpi")
+        if "pci" in keys:
+            self.config.pci = parse_bool(keys["pci"], option, "pci")
         collapse = keys.get("ram-collapse", "on")
         self.config.ram_collapse = parse_bool(collapse, option, "ram-collapse")
 
@@ -378,6 +380,11 @@ class Options:
             from pyvmm.machine import drivers
 
             drivers.settle(config.devices)
+            on_pci = [one.driver.name for one in config.devices if one.driver.bus == "pci"]
+            if config.pci is False and on_pci:
+                raise ConfigError(
+                    f"-device {on_pci[0]}: -machine pci=off says that there is no bus; give pci=on"
+                )
 
     def _named(self, kind: str) -> list[str]:
         """Return the ids of the back ends of that kind that devices use."""
@@ -460,14 +467,15 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
                "memory that -machine memory-backend=ID makes the guest's; the only one is it;\n"
                "or rng-random,id=ID[,filename=PATH], for -device virtio-rng-device,rng=ID",
                Options._object),
-    "machine": ("[pyvmm][,acpi=on|off][,memory-backend=ID][,anon-alloc=memfd|mmap]"
-                "[,aux-ram-share=on][,kernel-unpack=host|guest]"
-                f"[,kernel-type={'|'.join(TYPES)}][,ram-collapse=on|off]",
+    "machine": ("[pyvmm][,acpi|pci|ram-collapse=on|off][,memory-backend=ID]"
+                "[,anon-alloc=memfd|mmap][,aux-ram-share=on][,kernel-unpack=host|guest]"
+                f"[,kernel-type={'|'.join(TYPES)}]",
                 "machine type and its properties; without ACPI there is still an MP table;\n"
                 "kernel-unpack says who unpacks a bzImage: the host, which is faster and caches\n"
                 "it, or the kernel itself, with KASLR; kernel-type says of what kind -kernel is\n"
                 "if it does not show that: flat for a real-mode image that is no boot sector;\n"
-                "ram-collapse says whether memory that the guest has touched becomes huge pages",
+                "ram-collapse says whether memory that the guest has touched becomes huge pages;\n"
+                "pci says whether there is a PCI bus: if not given, with a device that sits on it",
                 Options._machine),
     "accel": ("kvm", "the accelerator; there is one", Options._accel),
     "cpu": ("host|max[,+FEATURE][,-FEATURE][,FEATURE=on|off...]",

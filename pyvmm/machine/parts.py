@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.base import Device
     from pyvmm.devices.fw_cfg import FwCfg
+    from pyvmm.devices.pci.host import PciHost
     from pyvmm.machine.fw_cfg_files import FwCfgFiles
     from pyvmm.machine.guest_end import GuestEnd
     from pyvmm.memory.backend import RamBackend
@@ -111,6 +112,7 @@ class Parts:
     :ivar rngs: what ``-object rng-...`` asks for, by id; the device opens it
     :ivar fw_cfg_files: what ``-fw_cfg`` gives it; None if that is nothing
     :ivar devices: in the order in which they were added, which their state has, too
+    :ivar pci: the PCI bus; None if there is none
     :ivar virtio_mmio: address, size in bytes and GSI of each virtio-mmio device, in the order of
         their numbers
     :ivar monitors: what each monitor sits on, in the order of the options
@@ -154,6 +156,7 @@ class Parts:
         self.rngs = rngs
         self.fw_cfg_files: FwCfgFiles | None = None
         self.devices: list[Device] = []
+        self.pci: PciHost | None = None
         self.virtio_mmio: list[tuple[int, int, int]] = []
         self.monitors: list[Chardev] = []
 

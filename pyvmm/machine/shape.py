@@ -38,6 +38,7 @@ def describe(config: MachineConfig) -> dict[str, str]:
             [*sorted(_told(device) for device in unordered), *(_told(device) for device in ordered)]
         ),
         "-fw_cfg": ", ".join(sorted(item.shape() for item in config.fw_cfg)),
+        **({"-machine": "pci=on"} if config.has_pci else {}),
         **_extents(config.devices),
     }
 
@@ -56,6 +57,10 @@ def descriptions(config: MachineConfig) -> dict[Key, Description]:
         found[(model.name, 0)] = model.vmstate
     for index in range(config.smp):
         found[(vcpu_state.VCPU.name, index)] = vcpu_state.VCPU
+    if config.has_pci:
+        from pyvmm.devices.pci.host import PciHost
+
+        found[(PciHost.name, 0)] = PciHost.vmstate
     for chip in (irqchip.I8259, irqchip.IOAPIC, irqchip.I8254, irqchip.KVMCLOCK):
         found[(chip.name, 0)] = chip
     found[(irqchip.I8259.name, 1)] = irqchip.I8259
@@ -84,7 +89,7 @@ def _device_sections(config: MachineConfig) -> list[tuple[Description, Key, Key]
         description = driver.description()
         if description is not None:
             found.append(description)
-            places.append((driver.place(number), description.name))
+            places.append((driver.place(device, number), description.name))
     return [(one, *names) for one, names in zip(found, section_names(places), strict=True)]
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pyvmm.backends.block import BlockFile
+    from pyvmm.devices.pci.host import PciHost
     from pyvmm.memory.upkeep import Upkeep
 
 RAM_SIZE = 1 << 20
@@ -136,6 +137,7 @@ class FakeMachine:
         self.upkeep: Upkeep | None = None
         self.ports = Bus("I/O", 1 << 16)
         self.mmio = Bus("memory", 1 << 64)
+        self.pci: PciHost | None = None
         self.port_recorder = PortRecorder()
         self.ports.add(0x3F8, 8, self.port_recorder, "serial")
         self.devices = [

@@ -217,7 +217,7 @@ class VirtioDriver:
         kick_fds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.queue_sizes]
         self.transport = self.make_transport(device, kick_fds)
         self.bus = Bus("memory", 1 << 64)
-        self.bus.add(BASE, mmio.SIZE, self.transport, device.name, width=self.width)
+        self.put_on_bus()
 
     def _go(self) -> None:
         # In the order of a machine that starts, or goes on after an update.
@@ -255,8 +255,12 @@ class VirtioDriver:
     def make_transport(self, device: VirtioDevice, kick_fds: list[int]) -> Transport:
         """Return the transport of a device, with the registers that are written below."""
         return VirtioMmio(
-            device, self.memory, base=BASE, gsi=GSI, kick_fds=kick_fds, pulse=self._interrupt
+            device, self.memory, base=BASE, gsi=GSI, kick_fds=kick_fds, pulse=self.interrupt
         )
+
+    def put_on_bus(self) -> None:
+        """Put the transport on the bus."""
+        self.bus.add(BASE, mmio.SIZE, self.transport, self.device.name, width=self.width)
 
     def config(self, offset: int, size: int) -> bytes:
         """Return part of the configuration space, read byte by byte."""
@@ -354,7 +358,8 @@ class VirtioDriver:
         count, self._interrupts = self._interrupts, 0
         return count
 
-    def _interrupt(self) -> None:
+    def interrupt(self) -> None:
+        """Count an interrupt."""
         self._interrupts += 1
 
     def encode(self) -> bytes:

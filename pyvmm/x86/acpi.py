@@ -1,9 +1,9 @@
 """The ACPI tables (ACPI 6.5, chapters 5 and 6): what a kernel cannot probe on this machine.
 
-RSDP, XSDT, FADT, FACS, MADT and a DSDT without methods. The fixed hardware is the PM1 block and
-the PM timer, so ACPI mode is always on (no SMI_CMD); a reset goes through the keyboard controller's
-reset line. Left out: general-purpose events, which this machine lacks, and processor objects,
-since the MADT says all there is.
+RSDP, XSDT, FADT, FACS, MADT, with PCI an MCFG, and a DSDT without methods. The fixed hardware is
+the PM1 block and the PM timer, so ACPI mode is always on (no SMI_CMD); a reset goes through the
+keyboard controller's reset line. Left out: general-purpose events, which this machine lacks, and
+processor objects, since the MADT says all there is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyvmm.x86 import aml, layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyvmm.x86.hardware import Hardware
+    from pyvmm.x86.hardware import Hardware, PciHardware
 
 _OEM = b"PYVMM "
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")
@@ -56,8 +56,10 @@ def build(hardware: Hardware, base: int, facs: int = layout.FACS) -> tuple[bytes
 
     dsdt = place(_table(b"DSDT", 2, _dsdt(hardware)))
     fadt = place(_table(b"FACP", 6, _fadt(hardware, dsdt, facs)))
-    madt = place(_table(b"APIC", 5, _madt(hardware)))
-    xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
+    tables = [fadt, place(_table(b"APIC", 5, _madt(hardware)))]
+    if hardware.pci is not None:
+        tables.append(place(_table(b"MCFG", 1, _mcfg(hardware.pci))))
+    xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     return _rsdp(xsdt), bytes(blob)
 
 
@@ -119,12 +121,48 @@ def _madt(hardware: Hardware) -> bytes:
     ]
     entries.append(struct.pack("<BBBxII", 1, 12, 0, layout.IOAPIC_BASE, 0))
     # ISA interrupts reach the IOAPIC's pin of the same number, the timer's too: KVM's default
-    # routing. Only the SCI is unlike ISA, level-triggered.
-    sci = hardware.sci
-    entries.append(struct.pack("<BBBBIH", 2, 10, 0, sci, sci, _LEVEL_HIGH))
+    # routing. Only the SCI and those of PCI are unlike ISA, level-triggered.
+    levels = {hardware.sci}
+    if hardware.pci is not None:
+        levels.update(gsi for _, gsi in hardware.pci.routes)
+    entries += [struct.pack("<BBBBIH", 2, 10, 0, gsi, gsi, _LEVEL_HIGH) for gsi in sorted(levels)]
     # LINT1 is the NMI on all processors.
     entries.append(struct.pack("<BBBHB", 4, 6, 0xFF, 0, 1))
     return b"".join(entries)
+
+
+def _mcfg(pci: PciHardware) -> bytes:
+    # PCI Firmware Specification 3.3, 4.1.2: segment 0, buses 0 to 0.
+    return struct.pack("<8xQHBB4x", pci.ecam, 0, 0, 0)
+
+
+def _pci_devices(pci: PciHardware) -> list[bytes]:
+    windows = [aml.io_window(pci.io[0], pci.io[1] - 1)]
+    windows += [aml.memory_window(start, end - 1) for start, end in pci.memory]
+    routes = [
+        aml.package(*map(aml.integer, (slot << 16 | 0xFFFF, 0, 0, gsi))) for slot, gsi in pci.routes
+    ]
+    return [
+        aml.device(
+            "PCI0",
+            aml.name("_HID", aml.eisa_id("PNP0A08")),
+            aml.name("_CID", aml.eisa_id("PNP0A03")),
+            aml.name("_BBN", aml.integer(0)),
+            aml.name("_SEG", aml.integer(0)),
+            aml.name("_UID", aml.integer(0)),
+            aml.name(
+                "_CRS",
+                aml.resources(aml.bus_numbers(0, 0), aml.io(*layout.PCI_CONFIG), *windows),
+            ),
+            aml.name("_PRT", aml.package(*routes)),
+        ),
+        # Kernels use what MCFG tells of only if it is reserved here.
+        aml.device(
+            "MBRD",
+            aml.name("_HID", aml.eisa_id("PNP0C02")),
+            aml.name("_CRS", aml.resources(aml.memory32(pci.ecam, 1 << 20))),
+        ),
+    ]
 
 
 def _dsdt(hardware: Hardware) -> bytes:
@@ -174,5 +212,7 @@ def _dsdt(hardware: Hardware) -> bytes:
         )
         for number, (base, size, gsi) in enumerate(hardware.virtio_mmio)
     ]
+    if hardware.pci is not None:
+        devices += _pci_devices(hardware.pci)
     sleep = aml.package(aml.integer(hardware.s5), *[aml.integer(0)] * 3)
     return aml.name("_S5", sleep) + aml.scope("_SB", *devices)

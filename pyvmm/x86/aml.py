@@ -6,6 +6,8 @@ Left out: everything that a method could compute; names are single segments.
 
 from __future__ import annotations
 
+import struct
+
 
 def integer(value: int) -> bytes:
     """Return a constant in its shortest form, 0 to 2^64 - 1 (20.2.3)."""
@@ -91,6 +93,29 @@ def memory32(base: int, size: int) -> bytes:
     :raises OverflowError: it lies above 4 GiB
     """
     return b"\x86\x09\0\x01" + base.to_bytes(4, "little") + size.to_bytes(4, "little")
+
+
+def bus_numbers(first: int, last: int) -> bytes:
+    """Return ``WordBusNumber (ResourceProducer, MinFixed, MaxFixed, ...)``."""
+    return _space("H", 2, 0, first, last)
+
+
+def io_window(first: int, last: int) -> bytes:
+    """Return ``WordIO (ResourceProducer, ..., EntireRange)``: ports that are passed on."""
+    return _space("H", 1, 3, first, last)
+
+
+def memory_window(first: int, last: int) -> bytes:
+    """Return ``DWordMemory`` or ``QWordMemory (ResourceProducer, ..., ReadWrite)``."""
+    return _space("I" if last < 1 << 32 else "Q", 0, 1, first, last)
+
+
+def _space(word: str, kind: int, flags: int, first: int, last: int) -> bytes:
+    # Address space descriptors (6.4.3.5), by the size of their words.
+    tag = {"H": 0x88, "I": 0x87, "Q": 0x8A}[word]
+    body = struct.pack("<BBB", kind, 0x0C, flags)
+    body += struct.pack(f"<5{word}", 0, first, last, 0, last - first + 1)
+    return struct.pack("<BH", tag, len(body)) + body
 
 
 def _with_length(data: bytes) -> bytes:

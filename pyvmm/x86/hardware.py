@@ -7,6 +7,30 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class PciHardware:
+    """The PCI bus.
+
+    :param ecam: address of the configuration space in memory
+    :param io: first port of the window for BARs, and the one behind the last
+    :param memory: first address of each window for BARs, and the one behind the last
+    :param routes: ``(slot, GSI)`` of each INTA
+    """
+
+    __slots__ = ("ecam", "io", "memory", "routes")
+
+    def __init__(
+        self,
+        ecam: int,
+        io: tuple[int, int],
+        memory: Sequence[tuple[int, int]],
+        routes: Sequence[tuple[int, int]],
+    ) -> None:
+        self.ecam = ecam
+        self.io = io
+        self.memory = memory
+        self.routes = routes
+
+
 class Hardware:
     """What the tables tell of.
 
@@ -19,10 +43,12 @@ class Hardware:
     :param virtio_mmio: ``(address, size, GSI)`` of each virtio-mmio device, edge-triggered
     :param pvpanic: its port, if there is one
     :param has_fw_cfg: whether there is QEMU's fw_cfg
+    :param pci: the PCI bus, if there is one
     """
 
     __slots__ = (
-        *("cpus", "has_fw_cfg", "pm1_base", "pvpanic", "s5", "sci", "serials", "virtio_mmio"),
+        *("cpus", "has_fw_cfg", "pci", "pm1_base", "pvpanic", "s5", "sci", "serials"),
+        "virtio_mmio",
     )
 
     def __init__(
@@ -36,6 +62,7 @@ class Hardware:
         virtio_mmio: Sequence[tuple[int, int, int]] = (),
         pvpanic: int | None = None,
         has_fw_cfg: bool = False,
+        pci: PciHardware | None = None,
     ) -> None:
         self.cpus = cpus
         self.pm1_base = pm1_base
@@ -45,3 +72,4 @@ class Hardware:
         self.virtio_mmio = virtio_mmio
         self.pvpanic = pvpanic
         self.has_fw_cfg = has_fw_cfg
+        self.pci = pci

@@ -1,6 +1,6 @@
 """Where everything is: guest-physical addresses, interrupt lines and I/O ports of the machine.
 
-One PC without PCI: RAM split around the 32-bit hole, a ROM that ends at 4 GiB, the interrupt
+One PC: RAM split around the 32-bit hole, a ROM that ends at 4 GiB, the interrupt
 controllers where KVM emulates them, and the ISA devices where drivers look for them. Constants
 only; the machine's builder and the loaders read them.
 """
@@ -82,6 +82,18 @@ VIRTIO_MMIO_SLOTS = 8
 IRQ_VIRTIO = 16
 """GSI of the first, an input of the IOAPIC that no ISA device has; edge triggered."""
 
+# --- PCI (addresses are those of QEMU's microvm with pcie=on) ------------------------------------
+
+PCI_LOW = (0xC000_0000, 0xE000_0000)
+"""Where BARs may lie below 4 GiB: right behind the RAM."""
+PCI_ECAM = 0xE000_0000
+"""Configuration space in memory, 1 MiB for the one bus."""
+PCI_HIGH_SIZE = 64 << 30
+"""BARs of 64 bits may lie above all RAM, in so many bytes, but within 40 address bits."""
+PCI_IO = (0xC000, 0x1_0000)
+IRQ_PCI = (10, 11, 5, 7)
+"""GSI of INTA by slot modulo 4, level triggered."""
+
 # --- Processors and interrupt controllers (where KVM's in-kernel irqchip puts them) --------------
 
 IOAPIC_BASE = 0xFEC0_0000
@@ -126,8 +138,16 @@ COM_PORTS = ((COM1, IRQ_COM1), (COM2, IRQ_COM2))
 ELCR = (0x4D0, 2)  # in KVM
 PVPANIC = (0x505, 1)
 FW_CFG = (0x510, 12)
+PCI_CONFIG = (0xCF8, 8)
 PM1_CONTROL = (0x604, 2)
 """ACPI PM1a control (ACPI 6.5, 4.8.3.2.1) where QEMU's PC has it: SLP_EN with S5 powers off."""
+
+
+def pci_high(ram_size: int) -> tuple[int, int]:
+    """Return where BARs may lie above *ram_size* bytes of RAM: nowhere, if both are equal."""
+    start = max(ABOVE_4G_START + max(0, ram_size - BELOW_4G_END), ABOVE_4G_START)
+    start = -(-start // PCI_HIGH_SIZE) * PCI_HIGH_SIZE
+    return start, max(start, min(start + PCI_HIGH_SIZE, 1 << 40))
 
 
 def ram_ranges(size: int) -> list[tuple[int, int, int]]:

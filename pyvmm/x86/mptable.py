@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pyvmm.x86.hardware import Hardware
 
+_ISA, _PCI = 0, 1  # ids of the buses
 _ENABLED = 1
 _BOOTSTRAP = 2
 _LAPIC_VERSION = 0x14
@@ -36,14 +37,21 @@ def build(hardware: Hardware, base: int) -> tuple[bytes, bytes]:
         )
         for index in range(hardware.cpus)
     ]  # fmt: skip
-    entries.append(struct.pack("<BB6s", 1, 0, b"ISA   "))
+    routes = hardware.pci.routes if hardware.pci is not None else ()
+    entries.append(struct.pack("<BB6s", 1, _ISA, b"ISA   "))
+    if routes:
+        entries.append(struct.pack("<BB6s", 1, _PCI, b"PCI   "))
     entries.append(struct.pack("<BBBBI", 2, ioapic, _IOAPIC_VERSION, _ENABLED, layout.IOAPIC_BASE))
     # Also the pins that no ISA bus has: a kernel without ACPI is told of virtio devices, and
     # of their interrupts by number, on its command line.
     entries += [
-        struct.pack("<BBHBBBB", 3, _INT, 0, 0, pin, ioapic, pin)
+        struct.pack("<BBHBBBB", 3, _INT, 0, _ISA, pin, ioapic, pin)
         for pin in range(layout.IOAPIC_PINS)
-        if pin != _CASCADE
+        if pin != _CASCADE and pin not in [gsi for _, gsi in routes]
+    ]
+    # INTA of a slot; level-triggered, active low, as PCI has it.
+    entries += [
+        struct.pack("<BBHBBBB", 3, _INT, 0xF, _PCI, slot << 2, ioapic, gsi) for slot, gsi in routes
     ]
     entries.append(struct.pack("<BBHBBBB", 4, _EXT_INT, 0, 0, 0, 0, 0))
     entries.append(struct.pack("<BBHBBBB", 4, _NMI, 0, 0, 0, _ALL, 1))

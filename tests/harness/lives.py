@@ -96,6 +96,8 @@ def _those(*chosen):
 
 
 #: Marks for tests that do not make sense in every life.
+#: Has a test run with its virtio devices on virtio-mmio, and on PCI.
+BUSES = pytest.mark.parametrize("bus", ["mmio", "pci"], indirect=True)
 CONNECTED = _those(*(life for life in LIVES if life.is_connected))
 STANDS_STILL = _those(STOPPED, *(life for life in LIVES if life.stands_still))
 LONG_STILL = _those(

@@ -47,6 +47,8 @@ class Vm:
     prompt = b"(pyvmm) "
     #: Whether the image that an update brings makes its connections anew.
     reconnects = False
+    #: Whether virtio devices are on PCI in place of virtio-mmio (see the fixture ``bus``).
+    on_pci = False
 
     def __init__(
         self,
@@ -85,6 +87,8 @@ class Vm:
         if append is not None:
             self.argv += ["-append", append]
         self.argv += [str(option) for option in options]
+        if self.on_pci:
+            self.argv = [re.sub("^(virtio-[a-z]+)-device", r"\1-pci", word) for word in self.argv]
         #: Everything that the guest printed, and where :meth:`expect` looks on.
         self.serial = bytearray()
         self.seen = 0

@@ -132,7 +132,8 @@ def test_several_disks_in_the_order_of_the_options(vm, tmp_path):
     assert machine.wait_exit() == 0
 
 
-def test_a_reset_machine_finds_its_disk_again(any_vm, tmp_path):
+@lives.BUSES
+def test_a_reset_machine_finds_its_disk_again(any_vm, tmp_path, bus):
     machine = any_vm(*drive(image(tmp_path), ",cache=none"), append="virtio-blk depth=32")
     for number in range(5):
         machine.expect("pass 1 ok")
@@ -143,7 +144,8 @@ def test_a_reset_machine_finds_its_disk_again(any_vm, tmp_path):
     machine.expect("pass 3 ok")
 
 
-def test_a_paused_guest_goes_on(any_vm, tmp_path):
+@lives.BUSES
+def test_a_paused_guest_goes_on(any_vm, tmp_path, bus):
     machine = any_vm(*drive(image(tmp_path), ",cache=none"), append="virtio-blk depth=32")
     for number in range(5):
         machine.expect(f"pass {number} ok")

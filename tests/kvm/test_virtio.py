@@ -115,7 +115,8 @@ def test_console_output(any_vm, tmp_path, smp):
 
 @pytest.mark.parametrize("ports", [0, 2])
 @lives.CONNECTED
-def test_console_echo(any_vm, tmp_path, ports):
+@lives.BUSES
+def test_console_echo(any_vm, tmp_path, ports, bus):
     peers = [Peer(tmp_path, f"con{number}") for number in range(ports + 1)]
     try:
         parts = [bytes([65 + number]) * 19973 for number in range(2)] + [bytes(range(256)) * 40]

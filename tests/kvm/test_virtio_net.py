@@ -71,7 +71,8 @@ def test_frames_come_back(any_vm, tmp_path, options, smp):
 
 
 @lives.CONNECTED
-def test_large_frames_in_many_buffers(any_vm, tmp_path):
+@lives.BUSES
+def test_large_frames_in_many_buffers(any_vm, tmp_path, bus):
     with StreamPeer(tmp_path) as peer:
         machine = any_vm(*peer.options, append="virtio-net step=20 passes=1 buffer=1000")
         machine.expect("ready")
@@ -130,7 +131,8 @@ def test_two_networks(any_vm, tmp_path):
 
 
 @lives.CONNECTED
-def test_reset_and_stop(any_vm, tmp_path):
+@lives.BUSES
+def test_reset_and_stop(any_vm, tmp_path, bus):
     with StreamPeer(tmp_path) as peer:
         machine = any_vm(*peer.options, append="virtio-net")
         for number in range(3):

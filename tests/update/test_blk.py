@@ -6,6 +6,7 @@ import struct
 
 import pytest
 from faults.tools import replaced
+from harness import lives
 
 SIZE = 4 << 20
 
@@ -28,7 +29,8 @@ def passes(machine):
     return [int(number) for number in re.findall(rb"blk pass (\d+) ok", bytes(machine.serial))]
 
 
-def test_a_failed_update_goes_on_writing(vm, path):
+@lives.BUSES
+def test_a_failed_update_goes_on_writing(vm, path, bus):
     machine = vm(*drive(path, ",cache=none"), append="virtio-blk depth=32")
     machine.expect("pass 0 ok")
     for _ in range(3):

@@ -36,6 +36,17 @@ FILES = {
     "virtio-serial-device": "virtio_console",
     "virtconsole": "virtio_console",
     "virtserialport": "virtio_console",
+    "virtio-blk-pci": "virtio_pci",
+    "virtio-net-pci": "virtio_pci",
+    "virtio-rng-pci": "virtio_pci",
+    "virtio-serial-pci": "virtio_pci",
+}
+#: QEMU's other names of them, which on its PCs are those on PCI.
+ALIASES = {
+    "virtio-blk": "virtio-blk-pci",
+    "virtio-net": "virtio-net-pci",
+    "virtio-rng": "virtio-rng-pci",
+    "virtio-serial": "virtio-serial-pci",
 }
 
 
@@ -104,8 +115,8 @@ class Driver:
         self.name = name
         self.help = help
         self.properties = properties
-        self._model = model
-        self._check = check
+        self.path = model
+        self.check = check
 
     def parse(self, given: dict[str, str], where: str) -> DeviceConfig:
         """Return the device that the properties of one ``-device`` ask for.
@@ -122,8 +133,8 @@ class Driver:
             if text is not None and one.needs and one.needs not in given:
                 raise ConfigError(f"{where}: {one.name}= is of {one.needs}=; add that")
             values[one.name] = one.default if text is None else one.parse(text, where, one.name)
-        if self._check is not None:
-            self._check(values, where)
+        if self.check is not None:
+            self.check(values, where)
         return DeviceConfig(self, given, values)
 
     def settle(self, device: DeviceConfig, devices: list[DeviceConfig]) -> None:
@@ -138,17 +149,19 @@ class Driver:
 
     def model(self) -> Any:
         """Return the class of the device, which is imported for that."""
-        module, _, name = self._model.partition(":")
+        module, _, name = self.path.partition(":")
         return getattr(__import__(module, fromlist=[name]), name)
 
-    def place(self, number: int) -> str:
-        """Return where the device is that has so many on its bus before it, as a state has it;
-        empty if its name says that."""
+    def place(self, device: DeviceConfig, number: int) -> str:
+        """Return where a device is, as a state has it; empty if its name says that.
+
+        :param number: how many are on its bus before it
+        """
         return ""
 
     def description(self) -> Description | None:
         """Return what a device writes into a state; None if that is nothing."""
-        return self.model().vmstate if self._model else None
+        return self.model().vmstate if self.path else None
 
     def add(self, parts: Parts, device: DeviceConfig) -> None:
         """Make a device, and put it on its bus.
@@ -162,14 +175,16 @@ class DeviceConfig:
 
     :ivar given: its properties as they were typed
     :ivar values: all that the driver has, read
+    :ivar place: slot and function, of a PCI device that is settled
     """
 
-    __slots__ = ("driver", "given", "values")
+    __slots__ = ("driver", "given", "place", "values")
 
     def __init__(self, driver: Driver, given: dict[str, str], values: Values) -> None:
         self.driver = driver
         self.given = given
         self.values = values
+        self.place: tuple[int, int] | None = None
 
     def refers(self, kind: str) -> Iterable[str]:
         """Return the ids of back ends of that kind that its properties name."""
@@ -183,6 +198,7 @@ def find(name: str) -> Driver:
 
     :raises ConfigError: there is none
     """
+    name = ALIASES.get(name, name)
     if name not in FILES:
         mend = did_you_mean(name, FILES) or f"give one of {', '.join(FILES)}"
         raise ConfigError(f"-device: {shorten(name)} is no device; {mend}")

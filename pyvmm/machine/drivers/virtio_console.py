@@ -24,8 +24,8 @@ MAX_NAME = 128
 class SerialDriver(VirtioDriver):
     """The device. Its value ``ports`` is each of its ports by its number, in rising order."""
 
-    def settle(self, device: DeviceConfig, devices: list[DeviceConfig]) -> None:
-        super().settle(device, devices)
+    def settle_model(self, device: DeviceConfig, devices: list[DeviceConfig]) -> None:
+        super().settle_model(device, devices)
         own = [one for one in devices if one.driver.bus == BUS and bus_of(one, devices) is device]
         ports = device.values["ports"] = numbered(own)
         count: int | None = device.values["max_ports"]
@@ -82,7 +82,8 @@ def bus_of(port: DeviceConfig, devices: list[DeviceConfig]) -> DeviceConfig:
     where = f"-device {port.driver.name}"
     bus = port.values["bus"]
     for device in reversed(devices[: devices.index(port)]):
-        if device.driver is SERIAL and bus in (None, f"{device.values['id']}.0"):
+        is_bus = getattr(device.driver, "twin", device.driver) is SERIAL
+        if is_bus and bus in (None, f"{device.values['id']}.0"):
             return device
     if bus is not None:
         raise ConfigError(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.parts import Parts
 
 NAME = "virtio-net-device"
+KIND = "virtio-net-"  # on any bus
 #: Properties that switch a feature, which the model has as F_NAME.
 FLAGS = (
     *("mrg_rxbuf", "status", "csum", "guest_csum", "guest_tso4", "guest_tso6", "guest_ecn"),
@@ -47,7 +48,7 @@ def create(model: Any, parts: Parts, values: Values, loop: EventLoop) -> VirtioD
     """Return the device, on its back end."""
     from pyvmm.devices.virtio import net
 
-    before = sum(device.name == NAME for device in parts.devices)
+    before = sum(device.name.startswith(KIND) for device in parts.devices)
     assert parts.netdevs is not None
     device: VirtioDevice = model(
         loop,

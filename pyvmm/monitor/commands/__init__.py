@@ -11,6 +11,7 @@ from pyvmm.monitor.commands import (
     memory,
     migration,
     network,
+    pci,
     qom,
     status,
 )
@@ -27,6 +28,7 @@ def build_registry() -> Registry:
             *chardev.COMMANDS,
             *block.COMMANDS,
             *network.COMMANDS,
+            *pci.COMMANDS,
             *fds.COMMANDS,
             *memory.COMMANDS,
             *migration.COMMANDS,

@@ -303,6 +303,13 @@ _INFO = (
         _shown("x-query-mtree", render.mtree),
     ),
     HumanCommand(
+        "pci",
+        "",
+        "",
+        "show the PCI bus and its devices",
+        _shown("query-pci", render.pci),
+    ),
+    HumanCommand(
         "name",
         "",
         "",

@@ -138,6 +138,38 @@ def mtree(data: Data) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pci(data: list[Data]) -> str:
+    """Return the text of ``info pci``."""
+    lines = [] if data else ["there is no PCI bus"]
+    for device in (device for bus in data for device in bus["devices"]):
+        info, id = device["class_info"], device["id"]
+        place = f"device {device['slot']:3}, function {device['function']}"
+        lines.append(f"  Bus {device['bus']:2}, {place}:")
+        name = info.get("desc", f"Class {info['class']:04}")
+        lines.append(f"    {name}: PCI device {id['vendor']:04x}:{id['device']:04x}")
+        if id["subsystem-vendor"]:
+            lines.append(f"      PCI subsystem {id['subsystem-vendor']:04x}:{id['subsystem']:04x}")
+        if "irq" in device:
+            lines.append(f"      IRQ {device['irq']}, pin {'ABCD'[device['irq_pin'] - 1]}")
+        lines += [_pci_region(region) for region in device["regions"]]
+        lines.append(f'      id "{device["qdev_id"]}"')
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _pci_region(region: Data) -> str:
+    kind, digits = "I/O", 4
+    if region["type"] == "memory":
+        digits = 8
+        bits = 64 if region["mem_type_64"] else 32
+        kind = f"{bits} bit{' prefetchable' if region['prefetch'] else ''} memory"
+    first = region["address"]
+    if first < 0:
+        return f"      BAR{region['bar']}: {kind} of {region['size']:#x} bytes, not enabled."
+    last = first + region["size"] - 1
+    where = f"0x{first:0{digits}x} [0x{last:0{digits}x}]"
+    return f"      BAR{region['bar']}: {kind} at {where}."
+
+
 def _range(start: int, size: int) -> str:
     return f"{start:016x}-{start + max(size, 1) - 1:016x}"
 

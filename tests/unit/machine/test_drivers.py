@@ -9,9 +9,11 @@ import pytest
 from pyvmm._util.keyval import parse_keyval
 from pyvmm.backends.block import BlockFile
 from pyvmm.backends.net.factory import NetdevSet
+from pyvmm.core.irq import IrqLine
 from pyvmm.devices.virtio.device import VirtioDevice
 from pyvmm.errors import ConfigError
 from pyvmm.machine import drivers, help, options, shape
+from pyvmm.machine.builder import add_pci
 from pyvmm.machine.drivers.virtio import VirtioDriver
 from pyvmm.testing.fake_parts import fake_platform, make_parts
 from pyvmm.vmstate.fields import Description, u32
@@ -42,6 +44,11 @@ OTHERS = {
     "virtconsole": "id=x,chardev=c,name=a,nr=3",
     "virtserialport": "id=x,chardev=c,name=a,nr=3",
 }
+ON_PCI = [name for name, file in drivers.FILES.items() if file == "virtio_pci"]
+for _name in ON_PCI:
+    _twin = drivers.find(_name).twin.name
+    NEEDED[_name], LEAST[_name] = NEEDED.get(_twin, []), LEAST.get(_twin, "")
+    OTHERS[_name] = f"{OTHERS[_twin]},addr=7.0,disable-legacy=on,disable-modern=off"
 #: Of a port these are compared with its device.
 SEEN_ELSEWHERE = {"name", "nr", "max_ports"}
 
@@ -52,8 +59,14 @@ class Irqs:
     def pulse(self, gsi, user):
         return lambda: None
 
-    def kick(self, gpa, value, fd, user):
+    def kick(self, gpa, value, fd, user, size=4):
         pass
+
+    def send_msi(self, address, data):
+        pass
+
+    def line(self, gsi, user):
+        return IrqLine(gsi, lambda *_: None)
 
 
 @pytest.fixture
@@ -82,9 +95,11 @@ def machine(tmp_path, monkeypatch):
         parts.netdevs = parts.opened.add(NetdevSet(parts.loop, parts.handover))
         for netdev in config.netdevs:
             parts.netdevs.create(netdev)
+        if config.has_pci:
+            add_pci(parts, config)
         for device in config.devices:
             device.driver.add(parts, device)
-        return parts.devices
+        return [device for device in parts.devices if device is not parts.pci]
 
     def close():
         for parts in made:
@@ -125,12 +140,13 @@ def test_declaration_is_true_of_its_model(machine, name):
     assert driver.help
     plain = machine.make(name, LEAST.get(name, ""))
     if driver.bus != "virtio-serial":
-        assert plain[-1].name == driver.model().name == name
+        assert plain[-1].name == name
+        assert driver.model().name == (driver.twin.name if name in ON_PCI else name)
     for properties in (properties for _, properties in changes(name)):
         device = machine.make(name, properties)[-1]
         assert driver.bus == "virtio-serial" or device.name == name
         description = driver.description()
-        assert (description is None) == (driver.bus != "virtio")
+        assert (description is None) == (driver.bus not in ("virtio", "pci"))
         if description is not None:
             assert description.name == device.vmstate.name
             assert description.version == device.vmstate.version

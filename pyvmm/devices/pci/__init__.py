@@ -1,0 +1,1 @@
+"""PCI: the host bridge, functions with their configuration space, BARs and interrupts."""
