@@ -133,6 +133,7 @@ void shell(void), counter(void), ticker(void), halt(void), memhash(void), timers
 void pingpong(void), torture(void), piospin(void), serial(void);
 void virtio_rng(void), virtio_blk(void), virtio_console(void), virtio_net(void);
 void virtio_attack(void), pci(void);
+void fwcfg(void);
 u64 fnv1a(const void *start, u64 len);
 
 /* lib.c */

@@ -25,6 +25,7 @@ static const struct program programs[] = {
     {"torture", torture}, {"selftest", selftest}, {"exit", exit_program}, {"serial", serial},
     {"virtio-rng", virtio_rng}, {"virtio-blk", virtio_blk}, {"virtio-console", virtio_console},
     {"virtio-net", virtio_net}, {"virtio-attack", virtio_attack}, {"pci-scan", pci},
+    {"fwcfg", fwcfg},
 };
 
 /* At the port that most test guests configure, and at QEMU's default. */

@@ -5,6 +5,7 @@
 
 #include <string.h>
 #include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "words.h"
@@ -23,6 +24,7 @@ enum {
 };
 enum { FCR_ENABLE = 0x01, LCR_DLAB = 0x80, MCR_LOOP = 0x10, MSR_DELTAS = 0x0F };
 enum { LSR_DR = 0x01, LSR_EMPTY = 0x60 };
+enum { PM_TIMER = 8, PM_TIMER_HZ = 3579545, PM_TIMER_MASK = 0xFFFFFF, NS = 1000000000 };
 enum { INTERRUPT_STATUS = 0x60, INTERRUPT_ACK = 0x64, CONFIG_GENERATION = 0xFC, CONFIG = 0x100 };
 
 /* One access, of up to 8 bytes, lowest first. */
@@ -180,6 +182,24 @@ static int answer_nobody(struct access *access)
 	return 1;
 }
 
+/* ---- ACPI's power management timer ---------------------------------------------------------- */
+
+static int answer_pm_timer(const struct pyvmm_pm_timer *timer, struct access *access)
+{
+	struct timespec now;
+	uint64_t ns;
+	uint32_t value;
+
+	if (access->is_write || access->offset != PM_TIMER || access->size != sizeof(value) ||
+	    clock_gettime(CLOCK_BOOTTIME, &now))
+		return 0;
+	ns = (uint64_t)now.tv_sec * NS + (uint64_t)now.tv_nsec + (uint64_t)timer->offset;
+	/* In two parts: the product of all of it has more than 64 bits. */
+	value = (uint32_t)(ns / NS * PM_TIMER_HZ + ns % NS * PM_TIMER_HZ / NS) & PM_TIMER_MASK;
+	memcpy(access->data, &value, sizeof(value));
+	return 1;
+}
+
 /* ---- virtio-mmio ---------------------------------------------------------------------------- */
 
 static int read_config(struct pyvmm_config *config, const void *from, struct access *access)
@@ -236,6 +256,8 @@ static int answer(const struct pyvmm_region *region, struct access *access, unsi
 		return answer_debugcon(region->device, access);
 	case PYVMM_VIRTIO_MMIO:
 		return answer_virtio_mmio(region->device, access);
+	case PYVMM_PM_TIMER:
+		return answer_pm_timer(region->device, access);
 	case PYVMM_NOBODY:
 		return answer_nobody(access);
 	}

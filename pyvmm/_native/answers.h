@@ -55,6 +55,11 @@ struct pyvmm_debugcon {
 	struct pyvmm_output output;
 };
 
+/* ACPI's power management timer. */
+struct pyvmm_pm_timer {
+	int64_t offset; /* ns from the host's boot clock to what it counts; changed while no vCPU runs */
+};
+
 /* The configuration space of a virtio device. The lock is for a change of it. */
 struct pyvmm_config {
 	uint32_t lock, generation;
@@ -71,6 +76,7 @@ enum pyvmm_kind {
 	PYVMM_UART, /* struct pyvmm_uart */
 	PYVMM_DEBUGCON, /* struct pyvmm_debugcon */
 	PYVMM_VIRTIO_MMIO, /* struct pyvmm_virtio_mmio */
+	PYVMM_PM_TIMER, /* struct pyvmm_pm_timer */
 	PYVMM_NOBODY, /* reads as all ones, ignores writes; no structure */
 };
 

@@ -37,6 +37,16 @@ int pyvmm_map_over(void *address, size_t size, int fd, int is_shared)
 	return mmap(address, size, PROT_READ | PROT_WRITE, flags, fd, 0) == MAP_FAILED ? -errno : 0;
 }
 
+/* Have the kernel, and with it KVM, look up anew where a page is: what may be done with it changes, and
+ * changes back. At no moment is it less than before, so nobody who uses it notices. */
+int pyvmm_forget_page(void *page, size_t size)
+{
+	if (mprotect(page, size, PROT_READ | PROT_WRITE | PROT_EXEC) ||
+	    mprotect(page, size, PROT_READ | PROT_WRITE))
+		return -errno;
+	return 0;
+}
+
 /* Name the calling thread: 0, or the negative error number. Linux keeps 15 bytes. */
 int pyvmm_name_thread(const char *name)
 {

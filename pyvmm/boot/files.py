@@ -61,6 +61,7 @@ class BootFiles:
     def __init__(self, handover: Handover) -> None:
         self._handover = handover
         self._files: dict[str, _File] = {}
+        self._former: list[int] = []  # in whose place is a copy
 
     def open(self, path: str, option: str) -> FileBlob:
         """Return what is kept for *option*; if that is nothing, the file *path*, which stays open
@@ -72,6 +73,16 @@ class BootFiles:
         if file is not None:
             return FileBlob(file.path, option, fd=file.fd)
         return self._open(path, option)
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the open files by option. After :meth:`keep` or :meth:`take_over` they may be
+        others; those before stay open until :meth:`close_former`."""
+        return {option: file.fd for option, file in self._files.items()}
+
+    def close_former(self) -> None:
+        """Close what nobody uses any more."""
+        while self._former:
+            os.close(self._former.pop())
 
     def forget_unkept(self, *options: str) -> None:
         """Close files that are not kept yet, after a load that failed: whoever mends a file may put
@@ -136,6 +147,7 @@ class BootFiles:
 
     def close(self) -> None:
         """Give everything back."""
+        self.close_former()
         for option, file in self._files.items():
             self._parcel(option).leave()
             self._parcel(option).close(file.fd)
@@ -176,6 +188,6 @@ class BootFiles:
             except OSError:
                 os.close(fd)
                 raise
-        os.close(file.fd)
+        self._former.append(file.fd)
         file.fd = fd
         return ""

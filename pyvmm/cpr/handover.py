@@ -39,6 +39,7 @@ CLIENT = "client-fd"  # what monitors' clients handed over
 HUGE = "huge"  # which pages of a block of memory are huge
 
 # And of others, with the names that they have.
+FW_CFG = "fw_cfg"  # the contents of -fw_cfg files
 BOOT = "boot"  # what a reset loads: kernel, initrd
 RUN = "run"  # the entry in the run directory: lock, and the listeners of readline, control
 CPR = "cpr"  # an update's own descriptors: vmstate, holder, exe, way-back

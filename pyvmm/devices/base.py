@@ -68,8 +68,17 @@ class Device(BusDevice):
     #: Whether a vCPU waits in one of its registers for requests under way, and cannot stop.
     holds_cpu = False
 
+    #: Whether a state has its section only if :attr:`has_state`: older images, which do not know
+    #: the device, go on with a guest that has no use for it.
+    is_optional = False
+
     def __init__(self) -> None:
         self.lock = Lock()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the state is another than after power-on. Any thread."""
+        return True
 
     def properties(self) -> dict[str, Any]:
         """Return what ``info qtree`` prints of the device, in QEMU's property names."""

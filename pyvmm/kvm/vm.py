@@ -123,6 +123,13 @@ class Vm:
         config.flags = lib.KVM_PIT_SPEAKER_DUMMY
         ioctl(self.fd, "KVM_CREATE_PIT2", config)
 
+    def set_pit_reinjection(self, on: bool) -> None:
+        """KVM_REINJECT_CONTROL: say whether ticks of the PIT that the guest could not take in time
+        are delivered later, or dropped; on in a new VM."""
+        control = ffi.new("struct kvm_reinject_control *")
+        control.pit_reinject = on
+        ioctl(self.fd, "KVM_REINJECT_CONTROL", control)
+
     def create_vcpu(self, index: int) -> Vcpu:
         """KVM_CREATE_VCPU: return the vCPU with APIC id ``index``; 0 is the bootstrap processor."""
         # The vCPU's descriptor keeps the VM, whose own one may be closed before it.

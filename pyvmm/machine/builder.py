@@ -13,8 +13,9 @@ from pyvmm.boot import builtin, rom
 from pyvmm.chardev.factory import ChardevSet
 from pyvmm.core.bus import Bus, Nobody
 from pyvmm.cpr.handover import KVM, OWN, RAM, RESERVED
-from pyvmm.devices import acpi_pm, i8042
+from pyvmm.devices import acpi_pm, fw_cfg, i8042
 from pyvmm.devices.acpi_pm import AcpiPm
+from pyvmm.devices.fw_cfg import FwCfg
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.kvm.answers import Answers
@@ -30,7 +31,7 @@ from pyvmm.x86.platform import Platform
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from pyvmm.backends.block import BlockFile
     from pyvmm.backends.net.factory import NetdevSet
@@ -65,7 +66,8 @@ def build(
         memory, ram_blocks = make_memory(config, handover, opened)
         memory.report = end.on_ram_error
         platform = opened.add(
-            Platform(system, memory, config.topology, config.cpu_changes), in_vm=True
+            Platform(system, memory, config.topology, config.cpu_changes, config.pit_reinjects),
+            in_vm=True,
         )
         # Chardevs and back ends before devices: each device is given its own.
         chardevs = opened.add(ChardevSet(loop, handover, end.quit))
@@ -82,7 +84,8 @@ def build(
             platform=platform,
             ports=Bus("I/O", 1 << 16),
             mmio=Bus("memory", 1 << 64, memory),
-            power=AcpiPm(platform.irqs.line(acpi_pm.SCI, AcpiPm.name), end.request_power_off),
+            power=AcpiPm(platform.irqs.line(acpi_pm.SCI, AcpiPm.name), end.request_power_off, loop),
+            fw_cfg=FwCfg(memory, loop),
             chardevs=chardevs,
             drives=make_drives(config, handover, opened),
             netdevs=make_netdevs(config, loop, handover, opened),
@@ -200,6 +203,19 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
     parts.add_isa(i8042.I8042(end.request_reset), layout.I8042_DATA[0], i8042.PORTS)
     parts.add_isa(i8042.Port92(end.request_reset), *layout.PORT92)
     parts.add_isa(parts.power, acpi_pm.IOBASE, acpi_pm.PORTS, acpi_pm.WIDTH)
+    if config.fw_cfg:
+        from pyvmm.machine import fw_cfg_files
+
+        parts.fw_cfg_files = parts.opened.add(
+            fw_cfg_files.FwCfgFiles(config.fw_cfg, parts.handover)
+        )
+
+    def make_items(files: Mapping[str, int]) -> dict[int, fw_cfg.Item]:
+        from pyvmm.machine import fw_cfg_items
+
+        return fw_cfg_items.make(parts, config, files)
+
+    parts.fw_cfg.make_items = make_items
     if config.has_pci:
         add_pci(parts, config)
     # The order in which their state is written, too.
@@ -207,6 +223,10 @@ def add_devices(parts: Parts, config: MachineConfig) -> None:
         for device in config.devices:
             if device.driver.bus == bus:
                 device.driver.add(parts, device)
+    # Unless a -device has some of them, as images before fw_cfg allow.
+    first, count = layout.FW_CFG
+    if not any(parts.ports.find(port) for port in range(first, first + count)):
+        parts.add_isa(parts.fw_cfg, first, count, fw_cfg.WIDTH)
     # Unless a -device has it.
     if parts.ports.find(layout.POST_CODE[0]) is None:
         parts.ports.add(*layout.POST_CODE, Nobody(), "post-code")

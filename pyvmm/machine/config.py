@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyvmm.backends.rng import RngConfig
     from pyvmm.chardev.config import ChardevConfig
     from pyvmm.machine.drivers import DeviceConfig
+    from pyvmm.machine.fw_cfg_files import FwCfgConfig
     from pyvmm.memory.config import RamConfig
 
 MACHINE_TYPE = "pyvmm"
@@ -64,6 +65,8 @@ class MachineConfig:
         self.drives: list[BlockConfig] = []
         self.netdevs: list[NetdevConfig] = []
         self.devices: list[DeviceConfig] = []
+        self.fw_cfg: list[FwCfgConfig] = []
+        self.pit_reinjects = True  # whether ticks that the guest missed are delivered later
         self.incoming = ""  # URI, "defer", or none
         self.start_paused = False
         self.only_migratable = False

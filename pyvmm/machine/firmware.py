@@ -21,8 +21,14 @@ def write_tables(parts: Parts, config: MachineConfig) -> int:
 
     :raises ConfigError: the machine has more devices than they have room for
     """
+    hardware = describe(parts, config)
+    return tables.write(parts.memory, hardware, with_acpi=config.acpi)
+
+
+def describe(parts: Parts, config: MachineConfig) -> Hardware:
+    """Return what the tables tell of the machine."""
     panics = [one.properties()["ioport"] for one in parts.devices if one.name == "pvpanic"]
-    hardware = Hardware(
+    return Hardware(
         config.smp,
         pm1_base=acpi_pm.IOBASE,
         sci=acpi_pm.SCI,
@@ -30,9 +36,9 @@ def write_tables(parts: Parts, config: MachineConfig) -> int:
         serials=[(*ports, irq) for ports, irq in layout.COM_PORTS[: len(config.serials)]],
         virtio_mmio=parts.virtio_mmio,
         pvpanic=panics[0] if panics else None,
+        has_fw_cfg=parts.fw_cfg in parts.devices,
         pci=None if parts.pci is None else _pci(parts.pci),
     )
-    return tables.write(parts.memory, hardware, with_acpi=config.acpi)
 
 
 def _pci(host: PciHost) -> PciHardware:

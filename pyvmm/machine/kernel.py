@@ -46,6 +46,7 @@ class GuestKernel:
         except BaseException:
             files.forget_unkept()
             raise
+        parts.fw_cfg.lend(files.descriptors())
 
     def keep(self) -> None:
         """See to it that a reset finds what the guest was booted from. Not before the guest runs,
@@ -57,8 +58,12 @@ class GuestKernel:
             problems = self._files.take_over(self._config.kernel)
         else:
             problems = self._files.keep(self._config.kernel)
+        self._parts.fw_cfg.lend(self._files.descriptors())
+        self._files.close_former()
         for problem in problems:
             log.say(problem)
+        # For a guest that asks later, perhaps when another version is installed.
+        from pyvmm.machine import fw_cfg_items  # noqa: F401
 
     def close(self) -> None:
         """Give the files back."""

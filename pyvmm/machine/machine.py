@@ -92,6 +92,7 @@ class Machine:
         # Whether the vCPUs stand until the guest can be reset or ended, and the operator knows.
         self._host_awaited = self._told_of_wait = False
         parts.end.attach(self)
+        parts.fw_cfg.ask_files = lambda: self.kernel.keep()
 
     # ---- what operators and programs ask for ----------------------------------------------
 
@@ -487,10 +488,14 @@ class Machine:
         stateful = [device for device in self.devices if device.vmstate is not None]
         names = section_names([(device.place, device.name) for device in stateful])
         return [
-            Section(*key, device.vmstate, device.save, device.load, former)
+            Section(*key, device.vmstate, device.save, device.load, former, _needed(device))
             for device, (key, former) in zip(stateful, names, strict=True)
             if device.vmstate is not None
         ]
+
+
+def _needed(device: Device) -> Callable[[], bool] | None:
+    return (lambda: device.has_state) if device.is_optional else None
 
 
 def _shown(error: Exception) -> str:

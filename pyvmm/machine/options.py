@@ -277,6 +277,26 @@ class Options:
         self._block = self._block or BlockOptions()
         return self._block
 
+    def _fw_cfg(self, value: str, option: str) -> None:
+        from pyvmm.machine import fw_cfg_files
+
+        self.config.fw_cfg.append(fw_cfg_files.parse(value, option, self.config.fw_cfg))
+
+    def _global(self, value: str, option: str) -> None:
+        name, _, setting = value.partition("=")
+        if "," in value or name == "driver":
+            keys = parse_keyval(value, option)
+            check_keys(keys, ("driver", "property", "value"), option)
+            name = f"{keys.get('driver', '')}.{keys.get('property', '')}"
+            setting = keys.get("value", "")
+        if name != "kvm-pit.lost_tick_policy":
+            raise ConfigError(
+                f"{option}: {shorten(name)} cannot be set; what can is kvm-pit.lost_tick_policy"
+            )
+        if setting not in ("delay", "discard"):
+            raise ConfigError(f"{option}: {name}={shorten(setting)}: give delay or discard")
+        self.config.pit_reinjects = setting == "delay"
+
     def _name(self, value: str, option: str) -> None:
         keys = parse_keyval(value, option, implied_key="guest")
         check_keys(keys, ("guest", "process", "debug-threads"), option)
@@ -423,6 +443,8 @@ REPEATABLE = {"object", "netdev", "chardev", "serial", "monitor", "qmp", "qmp-pr
     "drive",
     "blockdev",
     "debugcon",
+    "fw_cfg",
+    "global",
     "name",
 }
 
@@ -484,6 +506,12 @@ OPTIONS: dict[str, tuple[str, str, Callable[[Options, str, str], None]]] = {
               "(enospc: if there is no space)", Options._drive),
     "blockdev": ("driver=raw|file|host_device,node-name=ID[,filename=PATH|,file=ID][,...]",
                  "the same as nodes, with dotted keys or as JSON", Options._blockdev),
+    "fw_cfg": ("[name=]NAME,file=PATH|string=TEXT",
+               "item for firmware and kernels made for QEMU; names of users begin with opt/",
+               Options._fw_cfg),
+    "global": ("kvm-pit.lost_tick_policy=delay|discard",
+               "whether ticks of the PIT that the guest has missed come later (default) or never",
+               Options._global),
     "name": ("NAME", "name of the guest, for lists and monitors", Options._name),
     "incoming": ("file:PATH[,offset=N]|defer", "load a state instead of booting",
                  Options._incoming),

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from pyvmm.cpr.handover import Handover
     from pyvmm.devices.acpi_pm import AcpiPm
     from pyvmm.devices.base import Device
+    from pyvmm.devices.fw_cfg import FwCfg
     from pyvmm.devices.pci.host import PciHost
+    from pyvmm.machine.fw_cfg_files import FwCfgFiles
     from pyvmm.machine.guest_end import GuestEnd
     from pyvmm.memory.backend import RamBackend
     from pyvmm.memory.guest import GuestMemory
@@ -104,9 +106,11 @@ class Parts:
     :ivar events: tells of what happens to the machine
     :ivar end: takes what devices report of the guest's end
     :ivar ram_blocks: the host's memory behind ``memory``, in the order in which states have it
+    :ivar fw_cfg: what guests made for QEMU ask
     :ivar drives: the disk images by id
     :ivar netdevs: the network back ends; None if there are none
     :ivar rngs: what ``-object rng-...`` asks for, by id; the device opens it
+    :ivar fw_cfg_files: what ``-fw_cfg`` gives it; None if that is nothing
     :ivar devices: in the order in which they were added, which their state has, too
     :ivar pci: the PCI bus; None if there is none
     :ivar virtio_mmio: address, size in bytes and GSI of each virtio-mmio device, in the order of
@@ -128,6 +132,7 @@ class Parts:
         ports: Bus,
         mmio: Bus,
         power: AcpiPm,
+        fw_cfg: FwCfg,
         chardevs: ChardevSet,
         drives: dict[str, BlockFile],
         netdevs: NetdevSet | None,
@@ -144,10 +149,12 @@ class Parts:
         self.ports = ports
         self.mmio = mmio
         self.power = power
+        self.fw_cfg = fw_cfg
         self.chardevs = chardevs
         self.drives = drives
         self.netdevs = netdevs
         self.rngs = rngs
+        self.fw_cfg_files: FwCfgFiles | None = None
         self.devices: list[Device] = []
         self.pci: PciHost | None = None
         self.virtio_mmio: list[tuple[int, int, int]] = []

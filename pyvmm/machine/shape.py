@@ -7,6 +7,7 @@ new image to its guest.
 from __future__ import annotations
 
 from pyvmm.devices import acpi_pm, i8042
+from pyvmm.devices.fw_cfg import FwCfg
 from pyvmm.devices.rtc import Rtc
 from pyvmm.devices.serial import Serial
 from pyvmm.vmstate.section import section_names
@@ -36,6 +37,7 @@ def describe(config: MachineConfig) -> dict[str, str]:
         "-device": ",".join(
             [*sorted(_told(device) for device in unordered), *(_told(device) for device in ordered)]
         ),
+        "-fw_cfg": ", ".join(sorted(item.shape() for item in config.fw_cfg)),
         **({"-machine": "pci=on"} if config.has_pci else {}),
         **_extents(config.devices),
     }
@@ -63,6 +65,12 @@ def descriptions(config: MachineConfig) -> dict[Key, Description]:
         found[(chip.name, 0)] = chip
     found[(irqchip.I8259.name, 1)] = irqchip.I8259
     return found | {key: description for description, key, _ in _device_sections(config)}
+
+
+def optional_descriptions() -> dict[Key, Description]:
+    """Return the sections that are in a state only if the guest has used the device, as
+    :func:`descriptions` does."""
+    return {(FwCfg.name, 0): FwCfg.vmstate}
 
 
 def former_names(config: MachineConfig) -> dict[Key, Key]:

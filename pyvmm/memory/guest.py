@@ -15,7 +15,7 @@ gives memory to system calls gets their EFAULT, and has :meth:`GuestMemory.touch
 
 from __future__ import annotations
 
-from pyvmm._native import fill, peek, poke, touch
+from pyvmm._native import ffi, fill, lib, peek, poke, touch
 from pyvmm.core.threads import Lock
 from pyvmm.errors import GuestError, InternalError, RamError
 
@@ -242,6 +242,12 @@ class GuestMemory:
                         peek(page, 1)
         except OSError:
             raise self.fault(gpa, size) from None
+
+    def forget_page(self, gpa: int) -> None:
+        """Have KVM forget how it reaches the page at *gpa*, which stays as it is. Without effect
+        where no memory is, or where the host does not do that."""
+        if self.contains(gpa, _PAGE):
+            lib.pyvmm_forget_page(ffi.cast("void *", self.host(gpa, _PAGE)), _PAGE)
 
     def fault(self, gpa: int | None = None, size: int = 1) -> RamError:
         """Return the error that says why an access could not be.

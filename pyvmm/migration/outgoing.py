@@ -98,7 +98,7 @@ class Outgoing:
             try:
                 if isinstance(result, MigrationError):
                     raise result
-                preflight.compare(own, result, channel)
+                preflight.compare(own, result, channel, savevm.used(machine))
                 preflight.check_descriptors(machine.handover)
                 answer = Answer(result, kernel)
             except Exception as error:

@@ -65,6 +65,12 @@ def describe(config: MachineConfig) -> dict[str, Any]:
         "shape": shape.describe(config),
         "chardevs": shape.chardev_kinds(config),
         **_sections(config),
+        # Those that are written only if they have something to say: the versions that are read,
+        # and written.
+        "optional": {
+            "{}[{}]".format(*key): [one.minimum_version, one.version]
+            for key, one in shape.optional_descriptions().items()
+        },
     }
 
 
@@ -116,10 +122,13 @@ def answer(argv: list[str]) -> int:
     return 0
 
 
-def compare(own: dict[str, Any], new: dict[str, Any], channel: Channel) -> None:
+def compare(
+    own: dict[str, Any], new: dict[str, Any], channel: Channel, used: Iterable[str] = ()
+) -> None:
     """See that an image that describes itself as ``new`` can go on for ``own``.
 
     :param channel: where the state will be
+    :param used: the optional sections that there is something to say of
     :raises MigrationError: naming the first difference, and both values
     """
     if new.get("error"):
@@ -139,7 +148,8 @@ def compare(own: dict[str, Any], new: dict[str, Any], channel: Channel) -> None:
         raise MigrationError(f"the new command builds a machine of type {new.get('machine')}")
     theirs = new.get("shape", {})
     for option, value in own["shape"].items():
-        if theirs.get(option) != value:
+        # An image before an option cannot have been given it.
+        if theirs.get(option, "") != value:
             raise MigrationError(
                 f"the new command: {option} is {theirs.get(option) or 'nothing'}, this machine "
                 f"has {value or 'nothing'}; make them equal"
@@ -166,6 +176,14 @@ def compare(own: dict[str, Any], new: dict[str, Any], channel: Channel) -> None:
     for section in sections:
         if section not in own[names]:
             raise MigrationError(f"this machine has no device {section}, the new command does")
+    optional = new.get("optional", {})
+    for section in used:
+        if section not in optional:
+            raise MigrationError(
+                f"the guest uses {section}, which the new version {new.get('version')} "
+                "does not have"
+            )
+        _check_version(new, section, optional[section], own["optional"][section][1])
 
 
 def _check_version(new: dict[str, Any], what: str, reads: list[int], version: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from pyvmm.core import runstate
+from pyvmm.devices import acpi_pm
 from pyvmm.errors import VmStateError
 from pyvmm.machine.config import MACHINE_TYPE
 from pyvmm.vmstate import stream
@@ -66,6 +67,17 @@ def save(
     return writer.finish()
 
 
+def used(machine: Machine) -> list[str]:
+    """Return, as the preflight calls them, the sections that not all images know and that the
+    state would have now. The guest may run."""
+    sections = machine.device_sections()
+    return [
+        f"{section.name}[{section.instance}]"
+        for section in sections
+        if section.needed is not None and section.needed()
+    ]
+
+
 def read(machine: Machine, data: bytes) -> stream.Loaded:
     """Return a stream's content, read and checked; the machine stays as it is.
 
@@ -117,6 +129,10 @@ def settle_clocks(machine: Machine, loaded: stream.Loaded) -> None:
     else:
         is_another = written != here
     if is_another:
+        power = loaded.records.get((acpi_pm.AcpiPm.name, 0))
+        written_at = machine.platform.boottime(loaded.records)
+        if power is not None and written_at:
+            acpi_pm.forget_boottime(power, written_at)
         machine.platform.forget_host_clocks(loaded.records)
 
 

@@ -31,6 +31,8 @@ def reasons(data: bytes, config: MachineConfig) -> list[str]:
     found = []
     if outline.machine != MACHINE_TYPE:
         found.append(f"the state is of a {outline.machine} machine, this one is {MACHINE_TYPE}")
+    used = {(part.name, part.instance) for part in outline.parts}
+    own |= {key: one for key, one in shape.optional_descriptions().items() if key in used}
     known = dict(own)
     found += _block_reasons(outline.blocks, config)
     found += _count_reasons(

@@ -252,7 +252,8 @@ def known() -> dict[str, Description]:
     """Return this build's own descriptions, by section name."""
     config = MachineConfig()
     config.serials = [None]
-    own = {name: found for (name, _), found in shape.descriptions(config).items()}
+    sections = shape.descriptions(config) | shape.optional_descriptions()
+    own = {name: found for (name, _), found in sections.items()}
     return own | {savevm.GLOBALSTATE.name: savevm.GLOBALSTATE}
 
 

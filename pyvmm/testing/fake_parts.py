@@ -10,6 +10,7 @@ from pyvmm.core.eventloop import EventLoop
 from pyvmm.core.irq import IrqLine
 from pyvmm.cpr.handover import Handover
 from pyvmm.devices.acpi_pm import AcpiPm
+from pyvmm.devices.fw_cfg import FwCfg
 from pyvmm.machine.guest_end import GuestEnd
 from pyvmm.machine.parts import Events, Opened, Parts
 from pyvmm.memory.guest import GuestMemory
@@ -48,7 +49,8 @@ def make_parts(config: MachineConfig, platform: Any = None, loop: EventLoop | No
         platform=opened.add(platform or fake_platform(), in_vm=True),
         ports=Bus("I/O", 1 << 16),
         mmio=Bus("memory", 1 << 64, memory),
-        power=AcpiPm(IrqLine(9, lambda _gsi, _level: None), end.request_power_off),
+        power=AcpiPm(IrqLine(9, lambda _gsi, _level: None), end.request_power_off, loop),
+        fw_cfg=FwCfg(memory, loop),
         chardevs=opened.add(ChardevSet(loop, handover, end.quit)),
         drives={},
         netdevs=None,

@@ -28,9 +28,11 @@ class Section:
     :param save: gives the object whose attributes the description names
     :param load: takes over a record that was read and checked
     :param former: name and instance by which images before call it, if they do otherwise
+    :param needed: of a section that may be missing, since images before do not know it: whether
+        there is anything to say
     """
 
-    __slots__ = ("description", "former", "instance", "load", "name", "save")
+    __slots__ = ("description", "former", "instance", "load", "name", "needed", "save")
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class Section:
         save: Callable[[], Any],
         load: Callable[[Record], None],
         former: Key | None = None,
+        needed: Callable[[], bool] | None = None,
     ) -> None:
         self.name = name
         self.instance = instance
@@ -47,6 +50,7 @@ class Section:
         self.save = save
         self.load = load
         self.former = former or self.key
+        self.needed = needed
 
     @property
     def key(self) -> Key:

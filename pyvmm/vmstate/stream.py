@@ -83,10 +83,12 @@ class Writer:
         self._write_ram(blocks)
 
     def add(self, section: Section) -> None:
-        """Save a device and append its section.
+        """Save a device and append its section, unless that says that it is not needed.
 
         :raises VmStateError: if its state does not fit its description
         """
+        if section.needed is not None and not section.needed():
+            return
         key = section.former if self._former else section.key
         name = key[0].encode()
         description = section.description
@@ -199,7 +201,7 @@ def apply(loaded: Loaded, sections: Iterable[Section]) -> None:
 
     :raises VmStateError: before anything is changed, if a device has no record
     """
-    order = list(sections)
+    order = [one for one in sections if one.needed is None or one.key in loaded.records]
     for section in order:
         if section.key not in loaded.records:
             raise VmStateError("", f"the stream has no section {section.name}[{section.instance}]")

@@ -1,9 +1,9 @@
 """The ACPI tables (ACPI 6.5, chapters 5 and 6): what a kernel cannot probe on this machine.
 
 RSDP, XSDT, FADT, FACS, MADT, with PCI an MCFG, and a DSDT without methods. The fixed hardware is
-the PM1 block alone, so ACPI mode is always on (no SMI_CMD); a reset goes through the keyboard
-controller's reset line. Left out: PM timer and general-purpose events, which this machine lacks,
-and processor objects, since the MADT says all there is.
+the PM1 block and the PM timer, so ACPI mode is always on (no SMI_CMD); a reset goes through the
+keyboard controller's reset line. Left out: general-purpose events, which this machine lacks, and
+processor objects, since the MADT says all there is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _OEM = b"PYVMM "
 _HEADER = struct.Struct("<4sIBB6s8sI4sI")
-_FADT = struct.Struct("<IIBBHI4x4I4x4x4x4x4B4xHHHHBBBBBHxI12sB3xQQ12s12s12s12s12s12s12s12s12s12sQ")
+_FADT = struct.Struct("<IIBBHI4x6I8x4B4xHHHHBBBBBHxI12sB3xQQ12s12s12s12s12s12s12s12s12s12sQ")
 
 # FADT, IAPC_BOOT_ARCH (5.2.9.3). The controller at port 0x60 has no keyboard, so a kernel that
 # looked for one would only lose time: 8042 (bit 1) is not set.
@@ -32,14 +32,20 @@ _FIX_RTC = 1 << 6  # the RTC wakes nobody up
 _RESET_REG_SUP = 1 << 10
 _RESET_VALUE = 0xFE  # to the keyboard controller: pulse the reset line
 
+# Sizes of an access to a generic address.
+_BYTE, _WORD, _DWORD = 1, 2, 3
+
+# _STA (6.3.7): present, enabled and functioning, but nothing to show to people.
+_PRESENT = 0xB
+
 _MADT_PCAT_COMPAT = 1  # there are 8259s too, to be masked
 _ENABLED = 1
 # MPS INTI flags (table 5.23).
 _LEVEL_HIGH = 0xD
 
 
-def build(hardware: Hardware, base: int) -> tuple[bytes, bytes]:
-    """Return the RSDP and the tables, which are to be stored at *base*."""
+def build(hardware: Hardware, base: int, facs: int = layout.FACS) -> tuple[bytes, bytes]:
+    """Return the RSDP and the tables, which are to be stored at *base*, and the FACS at *facs*."""
     blob = bytearray()
 
     def place(data: bytes) -> int:
@@ -49,7 +55,7 @@ def build(hardware: Hardware, base: int) -> tuple[bytes, bytes]:
         return at
 
     dsdt = place(_table(b"DSDT", 2, _dsdt(hardware)))
-    fadt = place(_table(b"FACP", 6, _fadt(hardware, dsdt)))
+    fadt = place(_table(b"FACP", 6, _fadt(hardware, dsdt, facs)))
     tables = [fadt, place(_table(b"APIC", 5, _madt(hardware)))]
     if hardware.pci is not None:
         tables.append(place(_table(b"MCFG", 1, _mcfg(hardware.pci))))
@@ -83,30 +89,28 @@ def _rsdp(xsdt: int) -> bytes:
     return bytes(data)
 
 
-def _fadt(hardware: Hardware, dsdt: int) -> bytes:
-    events, control = hardware.pm1_base, hardware.pm1_base + 4
-    none = _register(0, 0)
+def _fadt(hardware: Hardware, dsdt: int, facs: int) -> bytes:
+    events, control, timer = (hardware.pm1_base + offset for offset in (0, 4, 8))
+    none = bytes(12)
     return _FADT.pack(
-        layout.FACS, dsdt, 0, 0, hardware.sci, 0,
-        events, 0, control, 0,
-        4, 2, 0, 0,  # lengths: PM1 event and control blocks, no PM2, no PM timer
+        facs, dsdt, 0, 0, hardware.sci, 0,
+        events, 0, control, 0, 0, timer,
+        4, 2, 0, 4,  # lengths: PM1 event and control blocks, no PM2, PM timer
         0xFFFF, 0xFFFF, 0, 0,  # latencies that mean: no C2, no C3
         0, 0, 0, 0, layout.CMOS_CENTURY,  # no duty cycle; no day and month in the RTC's alarm
         _BOOT_LEGACY_DEVICES | _BOOT_NO_VGA,
         _WBINVD | _PROC_C1 | _SLP_BUTTON | _FIX_RTC | _RESET_REG_SUP,
-        _register(layout.I8042_COMMAND[0], 8), _RESET_VALUE,
+        _register(layout.I8042_COMMAND[0], 8, _BYTE), _RESET_VALUE,
         0, dsdt,
-        _register(events, 32), none, _register(control, 16), none,
-        none, none, none, none, none, none,
+        _register(events, 32, _WORD), none, _register(control, 16, _WORD), none,
+        none, _register(timer, 32, _DWORD), none, none, none, none,
         0,
     )  # fmt: skip
 
 
-def _register(port: int, bits: int) -> bytes:
-    # Generic address (5.2.3.2) of an I/O port; access by bytes or words. All 0: there is none.
-    if not port:
-        return bytes(12)
-    return struct.pack("<BBBBQ", 1, bits, 0, 1 if bits == 8 else 2, port)
+def _register(port: int, bits: int, access: int) -> bytes:
+    # Generic address (5.2.3.2) of an I/O port.
+    return struct.pack("<BBBBQ", 1, bits, 0, access, port)
 
 
 def _madt(hardware: Hardware) -> bytes:
@@ -184,6 +188,15 @@ def _dsdt(hardware: Hardware) -> bytes:
                 "PEVT",
                 aml.name("_HID", aml.string("QEMU0001")),
                 aml.name("_CRS", aml.resources(aml.io(hardware.pvpanic, 1))),
+            )
+        )
+    if hardware.has_fw_cfg:
+        devices.append(
+            aml.device(
+                "FWCF",
+                aml.name("_HID", aml.string("QEMU0002")),
+                aml.name("_STA", aml.integer(_PRESENT)),
+                aml.name("_CRS", aml.resources(aml.io(*layout.FW_CFG))),
             )
         )
     devices += [

@@ -35,16 +35,21 @@ class Hardware:
     """What the tables tell of.
 
     :param cpus: number of processors, whose APIC ids are 0 to *cpus* - 1
-    :param pm1_base: first port of the PM1 event block; the control block is 4 ports higher
+    :param pm1_base: first port of the PM1 event block; the control block is 4 ports higher, and
+        the timer 8
     :param sci: GSI of the power management interrupt
     :param s5: SLP_TYP of soft off
     :param serials: ``(first port, number of ports, interrupt)`` of each serial port
     :param virtio_mmio: ``(address, size, GSI)`` of each virtio-mmio device, edge-triggered
     :param pvpanic: its port, if there is one
+    :param has_fw_cfg: whether there is QEMU's fw_cfg
     :param pci: the PCI bus, if there is one
     """
 
-    __slots__ = ("cpus", "pci", "pm1_base", "pvpanic", "s5", "sci", "serials", "virtio_mmio")
+    __slots__ = (
+        *("cpus", "has_fw_cfg", "pci", "pm1_base", "pvpanic", "s5", "sci", "serials"),
+        "virtio_mmio",
+    )
 
     def __init__(
         self,
@@ -56,6 +61,7 @@ class Hardware:
         serials: Sequence[tuple[int, int, int]] = (),
         virtio_mmio: Sequence[tuple[int, int, int]] = (),
         pvpanic: int | None = None,
+        has_fw_cfg: bool = False,
         pci: PciHardware | None = None,
     ) -> None:
         self.cpus = cpus
@@ -65,4 +71,5 @@ class Hardware:
         self.serials = serials
         self.virtio_mmio = virtio_mmio
         self.pvpanic = pvpanic
+        self.has_fw_cfg = has_fw_cfg
         self.pci = pci

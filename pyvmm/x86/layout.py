@@ -137,6 +137,7 @@ COM_PORTS = ((COM1, IRQ_COM1), (COM2, IRQ_COM2))
 """Ports and interrupt line of each serial port."""
 ELCR = (0x4D0, 2)  # in KVM
 PVPANIC = (0x505, 1)
+FW_CFG = (0x510, 12)
 PCI_CONFIG = (0xCF8, 8)
 PM1_CONTROL = (0x604, 2)
 """ACPI PM1a control (ACPI 6.5, 4.8.3.2.1) where QEMU's PC has it: SLP_EN with S5 powers off."""

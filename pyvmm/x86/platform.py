@@ -24,6 +24,7 @@ class Platform:
 
     :param memory: what the guest sees of it follows its changes
     :param cpu_changes: features by QEMU's names that ``-cpu`` wants or does not want
+    :param pit_reinjects: whether ticks of the PIT that the guest missed come later
     :ivar irqs: gives devices their interrupts
     :raises ConfigError: KVM does not offer one that is wanted
     :raises KvmError: naming the ioctl that failed
@@ -35,6 +36,7 @@ class Platform:
         memory: GuestMemory,
         topology: cpuid.Topology,
         cpu_changes: Mapping[str, bool],
+        pit_reinjects: bool = True,
     ) -> None:
         count = topology.count
         most = system.check_extension("KVM_CAP_MAX_VCPUS")
@@ -49,6 +51,8 @@ class Platform:
         self.vcpus: list[Vcpu] = []
         try:
             self._set_up(topology, cpu_changes)
+            if not pit_reinjects:
+                self.vm.set_pit_reinjection(False)
         except BaseException:
             # Nobody owns it yet, and the memory's owner can only close what is not in use.
             self.close()
@@ -159,6 +163,12 @@ class Platform:
             lambda: irqchip.save_clock(vm),
             lambda state: irqchip.load_clock(vm, state),
         )
+
+    def boottime(self, records: Mapping[tuple[str, int], Record]) -> int:
+        """Return what the host's boot clock said when a state was written, in ns; 0 if it does not
+        tell."""
+        clock = records.get((irqchip.KVMCLOCK.name, 0))
+        return getattr(clock, "boottime", 0)
 
     def is_ahead(self, records: Mapping[tuple[str, int], Record]) -> bool:
         """Return whether a state's time is one that this boot of the host has not reached."""

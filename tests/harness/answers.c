@@ -7,7 +7,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
-enum { DATA_AT = 4096, DATA_SIZE = 4096 };
+enum { DATA_AT = 4096, DATA_SIZE = 4096, PORTS = 4, KINDS = 7 };
 
 static uint64_t next(uint64_t *state)
 {
@@ -27,22 +27,26 @@ int main(int argc, char **argv)
 	struct pyvmm_uart *uart = calloc(1, sizeof(*uart));
 	struct pyvmm_debugcon *console = calloc(1, sizeof(*console));
 	struct pyvmm_virtio_mmio *mmio = calloc(1, sizeof(*mmio));
-	struct pyvmm_answers *answers = calloc(1, sizeof(*answers) + 6 * sizeof(answers->regions[0]));
+	struct pyvmm_pm_timer *timer = calloc(1, sizeof(*timer));
+	struct pyvmm_answers *answers = calloc(1, sizeof(*answers) + KINDS * sizeof(answers->regions[0]));
 	struct pyvmm_run *run = calloc(1, DATA_AT + DATA_SIZE);
 
 	uart->line = &line;
 	uart->output.event_fd = console->output.event_fd = eventfd(0, EFD_NONBLOCK);
 	uart->output.is_awaited = console->has_chardev = 1;
 	mmio->config = calloc(1, sizeof(*mmio->config));
-	answers->port_count = answers->mmio_count = 3;
-	for (int at = 0; at < 6; at++) {
+	answers->port_count = PORTS;
+	answers->mmio_count = KINDS - PORTS;
+	for (int at = 0; at < KINDS; at++) {
 		struct pyvmm_region *region = &answers->regions[at];
-		void *const devices[] = { uart, console, NULL, mmio, uart, console };
+		void *const devices[] = { uart, console, NULL, timer, mmio, uart, console };
 		const uint32_t kinds[] = { PYVMM_UART, PYVMM_DEBUGCON, PYVMM_NOBODY,
-					   PYVMM_VIRTIO_MMIO, PYVMM_UART, PYVMM_DEBUGCON };
+					   PYVMM_PM_TIMER, PYVMM_VIRTIO_MMIO, PYVMM_UART,
+					   PYVMM_DEBUGCON };
 
-		region->start = at < 3 ? (uint64_t)at * 0x100 : (uint64_t)(at - 3) * 0x1000 - 0x100;
-		region->length = at == 3 ? 0x200 : 8;
+		region->start = at < PORTS ? (uint64_t)at * 0x100
+					   : (uint64_t)(at - PORTS) * 0x1000 - 0x100;
+		region->length = at == PORTS ? 0x200 : at == PORTS - 1 ? 12 : 8;
 		memset(region->reads, 0xFF, sizeof(region->reads));
 		memset(region->writes, 0xFF, sizeof(region->writes));
 		region->kind = kinds[at];
@@ -50,7 +54,7 @@ int main(int argc, char **argv)
 	}
 	while (count--) {
 		uint64_t random = next(&state), data = next(&state);
-		uint64_t near = answers->regions[random >> 8 & 7 ? random % 6 : 3].start + (random >> 16) % 0x210;
+		uint64_t near = answers->regions[random >> 8 & 7 ? random % KINDS : PORTS].start + (random >> 16) % 0x210;
 
 		uart->received_count = (uint8_t)(random >> 40) % (PYVMM_FIFO_DEPTH + 1);
 		if (random >> 60 == 0) {
@@ -63,6 +67,7 @@ int main(int argc, char **argv)
 			uart->is_stalled = data >> 48 & 1;
 			uart->output.head = uart->output.tail - (uint32_t)(data >> 50) % PYVMM_OUTPUT_SIZE;
 			console->output.head = console->output.tail;
+			timer->offset = (int64_t)data;
 		}
 		if (random >> 32 & 1) {
 			run->exit_reason = KVM_EXIT_IO;
@@ -83,6 +88,6 @@ int main(int argc, char **argv)
 	}
 	printf("%llu\n", (unsigned long long)answered);
 	free(mmio->config);
-	free(mmio), free(console), free(uart), free(answers), free(run);
+	free(mmio), free(timer), free(console), free(uart), free(answers), free(run);
 	return 0;
 }

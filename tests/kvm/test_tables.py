@@ -45,6 +45,7 @@ def test_tables_tell_of_this_machine(any_vm):
     assert found[b"APIC"][44 + 3 * 8] == 1
     for part in (b"COM1", b"COM2", b"QEMU0001", b"\x47\x01\x10\x05\x10\x05\x01\x01"):
         assert part in found[b"DSDT"]
+    assert b"QEMU0002" not in found[b"DSDT"]  # whose ports the other has
     machine.live()
     assert memory(machine, 0x9FC20, 36) == rsdp
     assert memory(machine, dsdt, len(found[b"DSDT"])) == found[b"DSDT"]

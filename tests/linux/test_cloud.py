@@ -28,6 +28,11 @@ echo clock: $(cat /sys/devices/system/clocksource/clocksource0/current_clocksour
     $(cat /sys/class/rtc/rtc0/since_epoch)
 """
 USE = r"""
+cd /sys/firmware/qemu_fw_cfg
+echo fw_cfg: $(cat rev) $(cat by_name/opt/text/raw) $(cat by_key/*/name | sort)
+echo note: $(od -An -tx2 -N4 by_name/etc/vmcoreinfo/raw)
+cd /
+echo timers: $(cat /sys/devices/system/clocksource/clocksource0/available_clocksource)
 echo disk: $(cat /sys/block/vda/serial) $(cat /sys/block/vda/size)
 echo net: $(cat /sys/class/net/eth0/address)
 ip link set eth0 up
@@ -62,11 +67,16 @@ DRIVERS = {
     "PNP0501:00": "serial",
     "PNP0B00:00": "rtc_cmos",
     "QEMU0001:00": "pvpanic-mmio",
+    "QEMU0002:00": "fw_cfg",
     "virtio0": "virtio_blk",
     "virtio1": "virtio_net",
     "virtio2": "virtio_rng",
     "virtio3": "virtio_console",
 }
+FW_CFG_FILES = [
+    *("etc/acpi/rsdp", "etc/acpi/tables", "etc/e820", "etc/pvpanic-port", "etc/table-loader"),
+    *("etc/vmcoreinfo", "opt/text"),
+]
 IRQS = [
     *[("4", "4-edge", "ttyS0"), ("8", "8-edge", "rtc0"), ("9", "9-fasteoi", "acpi")],
     *[(f"{16 + number}", f"{16 + number}-edge", f"virtio{number}") for number in range(4)],
@@ -131,6 +141,7 @@ def test_whole_machine_is_found_and_works(vm, tmp_path, peers):
         *("-device", "virtio-rng-device"),
         *consoles(console, port),
         *("-device", "pvpanic", "-action", "panic=exit-failure"),
+        *("-device", "vmcoreinfo", "-fw_cfg", "opt/text,string=hello"),
         memory="256M",
         smp="2,sockets=2",
     )
@@ -157,6 +168,9 @@ def test_whole_machine_is_found_and_works(vm, tmp_path, peers):
     source, now = lines(machine, "clock")[0].split()
     assert source == "kvm-clock"
     assert booted - 2 <= int(now) <= time.time() + 2
+    assert lines(machine, "fw_cfg")[0].split() == ["3", "hello", *FW_CFG_FILES]
+    assert lines(machine, "note") == ["0001 0001"]  # ELF is what the kernel has written
+    assert "acpi_pm" in lines(machine, "timers")[0].split()
     assert lines(machine, "disk") == [f"disk-0 {DISK_SIZE >> 9}"]
     assert lines(machine, "net") == ["52:54:00:12:34:56"]
     assert network.frames(1)[0][6:12] == GUEST_MAC

@@ -2,7 +2,7 @@
 
 import pytest
 from faults.tools import BACK, Qmp, check_ticking, options, ticks, update
-from harness import versions
+from harness import guests, versions
 from harness.qmp import Qmp as Events
 from upgrade.machines import WORKS, Memory, Peers, Ticker, complaints, upgrade
 
@@ -117,3 +117,26 @@ def test_state_file_of_a_predecessor_loads(vm, tmp_path, predecessor, smp):
         shown = ticks(later)
         assert shown == list(range(1, len(shown) + 1))
         assert complaints(later) == []
+
+
+def select(key):
+    """16-bit code: select an item of fw_cfg."""
+    # mov $0x510, %dx; mov $key, %ax; out %ax, (%dx)
+    return b"\xba\x10\x05\xb8" + key.to_bytes(2, "little") + b"\xef"
+
+
+@pytest.mark.parametrize("key", [0, 5])
+def test_guest_that_is_at_fw_cfg_stays_where_that_is(vm, tmp_path, predecessor, key):
+    """No predecessor has it, and each takes a guest that has no use for it."""
+    present = versions.present()
+    code = select(5) + select(key) + guests.print_text("done") + guests.HALT
+    machine = vm("-kernel", guests.flat(tmp_path, code), program=present.run)
+    machine.expect("done")
+    reply = update(machine, [*predecessor.run, *options(machine)])
+    if key:
+        assert "the guest uses fw_cfg[0], which the new version" in reply
+        assert present.pyvmm in machine.cmdline
+    else:
+        assert reply == ""
+        assert predecessor.pyvmm in machine.cmdline
+    upgrade(machine, present)

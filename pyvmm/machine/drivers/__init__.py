@@ -28,6 +28,8 @@ FILES = {
     "isa-debug-exit": "isa",
     "isa-debugcon": "isa",
     "pvpanic": "isa",
+    "vmcoreinfo": "board",
+    "pc-testdev": "board",
     "pci-testdev": "pci",
     "virtio-blk-device": "virtio_blk",
     "virtio-net-device": "virtio_net",

@@ -167,7 +167,7 @@ KINDS = {
 
 def test_no_id_of_a_kind_meets_another():
     handover = Handover()
-    assert len(KINDS) == len(set(KINDS.values())) == 14
+    assert len(KINDS) == len(set(KINDS.values())) == 15
     ids = ("kvm", "ram", "chardev", "note", "holders", "pc.bios", "vmstate")
     names = [
         handover.parcel(kind, id).name

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pyvmm.devices import acpi_pm
 from pyvmm.migration import savevm
 from pyvmm.vmstate import stream
 from pyvmm.vmstate.cursor import Cursor
@@ -19,8 +20,11 @@ class Machine:
 
     def __init__(self, ahead=False):
         self.forgot = False
+        self.boottime = 0
         self.platform = SimpleNamespace(
-            is_ahead=lambda records: ahead, forget_host_clocks=self.forget
+            is_ahead=lambda records: ahead,
+            forget_host_clocks=self.forget,
+            boottime=lambda records: self.boottime,
         )
 
     def forget(self, records):
@@ -47,6 +51,20 @@ def test_clocks_of_another_boot_are_forgotten(monkeypatch, written, here, ahead,
     machine = Machine(ahead)
     savevm.settle_clocks(machine, loaded)
     assert machine.forgot == forgets
+
+
+@pytest.mark.parametrize(("boottime", "offset"), [(5 * 10**9, 5 * 10**9 - 77), (0, None)])
+def test_timer_of_another_boot_goes_on(monkeypatch, boottime, offset):
+    monkeypatch.setattr(savevm, "read_boot_id", lambda: HERE)
+    monkeypatch.setattr(acpi_pm, "boottime", lambda: 77)
+    loaded = stream.Loaded("microvm")
+    loaded.records[(savevm.GLOBALSTATE.name, 0)] = Record(boot_id=ELSEWHERE)
+    power = loaded.records[(acpi_pm.AcpiPm.name, 0)] = Record(sts=0, en=0, cnt=1)
+    machine = Machine()
+    machine.boottime = boottime
+    savevm.settle_clocks(machine, loaded)
+    assert machine.forgot
+    assert getattr(power, "offset", None) == offset
 
 
 def test_boot_id_of_this_host():
@@ -83,5 +101,6 @@ def test_a_state_without_some_section_is_left_to_whom_refuses_it():
     records = {(irqchip.KVMCLOCK.name, 0): Record(clock=1, boottime=1 << 62)}
     assert platform.is_ahead(records)
     assert not platform.is_ahead({})
+    assert (platform.boottime(records), platform.boottime({})) == (1 << 62, 0)
     platform.forget_host_clocks(records)
     assert records[(irqchip.KVMCLOCK.name, 0)].boottime == 1 << 62

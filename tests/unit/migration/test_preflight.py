@@ -53,6 +53,39 @@ def test_places_decide_if_they_are_told(own):
         compare(own, places=own["places"] | {PLACE: [7, 8]})
 
 
+USED = "fw_cfg[0]"
+
+
+def compare_used(own, **changes):
+    answer = {key: value for key, value in (own | changes).items() if value is not None}
+    preflight.compare(own, answer, MemoryChannel(), [USED])
+
+
+def test_what_the_guest_has_not_used_no_image_has_to_know(own):
+    assert USED in own["optional"]
+    assert USED not in own["places"]
+    assert USED not in own["sections"]
+    for optional in (None, {}, {USED: [7, 8]}):
+        compare(own, optional=optional)
+
+
+def test_what_the_guest_uses_the_new_image_has_to_know(own):
+    compare_used(own)
+    for optional in (None, {}):
+        with pytest.raises(MigrationError, match=r"the guest uses fw_cfg\[0\], which the new"):
+            compare_used(own, optional=optional)
+    with pytest.raises(MigrationError, match=r"reads fw_cfg\[0\] in versions 7 to 8"):
+        compare_used(own, optional={USED: [7, 8]})
+
+
+def test_image_before_an_option_was_not_given_it(own):
+    shape = {key: value for key, value in own["shape"].items() if key != "-fw_cfg"}
+    compare(own, shape=shape)
+    own["shape"]["-fw_cfg"] = "opt/x=y"
+    with pytest.raises(MigrationError, match="-fw_cfg is nothing, this machine has opt/x=y"):
+        compare(own, shape=shape)
+
+
 def explain(own, **changes):
     """Why the guest stands through an exec to an image that answers the same but for that."""
     return preflight.explain_plain(compare(own, **changes))

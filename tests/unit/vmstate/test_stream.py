@@ -170,6 +170,21 @@ def test_missing_section_is_refused_before_any_is_applied(number):
     assert applied == []
 
 
+def test_section_that_is_not_needed_is_neither_written_nor_missed():
+    (key, description), *_ = SMALL.items()
+    state, applied = streams.record(description), []
+    for needed in (True, False):
+        section = Section(
+            *key, description, lambda: state, applied.append, needed=lambda needed=needed: needed
+        )
+        writer = stream.Writer("pyvmm", BLOCKS)
+        writer.add(section)
+        loaded = stream.read(writer.finish(), SMALL)
+        assert list(loaded.records) == [key] * needed
+        stream.apply(loaded, [section])
+        assert len(applied) == 1
+
+
 def test_sections_are_applied_in_the_machines_order():
     loaded = read(HEADER + b"".join(SECTIONS) + END, SMALL)
     applied = []

@@ -32,6 +32,7 @@ def hardware():
             virtio_mmio=[(0xFEB00000 + 0x200 * i, 0x200, 5 + i % 19) for i in range(virtio)],
             pvpanic=0x505,
             pci=PCI if pci else None,
+            has_fw_cfg=True,
         )
 
     return make

@@ -84,13 +84,15 @@ def test_fixed_hardware(written):
     fadt = written()[b"FACP"]
     assert len(fadt) == 276
     assert struct.unpack_from("<HI", fadt, 46) == (9, 0)  # SCI, no SMI command: always ACPI mode
-    assert struct.unpack_from("<IIII", fadt, 56) == (0x600, 0, 0x604, 0)
-    assert fadt[88:90] == b"\x04\x02"
+    assert struct.unpack_from("<IIIIII", fadt, 56) == (0x600, 0, 0x604, 0, 0, 0x608)
+    assert fadt[88:92] == b"\x04\x02\x00\x04"
+    assert struct.unpack_from("<BBBBQ", fadt, 208) == (1, 32, 0, 3, 0x608)
     assert fadt[108] == 0x32  # the century, as rtc.CENTURY
     legacy, no_8042, no_vga, rtc = 1, 0, 1 << 2, 0
     assert struct.unpack_from("<H", fadt, 109)[0] == legacy | no_8042 | no_vga | rtc
     (flags,) = struct.unpack_from("<I", fadt, 112)
     assert flags & 1 << 4 == 0  # the power button is the fixed one
+    assert flags & 1 << 8 == 0  # the timer has 24 bits
     assert flags & 1 << 10  # a reset register:
     assert struct.unpack_from("<BBBBQB", fadt, 116) == (1, 8, 0, 1, 0x64, 0xFE)
     assert flags & 1 << 20 == 0  # not hardware-reduced: 8259s and ISA interrupts exist
@@ -136,7 +138,7 @@ def devices_of(text):
 def test_devices(written, source):
     text = source(written()[b"DSDT"])
     devices = devices_of(text)
-    assert list(devices) == ["COM1", "COM2", "RTC", "PEVT", "VR00", "VR01", "VR02"]
+    assert list(devices) == ["COM1", "COM2", "RTC", "PEVT", "FWCF", "VR00", "VR01", "VR02"]
     assert 'EisaId("PNP0501")' in devices["COM2"]
     assert "0x02F8,0x02F8,0x01,0x08" in devices["COM2"]
     assert "IRQNoFlags(){3}" in devices["COM2"]
@@ -144,6 +146,8 @@ def test_devices(written, source):
     assert "IRQNoFlags(){8}" in devices["RTC"]
     assert 'Name(_HID,"QEMU0001")' in devices["PEVT"]
     assert "0x0505,0x0505,0x01,0x01" in devices["PEVT"]
+    assert 'Name(_HID,"QEMU0002")Name(_STA,0x0B)' in devices["FWCF"]
+    assert "0x0510,0x0510,0x01,0x0C" in devices["FWCF"]
     last = devices["VR02"]
     assert 'Name(_HID,"LNRO0005")' in last
     assert "Name(_UID,0x02)" in last

@@ -53,7 +53,8 @@ def test_any_clock_is_taken_or_refused(clock, saved):
     except VmStateError:
         assert max(clock, saved) > irqchip.MAX_CLOCK_NS
         return
-    assert clock - 10**9 <= shown <= clock + boottime() < 1 << 63
+    # What a call takes that the host interrupts is made up for.
+    assert clock - 10**9 <= shown <= clock + boottime() + 10**9 < 1 << 63
 
 
 def test_on_the_same_boot_it_goes_on_meanwhile():
