@@ -94,10 +94,13 @@ def _device_sections(config: MachineConfig) -> list[tuple[Description, Key, Key]
 
 
 def _told(device: DeviceConfig) -> str:
-    """Return a device's driver, its back ends, and its properties that the guest sees, as text."""
+    """Return a device's driver, its back ends, its place if the command line can choose that, and
+    its properties that the guest sees, as text."""
     behind = [*device.refers("drive"), *device.refers("netdev")]
     told = {one.name for one in device.driver.properties if not one.host}
     words = [f"{key}={text}" for key, text in sorted(device.given.items()) if key in told]
+    if device.place is not None:
+        words.insert(0, "at {:x}.{:x}".format(*device.place))
     return " ".join([device.driver.name, *(f"({id})" for id in behind), *words])
 
 

@@ -41,9 +41,9 @@ def addr(value: str, where: str, _key: str) -> Place:
     return place
 
 
-#: What each function has.
+#: What each function has. An update compares the place that it got, not how it was asked for.
 PROPERTIES = (
-    Property("addr", addr),
+    Property("addr", addr, host=True),
     Property("bus", choice(*BUSES), host=True),
     Property("multifunction", flag, default=False),
 )

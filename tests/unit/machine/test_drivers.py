@@ -52,8 +52,8 @@ for _name in ON_PCI:
     OTHERS[_name] = (
         f"{OTHERS[_twin]},addr=7.0,multifunction=on,vectors=5,disable-legacy=on,disable-modern=off"
     )
-#: Of a port these are compared with its device.
-SEEN_ELSEWHERE = {"name", "nr", "max_ports"}
+#: Of a port these are compared with its device, of a function with its place.
+SEEN_ELSEWHERE = {"name", "nr", "max_ports", "addr"}
 
 
 class Irqs:

@@ -61,3 +61,31 @@ def test_bus_is_there_for_a_device_or_if_it_is_asked_for():
     assert "-machine" not in shape.describe(parse("virtio-rng-device"))
     both = [shape.describe(parse("virtio-rng-pci", machine=machine)) for machine in ("", "pci=on")]
     assert both[0] == both[1]
+
+
+def test_an_update_compares_places():
+    def device(*devices):
+        return shape.describe(parse(*devices))["-device"]
+
+    plain = device("virtio-rng-pci", "virtio-rng-pci")
+    assert plain == "virtio-rng-pci at 1.0,virtio-rng-pci at 2.0"
+    assert device("virtio-rng,addr=1", "virtio-rng-pci,addr=02.0,bus=pci.0") == plain
+    assert device("virtio-rng-pci,addr=2", "virtio-rng-pci,addr=3") != plain
+    assert device("virtio-rng-pci,vectors=4", "virtio-rng-pci") != plain
+
+
+def test_sections_are_called_by_their_places():
+    def sections(*devices):
+        return [name for name, _ in shape.descriptions(parse(*devices)) if "/" in name]
+
+    devices = ["virtio-rng-pci,addr=5", "virtio-serial", "virtio-rng-device", "virtconsole"]
+    assert sections(*devices) == [
+        "0000:00:05.0/virtio-rng-pci",
+        "0000:00:01.0/virtio-serial-pci",
+        "virtio-mmio@feb00000/virtio-rng-device",
+    ]
+    more = sections(*devices, "virtio-rng-pci", "virtio-rng-device")
+    assert set(more) - set(sections(*devices)) == {
+        "0000:00:02.0/virtio-rng-pci",
+        "virtio-mmio@feb00200/virtio-rng-device",
+    }
