@@ -2,6 +2,7 @@
 evil driver does to them. What they do otherwise stands with that of virtio-mmio."""
 
 import re
+import shlex
 
 import pytest
 from harness import lives
@@ -87,6 +88,23 @@ def test_disk_goes_on(any_vm, tmp_path, words):
         machine.expect(r"blk pass \d+ ok")
     done = [int(number) for number in re.findall(rb"blk pass (\d+) ok", bytes(machine.serial))]
     assert done == list(range(len(done)))
+    assert machine.stderr() == ""
+
+
+def test_an_update_keeps_the_place(vm):
+    machine = vm(*RNG, append="virtio-rng pci step=8")
+    machine.expect(r"rng \d+\r\n")
+
+    def command(device):
+        return [device if word == "virtio-rng-pci" else word for word in machine.argv]
+
+    for other in ("virtio-rng-pci,addr=2", "virtio-rng-device", "virtio-rng-pci,vectors=1"):
+        reply = machine.hmp(f"update {shlex.join(command(other))}")
+        assert "-device" in reply, reply
+    machine.argv = command("virtio-rng,addr=01.0,bus=pcie.0")
+    machine.update()
+    machine.seen = len(machine.serial)
+    machine.expect(r"rng \d+\r\n")
     assert machine.stderr() == ""
 
 
