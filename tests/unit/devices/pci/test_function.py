@@ -1,6 +1,7 @@
 """The host bridge and functions' configuration space, as a guest writes to it."""
 
 import errno
+import threading
 
 import pytest
 from hypothesis import given
@@ -273,6 +274,61 @@ def test_functions_of_one_slot_are_found():
     assert bench.read(1, pci.HEADER_TYPE, 1) == pci.MULTIFUNCTION
     assert bench.mmio.read(ECAM + (1 << 15) + (3 << 12) + pci.HEADER_TYPE, 1) == 0
     assert bench.mmio.read(ECAM + (1 << 15) + (3 << 12), 2) == 0x1234
+
+
+def test_two_vcpus_move_bars_at_once(bench):
+    """Each its own, to where the other's may be; a third looks: it finds one of them, or nobody."""
+    places = [LOW[0] + number * 0x1000 for number in range(4)]
+    for slot in (1, 2):
+        bench.write(slot, pci.COMMAND, BOTH, 2)
+    errors, seen, ends = [], set(), threading.Event()
+
+    def vcpu(slot):
+        try:
+            for turn in range(2000):
+                # In memory: the address register of the ports is shared, as on a board.
+                at = ECAM + (slot << 15)
+                bench.mmio.write(at + pci.BAR0 + 4, 4, places[turn * slot % 4])
+                bench.mmio.write(at + pci.COMMAND, 2, BOTH if turn % 7 else 0)
+        except Exception as error:
+            errors.append(error)
+
+    def looker():
+        while not ends.is_set():
+            seen.update(bench.mmio.read(place, 1) for place in places)
+
+    vcpus = [threading.Thread(target=vcpu, args=(slot,)) for slot in (1, 2)]
+    third = threading.Thread(target=looker)
+    for thread in (*vcpus, third):
+        thread.start()
+    for thread in vcpus:
+        thread.join()
+    ends.set()
+    third.join()
+    assert errors == []
+    assert seen <= {1, 2, 0xFF}
+    for slot, place in ((1, places[0]), (2, places[1])):
+        bench.write(slot, pci.COMMAND, BOTH, 2)
+        bench.write(slot, pci.BAR0 + 4, place)
+    assert bench.mmio.read(places[0], 1) == 1
+    assert bench.mmio.read(places[1], 1) == 2
+
+
+@pytest.mark.parametrize("size", [0x1000, 0x4000])
+def test_bar_over_another_device_takes_nothing_from_it(bench, size):
+    """Whatever is in a window before: the bus has it, and the BAR comes when it has gone."""
+    other = bench.mmio.add(LOW[0] + 0x10000, 0x1000, Memory(9), "other")
+    bench.write(1, pci.COMMAND, BOTH, 2)
+    index = 1 if size == 0x1000 else 2
+    at = pci.BAR0 + 4 * index
+    bench.write(1, at, LOW[0] + 0x10000)
+    if index == 2:
+        bench.write(1, at + 4, 0)
+    assert bench.mmio.read(LOW[0] + 0x10000, 1) == 9
+    assert f"f1 BAR {index}" not in bench.regions()
+    bench.mmio.remove(other)
+    bench.write(1, pci.COMMAND, BOTH, 2)
+    assert bench.mmio.read(LOW[0] + 0x10000, 1) == 1
 
 
 VALUES = st.sampled_from([0, 1, 4, 0xC, BOTH, LOW[0], LOW[0] + 0x1000, IO[0] | 1, ONES])
