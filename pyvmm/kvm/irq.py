@@ -4,11 +4,13 @@ device has which GSI, and which descriptors KVM holds (KVM API, sections 4.25, 4
 ===========================  ==================================  ===============================
 what                         today                               what comes
 ===========================  ==================================  ===============================
-device to guest              lines, pulses: KVM_IRQ_LINE on a    messages that a descriptor
-                             GSI that is an input of PIC and     sends: a GSI from 24 on, with a
-                             IOAPIC, as the irqchip's default    route of KVM_SET_GSI_ROUTING
+device to guest              lines, pulses: KVM_IRQ_LINE on a    eventfds of devices that others
+                             GSI that is an input of PIC and     serve
+                             IOAPIC, as the irqchip's default
                              routes have it; KVM_IRQFD;
-                             messages: KVM_SIGNAL_MSI
+                             messages: KVM_SIGNAL_MSI, of
+                             eventfds: a GSI from 24 on, with a
+                             route of KVM_SET_GSI_ROUTING
 guest to device              kicks: KVM_IOEVENTFD, also in BARs
                              that move
 ===========================  ==================================  ===============================
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 from pyvmm._native import ffi, ioctl
 from pyvmm.core.irq import IrqLine
+from pyvmm.core.threads import Lock
 from pyvmm.errors import InternalError, KvmError
 
 TYPE_CHECKING = False
@@ -32,6 +35,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.kvm.vm import Vm
+
+
+PINS = 24
+"""GSIs of the IOAPIC's inputs; those of messages follow."""
+MOST_GSIS = 4096  # KVM_MAX_IRQ_ROUTES of every kernel that we run on
+
+
+class MsiRoute:
+    """An eventfd that sends a message whenever it is signalled (``IrqRouting.msi_route``). What is
+    signalled while there is none to send stays in the eventfd, and is sent with the next."""
+
+    def __init__(self, routing: IrqRouting, gsi: int, fd: int) -> None:
+        self._routing = routing
+        self.gsi = gsi
+        self.fd = fd
+
+    def set(self, message: tuple[int, int] | None) -> None:
+        """Send this, by address and data, from now on; None: nothing. Any thread.
+
+        :raises KvmError: KVM has no room, or another VM has the eventfd (EBUSY)
+        """
+        self._routing.set_message(self, message)
 
 
 class IrqRouting:
@@ -46,6 +71,8 @@ class IrqRouting:
         # (gpa, value, is_port) -> eventfd, whose it is, and the size of the write.
         self._kicks: dict[tuple[int, int | None, bool], tuple[int, str, int]] = {}
         self._irqfds: dict[int, tuple[int, str]] = {}  # by GSI, likewise
+        self._messages: dict[int, tuple[int, int]] = {}  # by GSI: address and data
+        self._routes_lock = Lock()
 
     def claim(self, gsi: int, user: str) -> None:
         """Give a GSI to one user for good.
@@ -93,6 +120,32 @@ class IrqRouting:
         self.claim(gsi, user)
         self._vm.irqfd(gsi, fd)
         self._irqfds[gsi] = fd, user
+
+    def msi_route(self, fd: int, user: str) -> MsiRoute:
+        """Return a route for an eventfd, which sends nothing yet. Main loop.
+
+        :raises InternalError: there are too many
+        """
+        gsi = next((gsi for gsi in range(PINS, MOST_GSIS) if gsi not in self._users), None)
+        if gsi is None:
+            raise InternalError(f"{user}: no GSI is left")
+        self.claim(gsi, user)
+        return MsiRoute(self, gsi, fd)
+
+    def set_message(self, route: MsiRoute, message: tuple[int, int] | None) -> None:
+        """Do what :meth:`MsiRoute.set` says."""
+        gsi = route.gsi
+        with self._routes_lock:
+            if message is not None and message != self._messages.get(gsi):
+                messages = {**self._messages, gsi: message}
+                self._vm.set_gsi_routing(PINS, messages)
+                self._messages = messages
+            if (message is not None) != (gsi in self._irqfds):
+                self._vm.irqfd(gsi, route.fd, assign=message is not None)
+                if message is None:
+                    del self._irqfds[gsi]
+                else:
+                    self._irqfds[gsi] = route.fd, self._users[gsi]
 
     @property
     def irqfds(self) -> list[tuple[int, int]]:

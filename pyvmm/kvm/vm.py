@@ -199,6 +199,32 @@ class Vm:
         request.flags = 0 if assign else lib.KVM_IRQFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}")
 
+    def set_gsi_routing(self, pins: int, messages: dict[int, tuple[int, int]]) -> None:
+        """KVM_SET_GSI_ROUTING: replace the whole table.
+
+        :param pins: GSIs from 0 on that are inputs of the IOAPIC, the first 16 of the PICs, too, as
+            KVM_CREATE_IRQCHIP has them
+        :param messages: GSI -> address and data
+        """
+        entries: list[tuple[int, str, int]] = []
+        for pin in range(pins):
+            if pin < 16:
+                chip = "KVM_IRQCHIP_PIC_MASTER" if pin < 8 else "KVM_IRQCHIP_PIC_SLAVE"
+                entries.append((pin, chip, pin % 8))
+            entries.append((pin, "KVM_IRQCHIP_IOAPIC", pin))
+        table = ffi.new("struct kvm_irq_routing *", {"entries": len(entries) + len(messages)})
+        table.nr = len(entries) + len(messages)
+        for entry, (gsi, chip, pin) in zip(table.entries, entries, strict=False):
+            entry.gsi, entry.type = gsi, lib.KVM_IRQ_ROUTING_IRQCHIP
+            entry.u.irqchip.irqchip, entry.u.irqchip.pin = getattr(lib, chip), pin
+        for number, (gsi, (address, data)) in enumerate(messages.items(), len(entries)):
+            entry = table.entries[number]
+            entry.gsi, entry.type = gsi, lib.KVM_IRQ_ROUTING_MSI
+            entry.u.msi.address_lo = address & 0xFFFFFFFF
+            entry.u.msi.address_hi = address >> 32
+            entry.u.msi.data = data
+        ioctl(self.fd, "KVM_SET_GSI_ROUTING", table, f"{table.nr} entries")
+
     def get_irqchip(self, chip: str) -> Any:
         """KVM_GET_IRQCHIP: return the ``struct pyvmm_irqchip`` of one of :data:`IRQCHIPS`."""
         state = ffi.new("struct pyvmm_irqchip *")
