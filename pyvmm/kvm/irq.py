@@ -25,6 +25,8 @@ KVM refuses an eventfd as irqfd of a second VM (EBUSY).
 
 from __future__ import annotations
 
+import select
+
 from pyvmm._native import ffi, ioctl
 from pyvmm.core.irq import IrqLine
 from pyvmm.core.threads import Lock
@@ -32,7 +34,7 @@ from pyvmm.errors import InternalError, KvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from pyvmm.kvm.vm import Vm
 
@@ -50,6 +52,15 @@ class MsiRoute:
         self._routing = routing
         self.gsi = gsi
         self.fd = fd
+
+    @property
+    def is_signalled(self) -> bool:
+        """Whether it has been signalled and nothing has been sent for that."""
+        if self.gsi in self._routing.connected:
+            return False  # KVM sends, but reads what it found only when it gives the eventfd back
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def set(self, message: tuple[int, int] | None) -> None:
         """Send this, by address and data, from now on; None: nothing. Any thread.
@@ -146,6 +157,11 @@ class IrqRouting:
                     del self._irqfds[gsi]
                 else:
                     self._irqfds[gsi] = route.fd, self._users[gsi]
+
+    @property
+    def connected(self) -> Collection[int]:
+        """The GSIs that have an irqfd."""
+        return self._irqfds.keys()
 
     @property
     def irqfds(self) -> list[tuple[int, int]]:

@@ -86,9 +86,14 @@ def test_what_is_signalled_while_it_is_masked_comes_then(receiver):
     wait_until(lambda: receiver.requests() == {0x51}, "the message")
     route.set(None)
     assert receiver.irqs.irqfds == []
+    assert not route.is_signalled
     os.eventfd_write(route.fd, 1)
+    assert route.is_signalled
     route.set((APIC, 0x52))
     wait_until(lambda: receiver.requests() == {0x51, 0x52}, "the message")
+    assert not route.is_signalled
+    route.set(None)
+    assert not route.is_signalled
 
 
 def test_lines_are_as_before_beside_messages(receiver):

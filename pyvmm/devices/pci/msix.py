@@ -1,7 +1,9 @@
 """MSI-X (PCI Local Bus 3.0, 6.8.2): a table of messages that the guest fills, each an interrupt.
 
 Table and pending bits are in a BAR, the table at its beginning. A message that is masked, alone or
-with all others, waits as a pending bit.
+with all others, waits as a pending bit. Whoever serves a device in our place signals an eventfd,
+which has a route: its message is that of the table while it may be sent, and otherwise none, so
+that the eventfd is what waits.
 
 What an evil guest can try: messages to any address. Only those to the local APICs are sent.
 """
@@ -12,13 +14,23 @@ import struct
 
 from pyvmm.core.bus import BusDevice
 from pyvmm.core.threads import Lock
+from pyvmm.errors import KvmError
 from pyvmm.vmstate.fields import Description, Record, StructArray, boolean, u16, u32, u64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from pyvmm.devices.pci.function import Function
+
+    class Route(Protocol):
+        """What an eventfd sends (``kvm.irq.MsiRoute``). Any thread."""
+
+        @property
+        def is_signalled(self) -> bool: ...
+        def set(self, message: tuple[int, int] | None) -> None: ...
+
 
 CAPABILITY = 0x11
 ENABLE = 1 << 15
@@ -57,12 +69,21 @@ STATE = Description(
 
 
 class Vector:
-    """One entry of the table."""
+    """One entry of the table.
 
-    __slots__ = ("address", "control", "data", "pending")
+    :ivar route: of the eventfd that is signalled for it, if it has one
+    """
+
+    __slots__ = ("address", "control", "data", "pending", "route")
 
     def __init__(self) -> None:
+        self.route: Route | None = None
         self.clear()
+
+    @property
+    def waits(self) -> bool:
+        """The pending bit."""
+        return self.pending or (self.route is not None and self.route.is_signalled)
 
     def clear(self) -> None:
         """Go to the state after a reset."""
@@ -111,26 +132,42 @@ class Msix(BusDevice):
             self.vectors[number].pending = True
             self._deliver(self.vectors[number])
 
+    def connect(self, number: int, route: Route) -> None:
+        """Have the eventfd of a route do what :meth:`notify` does. Any thread.
+
+        :param number: below ``count``
+        """
+        with self.lock:
+            self.vectors[number].route = route
+            self._deliver(self.vectors[number])
+
     def update(self) -> None:
-        """Send what waits and is not masked any more: the control register was written."""
+        """Send what waits and is not masked any more: the control register was written, or the
+        vCPUs are about to run, perhaps after an update."""
         with self.lock:
             for vector in self.vectors:
                 self._deliver(vector)
 
     def _deliver(self, vector: Vector) -> None:
         control = self._function.get(self._control, 2)
-        if not vector.pending or vector.control & MASKED or control & MASK_ALL:
-            return
-        if control & ENABLE:
+        may_send = control & (ENABLE | MASK_ALL) == ENABLE and not vector.control & MASKED
+        is_for_apic = vector.address >> 20 == APICS
+        if vector.route is not None:
+            message = (vector.address, vector.data) if may_send and is_for_apic else None
+            try:
+                vector.route.set(message)
+            except KvmError:
+                pass  # no room in KVM: it waits as if it were masked, for the next change
+        if vector.pending and may_send:
             vector.pending = False
-            if vector.address >> 20 == APICS:
+            if is_for_apic:
                 self._send(vector.address, vector.data)
 
     # ---- guest accesses: aligned, of 4 or 8 bytes; the bus makes two of the latter ------------
 
     def on_read(self, offset: int, size: int) -> int:
         if offset >= PENDING:
-            bits = sum(vector.pending << n for n, vector in enumerate(self.vectors))
+            bits = sum(vector.waits << n for n, vector in enumerate(self.vectors))
             return bits >> 8 * (offset - PENDING)
         number, at = divmod(offset, ENTRY)
         if number >= self.count:
@@ -152,7 +189,7 @@ class Msix(BusDevice):
             vector.data = value
         else:
             vector.control = value & MASKED
-            self._deliver(vector)
+        self._deliver(vector)
 
     # ---- life and state --------------------------------------------------------------------
 
@@ -160,6 +197,7 @@ class Msix(BusDevice):
         """Go to the state after power-on."""
         for vector in self.vectors:
             vector.clear()
+        self.update()
 
     def check(self, state: Record) -> None:
         """See that a state is of this table.
@@ -170,7 +208,8 @@ class Msix(BusDevice):
             raise ValueError(f"{state.count} MSI-X vectors, the device has {self.count}")
 
     def load(self, state: Record) -> None:
-        """Take over a state."""
+        """Take over a state. Eventfds send nothing before :meth:`update`: another VM still has
+        them."""
         for vector, saved in zip(self.vectors, state.vectors, strict=True):
             for name in ("address", "data", "control", "pending"):
                 setattr(vector, name, getattr(saved, name))

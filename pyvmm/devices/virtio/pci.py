@@ -137,6 +137,10 @@ class Vectors(Interrupts):
         if self._msix.is_enabled and vector != NO_VECTOR:
             self._msix.notify(vector)
 
+    def repeat(self) -> None:
+        # What waits is not repeated, nor what the controllers have; eventfds get their routes.
+        self._msix.update()
+
     def acknowledge(self) -> int:
         """The driver reads the register, which ends the interrupt: return what it was for."""
         isr, self.isr = self.isr, 0

@@ -1,5 +1,6 @@
 """MSI-X: which messages are sent, which wait, and what of it a state has."""
 
+import errno
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from pyvmm.core.bus import Bus
 from pyvmm.devices.pci import msix
 from pyvmm.devices.pci.function import COMMAND, COMMAND_MEMORY, Function
 from pyvmm.devices.pci.msix import ENABLE, MASK_ALL, Msix
+from pyvmm.errors import KvmError
 from pyvmm.testing.virtio_pci_driver import LOW, FakeBus
 from pyvmm.vmstate.cursor import Cursor
+from pyvmm.vmstate.fields import Record
 
 COUNT = 3
 APIC = 0xFEE01000
@@ -174,3 +177,65 @@ def test_function_that_sends_messages_has_no_line(card):
     card.control(0)
     card.control(ENABLE | MASK_ALL)
     assert [level for _, level in card.bus.levels] == [True, False, True, False]
+
+
+class FakeRoute:
+    """Notes the messages that an eventfd would send, and may be signalled or out of room."""
+
+    def __init__(self):
+        self.messages = []
+        self.is_signalled = self.is_full = False
+
+    def set(self, message):
+        if self.is_full:
+            raise KvmError("KVM_IRQFD", errno.ENOMEM)
+        if [message] != self.messages[-1:]:
+            self.messages.append(message)
+
+
+def test_eventfd_sends_what_the_table_says(card):
+    route = FakeRoute()
+    card.msix.connect(1, route)
+    card.set(1, data=0x41)
+    assert route.messages == [None]
+    card.control(ENABLE)
+    assert route.messages[1:] == [(APIC, 0x41)]
+    card.mmio.write(LOW[0] + 16 + 8, 4, 0x42)
+    assert route.messages[2:] == [(APIC, 0x42)]
+    card.control(ENABLE | MASK_ALL)
+    route.is_signalled = True
+    assert card.pending() == 0b010
+    card.control(ENABLE)
+    card.mmio.write(LOW[0] + 16 + 12, 4, 1)
+    card.mmio.write(LOW[0] + 16 + 12, 4, 0)
+    assert route.messages[3:] == [None, (APIC, 0x42), None, (APIC, 0x42)]
+    card.mmio.write(LOW[0] + 16, 4, 0x1000)  # not to an APIC
+    card.msix.reset()
+    assert route.messages[7:] == [None]
+    assert card.sent == []
+
+
+def test_eventfd_sends_nothing_before_the_other_vm_has_given_it_back(card):
+    card.control(ENABLE)
+    card.set(0, data=7)
+    out = bytearray()
+    msix.STATE.save(out, card.msix)
+    other = Card()
+    route = FakeRoute()
+    other.msix.connect(0, route)
+    other.function.load(Record(space=card.function.space), asserts=False)
+    other.msix.load(msix.STATE.load(Cursor(bytes(out)), 1))
+    assert route.messages == [None]
+    other.msix.update()
+    assert route.messages == [None, (APIC, 7)]
+
+
+def test_host_that_has_no_room_for_a_route_ends_no_vcpu(card):
+    route = FakeRoute()
+    card.msix.connect(0, route)
+    route.is_full = True
+    card.control(ENABLE)
+    card.set(0)
+    route.is_full = False
+    card.mmio.write(LOW[0] + 12, 4, 0)
+    assert route.messages == [None, (APIC, 0)]
