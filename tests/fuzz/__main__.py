@@ -35,6 +35,9 @@ def main():
     )
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(one.names()))
     parser.add_argument("--seconds", type=int, default=300, help="for all targets together")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same inputs in each run; default: others each time"
+    )
     parser.add_argument("--replay", metavar="FILE", help="try one input, without the fuzzer")
     parser.add_argument("--keep", action="store_true", help="merge into tests/fuzz/corpus")
     options = parser.parse_args()
@@ -57,7 +60,7 @@ def main():
     seconds = max(1, options.seconds * jobs // len(targets))
     print(f"{len(targets)} targets, {seconds} s each, {jobs} at a time", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        runs = pool.map(lambda name: _fuzz(name, seconds, extension), targets)
+        runs = pool.map(lambda name: _fuzz(name, seconds, options.seed, extension), targets)
         failed = [name for name, is_good in zip(targets, runs, strict=True) if not is_good]
     if options.keep and not failed:
         for name in targets:
@@ -65,18 +68,19 @@ def main():
     return bool(failed)
 
 
-def _fuzz(name, seconds, extension):
+def _fuzz(name, seconds, seed, extension):
     """Run one target and say how it went; whether nothing was found."""
     folder = corpus.prepare(name, BUILD, one.find(name)[1])
     log = BUILD / f"{name}.log"
     before = {*folder.parent.glob("*-*")}
     started = time.monotonic()
     with open(log, "wb") as output:
-        arguments = [f"-max_total_time={seconds}", f"-artifact_prefix={folder.parent}/", folder]
-        command = one.command(name, extension, *map(str, arguments))
+        arguments = [f"-max_total_time={seconds}", f"-artifact_prefix={folder.parent}/"]
+        command = one.command(name, extension, *arguments, f"-seed={seed}", str(folder))
+        environment = os.environ | ({"PYTHONHASHSEED": str(seed)} if seed else {})
         try:
             code = subprocess.run(
-                command, stdout=output, stderr=output, timeout=seconds + GRACE_S
+                command, stdout=output, stderr=output, timeout=seconds + GRACE_S, env=environment
             ).returncode
         except subprocess.TimeoutExpired:
             code = "a hang"
