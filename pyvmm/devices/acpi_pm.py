@@ -95,8 +95,9 @@ class AcpiPm(Device):
             Description(
                 "acpi_pm/timer",
                 [i64("offset"), u64("carry")],
-                # Of a guest that never took the timer's status back, on the host's first boot.
-                needed=lambda pm: pm.offset or pm.carry,
+                # All kernels take the status back when they start. Without its interrupt that is
+                # lost: they find it set again some time before the timer sets it.
+                needed=lambda pm: pm.offset or (pm.carry and pm.en & TMR),
             )
         ],
     )

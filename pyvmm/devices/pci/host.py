@@ -148,7 +148,7 @@ class PciHost(Device):
                 " choose another"
             )
         for bar in function.bars:
-            self._first[bar] = self._window(bar, ahead=True).take(bar.size)
+            self._first[bar] = self._window(bar).take(bar.size)
         function.host = self
         function.slot, function.number = place
         self.functions[place] = function
@@ -168,11 +168,11 @@ class PciHost(Device):
         """Return the interrupt line of a function's INTA."""
         return self._lines[function.slot % len(self._lines)]
 
-    def _window(self, bar: Bar, *, ahead: bool = False) -> Window:
+    def _window(self, bar: Bar) -> Window:
         if bar.flags & BAR_IO:
             return self.io
-        has_room = self.high.end > self.high.start
-        return self.high if ahead and has_room and bar.flags & BAR_64 else self.low
+        has_room = self.high.start < self.high.end
+        return self.high if bar.flags & BAR_64 and has_room else self.low
 
     # ---- what is decoded -------------------------------------------------------------------
 

@@ -247,6 +247,14 @@ def test_timer_goes_on_over_an_update(machine, clock, carry):
     assert new.sci.changes == [True, False]
 
 
+def test_guest_that_only_took_the_status_back_has_the_state_of_before(machine, clock, carry):
+    """As kernels do when they start: it can go to versions without the timer."""
+    machine.bus.write(STATUS, 2, 0xFFFF)
+    new = Machine()
+    assert len(carry(machine.pm, new.pm)) == 6
+    assert new.status() == TMR
+
+
 def test_timer_of_a_closed_machine_waits_for_nothing(machine, clock):
     machine.bus.write(STATUS, 2, TMR)
     machine.bus.write(ENABLE, 2, TMR)
